@@ -1,0 +1,18 @@
+"""Sinks and a window, the slow and obviously right way.
+
+`retention`  the rule: a program on a list that says which tokens each query attends to.
+`rotation`   RoPE.
+`attention`  gather the retained keys of a query, rotate keys and query to their ranks, softmax, sum.
+`rope`, `attach`, `forward`  the same under any Hugging Face model with rotary positions: `reference_logits`.
+`loop`       a hand-written generation loop that compresses a stock cache with `index_select`.
+
+Nothing here caches (but for `loop`) and no key ever moves: every query starts again from keys before rotation. That
+costs O(tokens * limit) rotations per layer and buys code that can be checked against section 3.2 of arXiv 2309.17453.
+"""
+
+from sinkwindow_reference.attention import rank_attention
+from sinkwindow_reference.forward import reference_logits
+from sinkwindow_reference.retention import RetainedList, retained_after, retained_lists
+from sinkwindow_reference.rotation import rotate
+
+__all__ = ["RetainedList", "rank_attention", "reference_logits", "retained_after", "retained_lists", "rotate"]

@@ -1,0 +1,93 @@
+"""Put rank attention under a Hugging Face model for the length of a `with` block."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import AttentionInterface
+
+from sinkwindow_reference.attention import rank_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from sinkwindow_reference.rope import Rope
+
+NAME = "sinkwindow_reference"
+
+
+@dataclass
+class Plan:
+    """What the attention function of the running call must know.
+
+    Attributes:
+        retained: For each query the natural indices that it attends to.
+        rope: The model's rotary embedding.
+        upcast: See `rank_attention`.
+        calls: Attention layers that have used the plan so far.
+    """
+
+    retained: list[list[int]]
+    rope: Rope
+    upcast: bool
+    calls: int = 0
+
+
+# A context variable, since not every model family passes keyword arguments on to its attention function.
+_plan: ContextVar[Plan] = ContextVar("_plan")
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_kwargs: Any,  # noqa: ANN401 - the interface is transformers'
+) -> tuple[torch.Tensor, None]:
+    """Attention function in the form that transformers calls; returns `[batch, tokens, heads, head_dim]`."""
+    plan = _plan.get()
+    plan.calls += 1
+    # Some families (SmolLM3) leave RoPE out of a few layers: no frequencies, no rotation.
+    inv_freq = plan.rope.inv_freq if getattr(module, "use_rope", True) else plan.rope.inv_freq[:0]
+    output = rank_attention(
+        query, key, value, plan.retained, inv_freq.to(query.device),
+        scaling=scaling, interleaved=plan.rope.interleaved, upcast=plan.upcast,
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def rank_attention_under(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Let every attention layer of `model` follow `plan`; on exit the model is as it was.
+
+    Raises:
+        ValueError: If not every layer called the attention function, so that the result would be another model's.
+    """
+    # Every config of a composite model, and the base model's own: layers read the one that they were built with.
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = [(config, config._attn_implementation) for config in configs]  # noqa: SLF001 - no public getter
+    AttentionInterface.register(NAME, _attention)
+    token = _plan.set(plan)
+    try:
+        for config in configs:
+            config._attn_implementation = NAME  # noqa: SLF001
+        yield
+    finally:
+        _plan.reset(token)
+        for config, name in before:
+            config._attn_implementation = name  # noqa: SLF001
+    layers = model.config.get_text_config().num_hidden_layers
+    if plan.calls != layers:
+        msg = (
+            f"model of type {model.config.model_type!r} sent {plan.calls} of its {layers} layers through "
+            f"transformers' AttentionInterface: the reference needs a model whose every layer does"
+        )
+        raise ValueError(msg)

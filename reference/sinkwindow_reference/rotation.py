@@ -1,0 +1,34 @@
+"""Rotary position embedding (RoPE): turn pairs of channels by position times frequency."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
+    """Return `x` with its first `2 * len(inv_freq)` channels rotated; the rest passes unchanged (partial rotary).
+
+    Rotations compose, so a negative position undoes a positive one.
+
+    Args:
+        x: Queries or keys `[..., tokens, head_dim]`.
+        positions: One position per token `[tokens]`.
+        inv_freq: Angle per position of each pair of channels `[pairs]` [rad].
+        interleaved: Whether channels (2i, 2i + 1) make a pair; by default (i, i + pairs) do.
+
+    Raises:
+        ValueError: If `x` has fewer than `2 * len(inv_freq)` channels.
+    """
+    pairs = inv_freq.numel()
+    if 2 * pairs > x.shape[-1]:
+        msg = f"inv_freq rotates {2 * pairs} channels, x has only {x.shape[-1]}: give the inv_freq of x's own model"
+        raise ValueError(msg)
+    # Angles in float64: float32 would be off by 0.06 rad at position 10^6, bfloat16 already at 256.
+    angles = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)[None, :]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    rotated, passed = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    if interleaved:
+        return torch.cat([torch.stack(turned, dim=-1).flatten(-2), passed], dim=-1)
+    return torch.cat([*turned, passed], dim=-1)
