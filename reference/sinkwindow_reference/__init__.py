@@ -12,7 +12,17 @@ costs O(tokens * limit) rotations per layer and buys code that can be checked ag
 
 from sinkwindow_reference.attention import rank_attention
 from sinkwindow_reference.forward import reference_logits
+from sinkwindow_reference.loop import generate_by_index_select, stream_by_index_select
 from sinkwindow_reference.retention import RetainedList, retained_after, retained_lists
 from sinkwindow_reference.rotation import rotate
 
-__all__ = ["RetainedList", "rank_attention", "reference_logits", "retained_after", "retained_lists", "rotate"]
+__all__ = [
+    "RetainedList",
+    "generate_by_index_select",
+    "rank_attention",
+    "reference_logits",
+    "retained_after",
+    "retained_lists",
+    "rotate",
+    "stream_by_index_select",
+]

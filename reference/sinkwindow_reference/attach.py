@@ -7,9 +7,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from sinkwindow_reference.attention import rank_attention
+from sinkwindow_reference.checks import check_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,11 +51,12 @@ def _attention(
     value: torch.Tensor,
     _attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **_kwargs: Any,  # noqa: ANN401 - the interface is transformers'
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function in the form that transformers calls; returns `[batch, tokens, heads, head_dim]`."""
     plan = _plan.get()
     plan.calls += 1
+    check_layer(kwargs, max(map(len, plan.retained)))
     # Some families (SmolLM3) leave RoPE out of a few layers: no frequencies, no rotation.
     inv_freq = plan.rope.inv_freq if getattr(module, "use_rope", True) else plan.rope.inv_freq[:0]
     output = rank_attention(
@@ -71,8 +73,7 @@ def rank_attention_under(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     Raises:
         ValueError: If not every layer called the attention function, so that the result would be another model's.
     """
-    # Every config of a composite model, and the base model's own: layers read the one that they were built with.
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs = _configs(model)
     before = [(config, config._attn_implementation) for config in configs]  # noqa: SLF001 - no public getter
     AttentionInterface.register(NAME, _attention)
     token = _plan.set(plan)
@@ -86,8 +87,13 @@ def rank_attention_under(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
             config._attn_implementation = name  # noqa: SLF001
     layers = model.config.get_text_config().num_hidden_layers
     if plan.calls != layers:
-        msg = (
+        raise ValueError(
             f"model of type {model.config.model_type!r} sent {plan.calls} of its {layers} layers through "
             f"transformers' AttentionInterface: the reference needs a model whose every layer does"
         )
-        raise ValueError(msg)
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return every config below `model`; in a composite model a layer reads another than the top one."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())

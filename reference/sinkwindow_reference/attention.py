@@ -27,7 +27,7 @@ def rank_attention(
 
     Args:
         query: Queries before RoPE `[batch, heads, tokens, head_dim]`.
-        key: Keys before RoPE `[batch, kv_heads, tokens, head_dim]`; query head h reads key head h // (heads / kv_heads).
+        key: Keys before RoPE `[batch, kv_heads, tokens, head_dim]`, each read by heads / kv_heads heads in a row.
         value: Values `[batch, kv_heads, tokens, value_dim]`.
         retained: For each query the natural indices that it attends to, its own last (`retained_lists`).
         inv_freq: RoPE frequencies `[pairs]` [rad per position].
@@ -43,11 +43,10 @@ def rank_attention(
         ValueError: If the heads are no multiple of the KV heads, or there is not one retained list per query.
     """
     if query.shape[1] % key.shape[1] or len(retained) != query.shape[2]:
-        msg = (
+        raise ValueError(
             f"query {tuple(query.shape)} needs a multiple of the {key.shape[1]} KV heads and one retained list per "
             f"token, got {len(retained)} lists"
         )
-        raise ValueError(msg)
     dtype = torch.float64 if upcast else query.dtype
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -62,7 +61,7 @@ def rank_attention(
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Softmax attention of one query `[batch, heads, 1, head_dim]` to all the keys `[batch, kv_heads, kept, head_dim]`."""
+    """Softmax attention of one query `[batch, heads, 1, head_dim]` to every key `[batch, kv_heads, kept, head_dim]`."""
     batch, heads, _, head_dim = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, head_dim)  # [batch, kv_heads, heads / kv_heads, head_dim]
     scores = (grouped @ key.transpose(-1, -2)) * scaling

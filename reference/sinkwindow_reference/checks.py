@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+# Keyword arguments by which a layer asks for more than softmax attention.
+MORE_THAN_SOFTMAX = ("softcap", "s_aux", "sinks", "position_bias")
 EVICTION_RULES = ("token", "call")
 
 
@@ -18,11 +20,9 @@ def check_int(name: str, value: int, *, at_least: int) -> int:
         ValueError: If it is below `at_least`.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"{name} must be an int, got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be an int, got {value!r}")
     if value < at_least:
-        msg = f"{name} must be at least {at_least}, got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
     return value
 
 
@@ -34,14 +34,36 @@ def call_ranges(num_tokens: int, evict: str, chunks: Sequence[int] | None) -> li
         ValueError: If `evict` is unknown, a length not positive, or the sum of `chunks` not `num_tokens`.
     """
     if evict not in EVICTION_RULES:
-        msg = f"evict must be one of {EVICTION_RULES}, got {evict!r}"
-        raise ValueError(msg)
+        raise ValueError(f"evict must be one of {EVICTION_RULES}, got {evict!r}")
     check_int("num_tokens", num_tokens, at_least=0)
     lengths = [num_tokens] if chunks is None and num_tokens else list(chunks or [])
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     for i, length in enumerate(lengths):
         check_int(f"chunks[{i}]", length, at_least=1)
     if sum(lengths) != num_tokens:
-        msg = f"chunks must add up to the {num_tokens} tokens given, got {lengths} with the sum {sum(lengths)}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"chunks must add up to the {num_tokens} tokens given, got {lengths} with the sum {sum(lengths)}"
+        )
     return [range(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+def check_layer(kwargs: Mapping[str, Any], longest: int) -> None:
+    """Refuse what a layer asks for and the rule does not know; better no reference than a wrong one.
+
+    Args:
+        kwargs: What the layer passed to the attention function.
+        longest: Length of the longest retained list [tokens].
+
+    Raises:
+        ValueError: If the layer's mathematics or its own sliding window is not that of the rule.
+    """
+    asked = [name for name in MORE_THAN_SOFTMAX if kwargs.get(name) is not None]
+    if asked:
+        raise ValueError(
+            f"the model's attention uses {asked}, the reference knows plain softmax attention only: take another model"
+        )
+    own = kwargs.get("sliding_window")
+    if own is not None and own < longest:
+        raise ValueError(
+            f"the model's own sliding_window is {own} tokens, the rule attends to {longest}: lower window or buffer"
+        )

@@ -85,14 +85,15 @@ def _row_logits(model: PreTrainedModel, ids: torch.Tensor, plan: Plan) -> torch.
 def _real_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Return a bool mask `[batch, columns]`, checked against the tokens."""
     if input_ids.ndim != 2 or not input_ids.numel():  # noqa: PLR2004 - batch and columns
-        msg = f"input_ids must have the shape [batch, columns] and hold a token, got {tuple(input_ids.shape)}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"input_ids must have the shape [batch, columns] and hold a token, got {tuple(input_ids.shape)}"
+        )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape != input_ids.shape:
-        msg = f"attention_mask must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(mask.shape)}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"attention_mask must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(mask.shape)}"
+        )
     real = mask.to(input_ids.device).bool()
     if not bool(real.any(dim=1).all()):
-        msg = f"attention_mask leaves no token in row {int((~real.any(dim=1)).nonzero()[0])}: drop the row"
-        raise ValueError(msg)
+        raise ValueError(f"attention_mask leaves no token in row {int((~real.any(dim=1)).nonzero()[0])}: drop the row")
     return real

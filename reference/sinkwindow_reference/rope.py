@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 # Families whose RoPE pairs the channels (2i, 2i + 1); all others pair (i, i + pairs). Tested one by one.
 INTERLEAVED = frozenset({"cohere", "ernie4_5", "glm", "glm4", "helium"})
+# Families that leave RoPE out of some layers without saying so to the attention function.
+HIDDEN_EXCEPTIONS = frozenset({"cohere2", "cohere2_moe", "exaone4", "exaone_moe", "llama4", "llama4_text"})
 
 
 class Rope(NamedTuple):
@@ -29,16 +31,22 @@ def rope_of(model: PreTrainedModel) -> Rope:
     """Return the rotary embedding of `model`.
 
     Raises:
-        ValueError: If the model has no rotary module, or several that differ.
+        ValueError: If the model has no rotary module, several that differ, or layers without RoPE that do not say so.
     """
     found = [_frequencies(m) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)]
     kind = model.config.model_type
     if not found:
-        msg = f"model of type {kind!r} has no module with inv_freq: only rotary position embeddings (RoPE) have ranks"
-        raise ValueError(msg)
+        raise ValueError(
+            f"model of type {kind!r} has no module with inv_freq: only rotary position embeddings (RoPE) have ranks"
+        )
+    if kind in HIDDEN_EXCEPTIONS:
+        raise ValueError(
+            f"model of type {kind!r} has layers without RoPE that cannot be told from the others: not supported"
+        )
     if any(not torch.equal(found[0], other) for other in found):
-        msg = f"model of type {kind!r} has layers with different RoPE frequencies: the reference knows one per model"
-        raise ValueError(msg)
+        raise ValueError(
+            f"model of type {kind!r} has layers with different RoPE frequencies: the reference knows one per model"
+        )
     return Rope(found[0], kind in INTERLEAVED)
 
 
@@ -47,6 +55,5 @@ def _frequencies(module: torch.nn.Module) -> torch.Tensor:
     original = getattr(module, "original_inv_freq", None)
     chosen = original if isinstance(original, torch.Tensor) else module.inv_freq
     if not isinstance(chosen, torch.Tensor):
-        msg = f"inv_freq of {type(module).__name__} must be a tensor, got {type(chosen).__name__}"
-        raise TypeError(msg)
+        raise TypeError(f"inv_freq of {type(module).__name__} must be a tensor, got {type(chosen).__name__}")
     return chosen

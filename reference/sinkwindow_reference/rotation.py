@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def rotate(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, interleaved: bool = False
+) -> torch.Tensor:
     """Return `x` with its first `2 * len(inv_freq)` channels rotated; the rest passes unchanged (partial rotary).
 
     Rotations compose, so a negative position undoes a positive one.
@@ -21,8 +23,9 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, 
     """
     pairs = inv_freq.numel()
     if 2 * pairs > x.shape[-1]:
-        msg = f"inv_freq rotates {2 * pairs} channels, x has only {x.shape[-1]}: give the inv_freq of x's own model"
-        raise ValueError(msg)
+        raise ValueError(
+            f"inv_freq rotates {2 * pairs} channels, x has only {x.shape[-1]}: give the inv_freq of x's own model"
+        )
     # Angles in float64: float32 would be off by 0.06 rad at position 10^6, bfloat16 already at 256.
     angles = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)[None, :]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

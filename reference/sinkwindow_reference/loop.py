@@ -1,0 +1,101 @@
+"""A generation loop that needs no cache class: compress a stock `DynamicCache` with `index_select` between steps.
+
+The only part of the reference that moves keys. A stock cache holds keys after RoPE, so the keys that stay have to be
+rotated back by as many ranks as they moved; rotations compose, so that is one more rotation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from sinkwindow_reference.checks import check_int
+from sinkwindow_reference.retention import RetainedList
+from sinkwindow_reference.rope import Rope, rope_of
+from sinkwindow_reference.rotation import rotate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+def generate_by_index_select(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    num_sinks: int,
+    window: int,
+    buffer: int = 0,
+) -> torch.Tensor:
+    """Return the prompt with its greedy continuation `[1, prompt + max_new_tokens]`.
+
+    Raises:
+        TypeError, ValueError: As `stream_by_index_select`.
+    """
+    sizes = {"num_sinks": num_sinks, "window": window, "buffer": buffer}
+    steps = list(stream_by_index_select(model, input_ids, max_new_tokens=max_new_tokens, **sizes))
+    new = [logits.argmax().view(1, 1) for logits in steps[input_ids.shape[1] - 1 :]]
+    return torch.cat([input_ids, *new[:max_new_tokens]], dim=1)
+
+
+def stream_by_index_select(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    num_sinks: int,
+    window: int,
+    buffer: int = 0,
+) -> Iterator[torch.Tensor]:
+    """Yield the logits `[vocab]` of each token fed: first the prompt's, then those of the greedy continuation's.
+
+    The last new token is not fed, so that `prompt + max_new_tokens - 1` logits come.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is too small, the batch is not 1, or the prompt is empty.
+    """
+    check_int("max_new_tokens", max_new_tokens, at_least=0)
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.numel():  # noqa: PLR2004 - batch and tokens
+        raise ValueError(
+            f"input_ids must have the shape [1, tokens], got {tuple(input_ids.shape)}: give one row at a time"
+        )
+    kept, cache, rope = RetainedList(num_sinks, window, buffer), DynamicCache(), rope_of(model)
+    prompt = input_ids.shape[1]
+    token = input_ids[:, :1]
+    for step in range(prompt + max(max_new_tokens, 1) - 1):
+        kept.append(step)
+        logits = _step(model, token, len(kept.tokens) - 1, cache)
+        evicted = kept.evict_if_full()
+        if evicted:
+            for layer in cache.layers:
+                _compress(layer, num_sinks, len(evicted), rope)
+        yield logits
+        token = input_ids[:, step + 1 : step + 2] if step + 1 < prompt else logits.argmax().view(1, 1)
+
+
+@torch.no_grad()
+def _step(model: PreTrainedModel, token: torch.Tensor, rank: int, cache: DynamicCache) -> torch.Tensor:
+    """Feed one token `[1, 1]` at its rank; returns its logits `[vocab]`."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
+    positions = torch.full_like(token, rank)
+    logits: torch.Tensor = model(input_ids=token, position_ids=positions, use_cache=True, **{name: cache}).logits
+    return logits[0, -1]
+
+
+def _compress(layer: Any, num_sinks: int, num_evicted: int, rope: Rope) -> None:
+    """Drop the evicted ranks of a layer of the cache and rotate the keys behind them back by as many."""
+    device, length = layer.keys.device, layer.keys.shape[-2]
+    sinks = torch.arange(num_sinks, device=device)
+    window = torch.arange(num_sinks + num_evicted, length, device=device)
+    # At least float32: a key of the window is rounded again at every eviction that it survives.
+    moved = layer.keys.index_select(-2, window).to(torch.promote_types(layer.keys.dtype, torch.float32))
+    shift = torch.full_like(window, -num_evicted)
+    moved = rotate(moved, shift, rope.inv_freq.to(device), interleaved=rope.interleaved)
+    layer.keys = torch.cat([layer.keys.index_select(-2, sinks), moved.to(layer.keys.dtype)], dim=-2)
+    layer.values = layer.values.index_select(-2, torch.cat([sinks, window]))
