@@ -1,0 +1,169 @@
+"""What the project says about itself is true: commands, versions, pins, packages, and the checks of the checks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+OURS: Final = ("sinkwindow", "sinkwindow_reference")
+PYPROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FOLDERS: Final = ("optimized", "reference", "tests", "docs", "asv_benches", ".ci", ".github")
+SUFFIXES: Final = {"", ".cfg", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
+CACHES: Final = re.compile(r"(^|/)(\.\w+_cache|\.coverage|__pycache__|node_modules)")
+
+
+def _read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def _text_files() -> list[Path]:
+    """Lists the project's own text files, with or without git at hand, caches of tools left out."""
+    candidates = [*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
+    ours = [path for path in candidates if not CACHES.search(path.relative_to(ROOT).as_posix())]
+    return [path for path in ours if path.is_file() and path.suffix in SUFFIXES]
+
+
+def _probe(module: str, call: str) -> torch.Tensor:
+    """Evaluates a call as if it stood in the named module."""
+    result = eval(call, {"__name__": module, "torch": torch})  # noqa: S307 - a literal of this file
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def test_ci_runs_the_words_of_the_readme() -> None:
+    """Each command that the README marks for CI stands in .ci/run, and .ci/run invokes no other tool of ours."""
+    block = re.search(r"^```sh ci\n(.*?)^```", _read("README.md"), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    commands = block[1].strip().splitlines()
+    script = [line for line in _read(".ci/run").splitlines() if line.startswith(("pip ", "nox "))]
+    assert commands == script
+
+
+def test_ci_is_executable() -> None:
+    """A fresh clone can start .ci/run as it is."""
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_nox_sessions_of_the_documents_exist() -> None:
+    """Every session that a document tells the reader to run is defined."""
+    defined = set(re.findall(r"^def (\w+)\(session", _read("noxfile.py"), re.MULTILINE))
+    for document in ("README.md", "CONTRIBUTING.md", ".ci/run", ".github/workflows/tests.yml"):
+        for named in re.findall(r"nox -s ((?:[a-z_]+ ?)+)", _read(document)):
+            assert set(named.split()) <= defined, document
+
+
+def test_versions_agree() -> None:
+    """The installed distribution and the changelog speak of the version in pyproject.toml."""
+    version = PYPROJECT["project"]["version"]
+    assert importlib.metadata.version("sinkwindow") == version
+    assert re.search(rf"^## \[.*\b{re.escape(version)}\b", _read("CHANGELOG.md"), re.MULTILINE)
+
+
+def test_pins_lie_within_the_ranges() -> None:
+    """What the sessions install is something that the library's own ranges allow."""
+    project = PYPROJECT["project"]
+    ranges = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["lab"])]
+    pins = [Requirement(line) for line in _read("constraints.txt").splitlines() if line and not line.startswith("#")]
+    allowed = {requirement.name: requirement.specifier for requirement in ranges}
+    for pin in pins:
+        (exact,) = pin.specifier
+        assert exact.operator == "=="
+        assert pin.name not in allowed or exact.version in allowed[pin.name], pin.name
+
+
+def test_session_runs_the_pinned_torch() -> None:
+    """The pin reached this environment: nothing replaced the torch that was installed first."""
+    pinned = re.search(r"^torch==(\S+)", _read("constraints.txt"), re.MULTILINE)
+    assert pinned is not None
+    assert torch.__version__.partition("+")[0] == pinned[1]
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    """A clone works anywhere: no absolute path of a home, a workplace or a private mirror."""
+    pattern = re.compile(r"(?<![\w.~$}])/(?:home|root|work|Users|opt|mnt|tmp)/\w|\b[A-Z]:\\\\?\w")
+    found = [f"{path.name}: {hit[0]}" for path in _text_files() for hit in pattern.finditer(path.read_text("utf-8"))]
+    assert found == []
+
+
+def test_files_stay_short() -> None:
+    """A Python file can be read in one sitting: under 400 lines."""
+    lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in _text_files() if path.suffix == ".py"}
+    assert {name: lines for name, lines in lengths.items() if lines >= 400} == {}
+
+
+def test_wheel_holds_both_packages(tmp_path: Path) -> None:
+    """One wheel installs two import packages at its top, typed, with the licence and the command."""
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"{package}/py.typed" for package in OURS} <= names
+    assert {f"{package}/__init__.py" for package in OURS} <= names
+    assert {name.partition("/")[0] for name in names} == {
+        *OURS,
+        f"sinkwindow-{PYPROJECT['project']['version']}.dist-info",
+    }
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_importing_a_package_needs_no_lab(package: str) -> None:
+    """The core imports without the lab and without what only the lab asks for."""
+    lab = ("sinkwindow.lab", "typer", "datasets", "pydantic")
+    code = f"import sys, {package}; print([name for name in {lab} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", [*OURS, "sinkwindow.storage"])
+@pytest.mark.parametrize("call", ["torch.empty(3)", "torch.empty_like(torch.ones(3))", "torch.ones(1).new_empty(3)"])
+def test_our_fresh_memory_is_poisoned(module: str, call: str) -> None:
+    """Memory that our packages ask for uninitialised is NaN until it is written."""
+    assert _probe(module, call).isnan().all()
+
+
+def test_fresh_indices_are_poisoned() -> None:
+    """An index that nobody wrote points outside of every tensor."""
+    assert (_probe("sinkwindow", "torch.empty(3, dtype=torch.long)") == torch.iinfo(torch.long).max).all()
+
+
+def test_memory_of_others_is_left_alone() -> None:
+    """Only our own calls are poisoned: a module of torch or transformers allocates as ever."""
+    before = _probe("sinkwindow", "torch.empty(3)").clone()
+    other = _probe("sinkwindow_elsewhere", "torch.empty(3).zero_()")
+    assert before.isnan().all()
+    assert not other.isnan().any()
+
+
+def test_readme_warns_before_it_shows() -> None:
+    """A reader learns that evicted text is gone before the first line of code."""
+    readme = _read("README.md")
+    assert 0 < readme.index("Evicted text is gone") < readme.index("```")
+
+
+@pytest.mark.parametrize(
+    ("folder", "banned"),
+    [("reference", "sinkwindow"), ("optimized", "sinkwindow_reference")],
+    ids=["reference", "optimized"],
+)
+def test_packages_may_not_import_each_other(folder: str, banned: str) -> None:
+    """The judge does not know the judged, and the other way round outside the lab."""
+    pattern = re.compile(rf"^\s*(?:from|import)\s+{banned}(?:\.|\s|$)", re.MULTILINE)
+    files = [path for path in (ROOT / folder).rglob("*.py") if "lab" not in path.relative_to(ROOT).parts]
+    assert [path.name for path in files if pattern.search(path.read_text("utf-8"))] == []
