@@ -1,0 +1,129 @@
+"""How a cache gets between a model and its attention: three hooks, and nothing of the model replaced.
+
+* before the decoder runs, the cache plans the call and rewrites ``position_ids`` and ``attention_mask``;
+* after it ran, the cache takes the call over; after it failed, the cache forgets it;
+* in float64 the rotary module's angles, which transformers makes in float32, are made again in float64.
+
+The hooks are plain functions without state: they act on calls that carry a ``StreamingCache`` and return at once for
+all others, survive pickling and copying of the model, and are removed with the last cache that uses the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sinkwindow.attention import call_under_way
+from sinkwindow.families import rotary_modules
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from sinkwindow.cache import StreamingCache
+
+__all__ = ["CACHE_NAMES", "attach", "detach"]
+
+CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
+
+
+@dataclass(slots=True)
+class _Attachment:
+    """The hooks of one decoder and the caches that need them."""
+
+    handles: list[RemovableHandle]
+    users: set[int] = field(default_factory=set)
+
+
+_attachments: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    decoder: nn.Module, cache: StreamingCache
+) -> weakref.finalize[[weakref.ref[nn.Module], int], StreamingCache]:
+    """Hook a decoder for a cache; the hooks go when the returned finalizer runs, at the latest with the cache."""
+    if decoder not in _attachments:
+        handles = [
+            decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            decoder.register_forward_hook(_after_forward, with_kwargs=True),
+            decoder.register_forward_hook(_after_any_forward, with_kwargs=True, always_call=True),
+        ]
+        handles += [module.register_forward_hook(_exact_angles, with_kwargs=True) for module in rotary_modules(decoder)]
+        _attachments[decoder] = _Attachment(handles)
+    _attachments[decoder].users.add(id(cache))
+    return weakref.finalize(cache, detach, weakref.ref(decoder), id(cache))
+
+
+def detach(decoder_ref: weakref.ref[nn.Module], user: int) -> None:
+    """Release a decoder; its last user takes the hooks away."""
+    decoder = decoder_ref()
+    attachment = None if decoder is None else _attachments.get(decoder)
+    if decoder is None or attachment is None:
+        return
+    attachment.users.discard(user)
+    if not attachment.users:
+        for handle in attachment.handles:
+            handle.remove()
+        del _attachments[decoder]
+
+
+def _cache_of(kwargs: dict[str, Any]) -> StreamingCache | None:
+    from sinkwindow.cache import StreamingCache  # noqa: PLC0415 - the cache imports this module
+
+    for name in CACHE_NAMES:
+        if isinstance(kwargs.get(name), StreamingCache):
+            cache: StreamingCache = kwargs[name]
+            return cache
+    return None
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the positional arguments of a forward call."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _before_forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    named = _named(module, args, kwargs)
+    cache = _cache_of(named)
+    return None if cache is None else ((), cache.begin_call(module, named))
+
+
+def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG001
+    cache = _cache_of(kwargs)
+    if cache is not None:
+        cache.commit_call()
+
+
+def _after_any_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG001
+    cache = _cache_of(_named(module, args, kwargs))
+    if cache is not None:
+        cache.rollback()
+
+
+def _exact_angles(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Sharpen float64 cosines and sines to float64 angles; other dtypes keep the model's own numbers bit for bit."""
+    if not call_under_way() or not isinstance(output, tuple) or output[0].dtype != torch.float64:
+        return None
+    named = _named(module, args, kwargs)
+    inv_freq = cast("Tensor", module.inv_freq)
+    angles = named["position_ids"][..., None].double() * inv_freq.double()
+    scale = float(getattr(module, "attention_scaling", 1.0))
+    return tuple(
+        _sharpen(table, exact * scale) for table, exact in zip(output, (angles.cos(), angles.sin()), strict=True)
+    )
+
+
+def _sharpen(table: Tensor, exact: Tensor) -> Tensor:
+    """Lay exact values out as the model does: halves side by side, pairs side by side, or as they are."""
+    layouts = (torch.cat((exact, exact), dim=-1), exact.repeat_interleave(2, dim=-1), exact)
+    fitting = [layout for layout in layouts if layout.shape == table.shape]
+    return min(fitting, key=lambda layout: float((layout - table).abs().max()), default=table)

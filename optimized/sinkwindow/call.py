@@ -1,0 +1,197 @@
+"""One forward call in the making: what each layer is handed back, and what is taken over when all layers are done.
+
+A call is planned before the first layer runs and committed after the last. In between it only writes to slots that
+hold no retained token, or keeps what it will need aside; dropping the plan drops the call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sinkwindow.attention import Band, BandedLayer, band_of
+from sinkwindow.storage import KeyValue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sinkwindow.lanes import Lane, LaneCall
+    from sinkwindow.storage import Bank, SlotPool
+
+__all__ = ["PoolCall"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One layer's share of a bank during a call that writes into the slots."""
+
+    write: KeyValue
+    read: KeyValue
+
+
+@dataclass(slots=True, eq=False)
+class PoolCall:
+    """The part of a call that one pool plays.
+
+    Attributes:
+        pool: The pool, made ready for the call.
+        lanes: The call, lane by lane.
+        in_slots: Whether the call's tokens go straight into the slots; otherwise they are kept aside until the end.
+        held: Cached columns that every layer returns in front of the call's columns.
+        evicted: Tokens that each lane will have evicted after the call.
+        banded: Where each layer's attention finds its band; ``None`` when the model's own attention is exact.
+    """
+
+    pool: SlotPool
+    lanes: list[LaneCall]
+    in_slots: bool
+    held: int
+    evicted: list[int]
+    banded: dict[int, BandedLayer] | None
+    _targets: dict[int, _Target] = field(default_factory=dict)
+    _windows: dict[int, KeyValue] = field(default_factory=dict)
+    _sinks: dict[int, KeyValue] = field(default_factory=dict)
+    _bands: dict[torch.device, Band] = field(default_factory=dict)
+    _done: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Slice all layers of a bank at once: a handful of views per call instead of a handful per layer."""
+        if not self.in_slots:
+            return
+        end, columns = self.pool.end, self.lanes[0].columns
+        for bank in self.pool.banks:
+            writes = [tensor[..., end : end + columns, :].unbind() for tensor in bank.slots]
+            reads = [tensor[..., end - self.held : end + columns, :].unbind() for tensor in bank.slots]
+            for layer, write_key, write_value, read_key, read_value in zip(bank.layers, *writes, *reads, strict=True):
+                self._targets[layer] = _Target(KeyValue(write_key, write_value), KeyValue(read_key, read_value))
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values, and hand back all that its queries may look at.
+
+        Args:
+            layer: The model's layer index.
+            key: ``[batch, kv_heads, columns, head_dim]``, rotated by the model.
+            value: ``[batch, kv_heads, columns, value_dim]``.
+
+        Returns:
+            Keys and values, ``[batch, kv_heads, held + columns, ...]``.
+        """
+        fresh = KeyValue(key.detach(), value.detach())
+        if self._newborn_sinks() or not self.in_slots or self.banded is not None:
+            self._sinks[layer] = self._collect_sinks(layer, fresh)
+        states = self._store(layer, fresh) if self.in_slots else self._keep_aside(layer, KeyValue(key, value))
+        if self.banded is not None:
+            self.banded[layer] = BandedLayer(self._band(key.device), self.pool.rotary, *self._sinks[layer])
+        self._done.add(layer)
+        return states
+
+    def commit(self, lanes: list[Lane]) -> None:
+        """Take the call over; ``lanes`` are as they are after it.
+
+        Raises:
+            RuntimeError: Some layer never handed over its keys; nothing is taken over then.
+        """
+        missing = [layer for layer in self.pool.layers if layer not in self._done]
+        if missing:
+            msg = f"Layers {missing} did not update the cache in this call; it is undone."
+            raise RuntimeError(msg)
+        if self.in_slots:
+            self.pool.advance(self.lanes, self.evicted)
+        else:
+            self.pool.absorb(lanes, self.evicted, self._windows, self._sinks)
+
+    def _store(self, layer: int, fresh: KeyValue) -> KeyValue:
+        target = self._targets[layer]
+        target.write.keys.copy_(fresh.keys)
+        target.write.values.copy_(fresh.values)
+        return target.read
+
+    def _keep_aside(self, layer: int, fresh: KeyValue) -> KeyValue:
+        """Put the cached columns in front, and keep of both what the window will need."""
+        if self.held:
+            bank, position = self._locate(layer)
+            slots = (tensor[position, :, :, self.pool.end - self.held : self.pool.end] for tensor in bank.slots)
+            states = KeyValue(*(torch.cat(pair, dim=2) for pair in zip(slots, fresh, strict=True)))
+        else:
+            states = fresh
+        self._windows[layer] = self._last(states)
+        return states
+
+    def _last(self, states: KeyValue) -> KeyValue:
+        """Give the window that is left after the call, right-aligned, rotated at the lanes' last offset."""
+        keys, values = (tensor.detach() for tensor in states)
+        counts = [self._window_length(r) for r in range(len(self.lanes))]
+        columns = [self._window_columns(r, max(counts)) for r in range(len(self.lanes))]
+        if all(lane.real is None for lane in self.lanes):
+            keys, values = (tensor[:, :, tensor.shape[2] - max(counts) :].clone() for tensor in (keys, values))
+        else:
+            index = torch.tensor(columns, dtype=torch.long, device=keys.device)[:, None, :, None]
+            keys, values = (
+                tensor.take_along_dim(index.expand(tensor.shape[0], tensor.shape[1], -1, tensor.shape[3]), dim=2)
+                for tensor in (keys, values)
+            )
+        shift = self._window_shift(max(counts), keys.device)
+        return KeyValue(keys if shift is None else self.pool.rotary.move(keys, shift), values)
+
+    def _window_length(self, r: int) -> int:
+        return self.pool.retention.window_length(self.lanes[r].seen_after, self.evicted[r])
+
+    def _window_columns(self, r: int, count: int) -> list[int]:
+        """List the columns of a row's last ``count`` tokens; column 0 stands in for tokens that never were."""
+        lane = self.lanes[r]
+        naturals = range(lane.seen_after - count, lane.seen_after)
+        return [max(0, lane.column(natural, self.held)) if natural >= 0 else 0 for natural in naturals]
+
+    def _window_shift(self, count: int, device: torch.device) -> Tensor | None:
+        """Give the distance of each kept key to the call's last offset, ``[lanes, 1, count]``; ``None`` if all zero."""
+        if all(len(lane.segments) == 1 for lane in self.lanes):
+            return None
+        shifts = []
+        for lane in self.lanes:
+            naturals = torch.arange(lane.seen_after - count, lane.seen_after, device=device)
+            shifts.append(lane.offsets(naturals) - lane.segments[-1].offset)
+        return torch.stack(shifts)[:, None]
+
+    def _newborn_sinks(self) -> bool:
+        sinks = self.pool.retention.sinks
+        return any(sinks(lane.seen) < sinks(lane.seen_after) for lane in self.lanes)
+
+    def _collect_sinks(self, layer: int, fresh: KeyValue) -> KeyValue:
+        """Give the pristine sinks, those that this call brings included; slots of sinks yet to come are zeros.
+
+        Sinks beyond a row's committed ones are nobody's yet, so the pool's own tensors may be written at once.
+        """
+        count = max(self.pool.retention.sinks(lane.seen_after) for lane in self.lanes)
+        if self.pool.banks:
+            bank, position = self._locate(layer)
+            sinks = KeyValue(*(tensor[position, :, :, :count] for tensor in bank.sinks))
+        else:
+            sinks = KeyValue(*(tensor.new_zeros((*tensor.shape[:2], count, tensor.shape[3])) for tensor in fresh))
+        for index, where, columns in self._births():
+            for target, source in zip(sinks, fresh, strict=True):
+                target[index, :, where] = source[index][:, :, columns]
+        return sinks
+
+    def _births(self) -> Iterator[tuple[slice, slice, list[int] | slice]]:
+        """List the sinks that the call brings: batch slice, sink indices, columns of the call."""
+        for r, lane in enumerate(self.lanes):
+            first, last = lane.seen, self.pool.retention.sinks(lane.seen_after)
+            if first < last:
+                columns = slice(0, last - first) if lane.real is None else lane.real[: last - first]
+                yield slice(None) if len(self.lanes) == 1 else slice(r, r + 1), slice(first, last), columns
+
+    def _locate(self, layer: int) -> tuple[Bank, int]:
+        for bank in self.pool.banks:
+            if layer in bank.layers:
+                return bank, bank.layers.index(layer)
+        msg = f"Layer {layer} has no bank."
+        raise KeyError(msg)
+
+    def _band(self, device: torch.device) -> Band:
+        if device not in self._bands:
+            evicted = [row.evicted for row in self.pool.rows]
+            self._bands[device] = band_of(self.lanes, evicted, self.pool.retention, self.held, device)
+        return self._bands[device]

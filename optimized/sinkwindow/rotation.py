@@ -1,0 +1,62 @@
+"""Rotary position embedding as a group action: moving a cached key by some positions.
+
+RoPE turns channel pair ``i`` of a vector at position ``p`` by the angle ``p * inv_freq[i]`` (RoFormer, arXiv
+2104.09864, eq. 34). Turning an already turned key by ``d * inv_freq[i]`` moves it by ``d`` positions, so a
+cached key can be moved without knowing its unrotated value. Angles are always made in float64 from integer positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rotary"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotary:
+    """The rotation that a group of layers uses.
+
+    Attributes:
+        inv_freq: Angle per position of each channel pair, ``[pairs]``, the model's own buffer [rad].
+        interleaved: ``False`` pairs channels ``(i, i + pairs)``, ``True`` pairs ``(2 i, 2 i + 1)``.
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+
+    def move(self, states: Tensor, distance: int | Tensor) -> Tensor:
+        """Move rotated vectors by ``distance`` positions.
+
+        Args:
+            states: ``[..., tokens, head_dim]``; channels beyond ``2 * pairs`` pass through untouched.
+            distance: Positions to move by; an int, or an integer tensor that broadcasts to ``[..., tokens]``.
+
+        Returns:
+            Moved vectors of the same shape and dtype, computed in at least float32: one rounding per move.
+        """
+        wide = torch.promote_types(states.dtype, torch.float32)
+        cos, sin = self._cos_sin(distance, states.device, wide)
+        width = 2 * self.inv_freq.shape[0]
+        first, second = self._split(states[..., :width].to(wide))
+        turned = self._join(first * cos - second * sin, second * cos + first * sin).to(states.dtype)
+        return turned if width == states.shape[-1] else torch.cat((turned, states[..., width:]), dim=-1)
+
+    def _cos_sin(self, distance: int | Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Give cosines and sines, ``[..., tokens, pairs]`` (or ``[pairs]`` for an int), rounded once to ``dtype``."""
+        exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        inv_freq = self.inv_freq.to(device=device, dtype=exact)
+        angles = distance * inv_freq if isinstance(distance, int) else distance.to(device, exact)[..., None] * inv_freq
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _split(self, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        if self.interleaved:
+            return rotary[..., 0::2], rotary[..., 1::2]
+        return rotary[..., : rotary.shape[-1] // 2], rotary[..., rotary.shape[-1] // 2 :]
+
+    def _join(self, first: Tensor, second: Tensor) -> Tensor:
+        if self.interleaved:
+            return torch.stack((first, second), dim=-1).flatten(-2)
+        return torch.cat((first, second), dim=-1)
