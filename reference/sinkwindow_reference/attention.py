@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinkwindow_reference.rotation import rotate
+from sinkwindow_reference.rotation import cos_sin, turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,9 +40,9 @@ def rank_attention(
         Outputs `[batch, heads, tokens, value_dim]` in the dtype of `query`.
 
     Raises:
-        ValueError: If the heads are no multiple of the KV heads, or there is not one retained list per query.
+        ValueError: If the heads are no multiple of the KV heads, or there is no query, or not one list per query.
     """
-    if query.shape[1] % key.shape[1] or len(retained) != query.shape[2]:
+    if query.shape[1] % key.shape[1] or not retained or len(retained) != query.shape[2]:
         raise ValueError(
             f"query {tuple(query.shape)} needs a multiple of the {key.shape[1]} KV heads and one retained list per "
             f"token, got {len(retained)} lists"
@@ -50,13 +50,14 @@ def rank_attention(
     dtype = torch.float64 if upcast else query.dtype
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    ranks = torch.arange(max(map(len, retained)), device=q.device)
+    cos, sin = cos_sin(ranks, inv_freq, dtype)  # [ranks, pairs], the same for every query
     outputs = []
     for token, kept in enumerate(retained):
-        index = torch.tensor(kept, device=k.device)
-        ranks = torch.arange(len(kept), device=k.device)
-        k_kept = rotate(k[:, :, index], ranks, inv_freq, interleaved=interleaved)
-        q_token = rotate(q[:, :, token : token + 1], ranks[-1:], inv_freq, interleaved=interleaved)
-        outputs.append(_attend(q_token, k_kept, v[:, :, index], scaling))
+        index, length = torch.tensor(kept, device=k.device), len(kept)
+        k_kept = turn(k.index_select(2, index), cos[:length], sin[:length], interleaved=interleaved)
+        q_last = turn(q[:, :, [token]], cos[length - 1 : length], sin[length - 1 : length], interleaved=interleaved)
+        outputs.append(_attend(q_last, k_kept, v.index_select(2, index), scaling))
     return torch.cat(outputs, dim=2).to(query.dtype)
 
 

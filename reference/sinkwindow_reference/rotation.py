@@ -21,15 +21,30 @@ def rotate(
     Raises:
         ValueError: If `x` has fewer than `2 * len(inv_freq)` channels.
     """
-    pairs = inv_freq.numel()
-    if 2 * pairs > x.shape[-1]:
-        raise ValueError(
-            f"inv_freq rotates {2 * pairs} channels, x has only {x.shape[-1]}: give the inv_freq of x's own model"
-        )
-    # Angles in float64: float32 would be off by 0.06 rad at position 10^6, bfloat16 already at 256.
+    return turn(x, *cos_sin(positions, inv_freq, x.dtype), interleaved=interleaved)
+
+
+def cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines `[tokens, pairs]`, computed in float64 and cast.
+
+    float32 angles would be off by 0.06 rad at position 10^6; bfloat16 cannot tell 256 from 257.
+    """
     angles = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)[None, :]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    rotated, passed = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
+    """Rotate as `rotate` does, by angles that are given as cosines and sines `[tokens, pairs]`.
+
+    Raises:
+        ValueError: If `x` has fewer than `2 * pairs` channels.
+    """
+    channels = 2 * cos.shape[-1]
+    if channels > x.shape[-1]:
+        raise ValueError(
+            f"inv_freq rotates {channels} channels, x has {x.shape[-1]}: give the inv_freq of x's own model"
+        )
+    rotated, passed = x[..., :channels], x[..., channels:]
     first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     if interleaved:
