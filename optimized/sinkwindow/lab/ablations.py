@@ -1,0 +1,140 @@
+"""Two mistakes, made on purpose and measured: they explain numbers that others have published.
+
+Both run on the stock `DynamicCache` and compress it with `index_select`, as a hand-written loop would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.sessions import Session
+
+
+class CompressedSession(Session):
+    """A stock cache that is cut to the first S and some of the last tokens."""
+
+    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
+        """Makes a stock cache without sliding layers.
+
+        Args:
+            model: a causal language model in eval mode.
+            num_sinks: S [tokens].
+            window: W [tokens].
+            buffer: B [tokens].
+        """
+        super().__init__(model)
+        self.cache = DynamicCache()
+        self._sinks, self._window, self._buffer = num_sinks, window, buffer
+
+    @property
+    def kept_tokens(self) -> int:
+        """Columns in the cache [tokens]."""
+        return int(self.cache.get_seq_length())
+
+    def _at_ranks(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        """A forward with each new token at the rank at which it is inserted."""
+        kept = self.kept_tokens
+        ranks = torch.arange(kept, kept + ids.shape[1], device=ids.device)[None]
+        return self._forward(ids, last_only=last_only, position_ids=ranks)
+
+    def _keep(self, last: int) -> int:
+        """Cuts every layer to the first S and the `last` tokens; returns by how much these moved [tokens]."""
+        kept = self.kept_tokens
+        for layer in self.cache.layers:
+            chosen = torch.arange(kept, device=layer.keys.device)
+            chosen = chosen[(chosen < self._sinks) | (chosen >= kept - last)]
+            layer.keys = layer.keys.index_select(2, chosen)
+            layer.values = layer.values.index_select(2, chosen)
+        self.evictions += 1
+        return kept - self.kept_tokens
+
+
+class StaleRanksSession(CompressedSession):
+    """The right tokens at the wrong places: a key keeps the rotation of the rank at which it was inserted.
+
+    After the first eviction new queries come at ranks that older keys already had, so these keys seem to lie beside
+    or after the query. Nothing else is wrong: the retained tokens are exactly those of `streaming_S_W_B`.
+    """
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        parts = []
+        while ids.shape[1]:
+            room = self._sinks + self._window + self._buffer + 1 - self.kept_tokens
+            piece, ids = ids[:, :room], ids[:, room:]
+            parts.append(self._at_ranks(piece, last_only=last_only))
+            if piece.shape[1] == room:  # the piece ends where the rule evicts, so that no query sees too much
+                self._keep(self._window)
+        return parts[-1] if last_only else torch.cat(parts, dim=1)
+
+
+class EagerEvictionSession(CompressedSession):
+    """The right positions for too few tokens: the cache is cut to S + W *before* the attention of every call.
+
+    A call has B tokens (one where B is 0; a shorter piece at the end). Appending its n tokens and cutting to S + W
+    at once leaves room for W - n older ones, so the call's first query misses n - 1 tokens of its window and the
+    buffer, made to postpone evictions, does nothing. Keys that move are rotated to their new ranks, in float64.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
+        """Finds the model's rotation too.
+
+        Args:
+            model: a causal language model in eval mode.
+            num_sinks: S [tokens].
+            window: W [tokens].
+            buffer: B, the tokens of a call [tokens]; at most W.
+
+        Raises:
+            LabError: if a call would push its own tokens out, or the model has no rotary embedding.
+        """
+        super().__init__(model, num_sinks, window, buffer)
+        if buffer > window:
+            message = f"eager_eviction with buffer {buffer} above window {window}: a call would evict its own tokens"
+            raise LabError(message)
+        self._inv_freq = inverse_frequencies(model)
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        pieces = ids.split(max(self._buffer, 1), dim=1)
+        parts = [self._cut_and_attend(piece, last_only=last_only) for piece in pieces]
+        return parts[-1] if last_only else torch.cat(parts, dim=1)
+
+    def _cut_and_attend(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        if self.kept_tokens + ids.shape[1] > self._sinks + self._window:
+            moved = self._keep(self._window - ids.shape[1])
+            for layer in self.cache.layers:
+                self._rotate_back(layer, moved)
+        return self._at_ranks(ids, last_only=last_only)
+
+    def _rotate_back(self, layer: Any, moved: int) -> None:
+        """Turns the keys behind the sinks to their new ranks; rotations add up, so the old angle need not be known."""
+        from sinkwindow_reference import rotate  # noqa: PLC0415 - the lab may, and only this ablation needs it
+
+        recent = layer.keys[:, :, self._sinks :]
+        ranks = torch.full((recent.shape[2],), -moved, device=recent.device)
+        turned = rotate(recent, ranks, self._inv_freq.to(recent.device))
+        layer.keys = torch.cat((layer.keys[:, :, : self._sinks], turned.to(recent.dtype)), dim=2)
+
+
+def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor:
+    """The angles per position of a model with one ordinary half-split rotary embedding.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        [rotary_dim / 2], float32.
+
+    Raises:
+        LabError: if there is no such embedding, or it is of a kind that this ablation does not handle.
+    """
+    found = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
+    if not found or getattr(found[0], "rope_type", "default") not in {"default", "linear", "llama3"}:
+        kind = model.config.model_type
+        message = f"eager_eviction rotates keys itself and knows plain rotary embeddings only, not those of {kind!r}"
+        raise LabError(message)
+    frequencies: torch.Tensor = found[0].inv_freq.detach().float()
+    return frequencies

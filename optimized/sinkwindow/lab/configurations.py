@@ -1,0 +1,194 @@
+"""Configurations as data: one registry for perplexity, speed, tables and benchmarks.
+
+| name | what it is |
+|---|---|
+| `baseline` | dense attention over everything, a growing `DynamicCache` |
+| `streaming_S_W[_B]` | `StreamingCache`: S sinks, W recent tokens, buffer B (64 where left out) |
+| `window_0_W[_B]` | the same without sinks (B is 0 where left out) |
+| `recompute_W` | sliding window with re-computation: no cache, the last W tokens run again for every token |
+| `stale_ranks_S_W[_B]` | ablation: keys keep the rotation of the rank at which they were inserted |
+| `eager_eviction_S_W[_B]` | ablation: calls of B tokens, the cache cut to S + W *before* attention |
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.records import ConfigurationRecord
+
+Kind = Literal["baseline", "streaming", "window", "recompute", "stale_ranks", "eager_eviction"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the names of one kind look."""
+
+    kind: Kind
+    pattern: str
+    example: str
+    buffer: int | None
+    meaning: str
+    ablation: bool = False
+
+
+SHAPES = (
+    Shape("baseline", r"baseline", "baseline", None, "dense attention over the whole text, a growing cache"),
+    Shape(
+        "streaming",
+        r"streaming_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
+        "streaming_8_256_64",
+        64,
+        "the first S and the last W tokens, positions are ranks in the cache",
+    ),
+    Shape(
+        "window",
+        r"window_(?P<sinks>0)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
+        "window_0_264",
+        0,
+        "the last W tokens, no sinks, positions are ranks in the cache",
+    ),
+    Shape(
+        "recompute",
+        r"recompute_(?P<window>\d+)",
+        "recompute_264",
+        None,
+        "sliding window with re-computation: the last W tokens run again for every token",
+    ),
+    Shape(
+        "stale_ranks",
+        r"stale_ranks_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
+        "stale_ranks_8_256",
+        64,
+        "wrong on purpose: cached keys keep the rotation of the rank at which they were inserted",
+        ablation=True,
+    ),
+    Shape(
+        "eager_eviction",
+        r"eager_eviction_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
+        "eager_eviction_8_256",
+        64,
+        "wrong on purpose: in calls of B tokens the cache is cut to S + W before attention, not after it",
+        ablation=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way of remembering; S, W and B are None where the kind has none."""
+
+    name: str
+    kind: Kind
+    num_sinks: int | None
+    window: int | None
+    buffer: int | None
+    ablation: bool
+    meaning: str
+
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """S, W and B of a configuration that evicts.
+
+        Raises:
+            LabError: if the kind has no such limits.
+        """
+        if self.num_sinks is None or self.window is None or self.buffer is None:
+            message = f"configuration {self.name!r} has no sinks, window and buffer"
+            raise LabError(message)
+        return self.num_sinks, self.window, self.buffer
+
+    def record(self) -> ConfigurationRecord:
+        """The configuration as it is written beside its measurements."""
+        return ConfigurationRecord(
+            name=self.name,
+            kind=self.kind,
+            num_sinks=self.num_sinks,
+            window=self.window,
+            buffer=self.buffer,
+            ablation=self.ablation,
+            meaning=self.meaning,
+        )
+
+
+def parse(name: str) -> Configuration:
+    """Reads a configuration's name.
+
+    Args:
+        name: such as `baseline` or `streaming_8_256`; see the table above.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        LabError: if no kind has names of this shape, or a number is out of range; the message lists the shapes.
+    """
+    for shape in SHAPES:
+        found = re.fullmatch(shape.pattern, name)
+        if found is not None:
+            return _from_match(name, shape, found.groupdict())
+    shapes = ", ".join(shape.example for shape in SHAPES)
+    message = f"unknown configuration {name!r}; names look like {shapes}"
+    raise LabError(message)
+
+
+def parse_list(names: str) -> list[Configuration]:
+    """Reads names separated by commas.
+
+    Args:
+        names: such as `baseline,streaming_8_256`.
+
+    Returns:
+        The configurations in the given order.
+
+    Raises:
+        LabError: if a name is unknown, appears twice, or there is none.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        message = f"no configuration in {names!r}; give names such as baseline,streaming_8_256"
+        raise LabError(message)
+    repeated = sorted({name for name in wanted if wanted.count(name) > 1})
+    if repeated:
+        message = f"configuration {repeated[0]!r} is given twice; name each one once"
+        raise LabError(message)
+    return [parse(name) for name in wanted]
+
+
+def streaming(num_sinks: int, window: int, buffer: int) -> Configuration:
+    """The streaming configuration with these numbers, under its full name.
+
+    Args:
+        num_sinks: S >= 0 [tokens].
+        window: W >= 1 [tokens].
+        buffer: B >= 0 [tokens].
+
+    Returns:
+        The configuration.
+
+    Raises:
+        LabError: if a number is out of range.
+    """
+    for option, value, least in (("sinks", num_sinks, 0), ("window", window, 1), ("buffer", buffer, 0)):
+        if value < least:
+            message = f"{option}={value} is too small: it must be {least} or more"
+            raise LabError(message)
+    return parse(f"streaming_{num_sinks}_{window}_{buffer}")
+
+
+def _from_match(name: str, shape: Shape, groups: dict[str, str | None]) -> Configuration:
+    numbers = {key: int(value) for key, value in groups.items() if value is not None}
+    if numbers.get("window", 1) < 1:
+        message = f"configuration {name!r} has window 0: it must keep at least one recent token"
+        raise LabError(message)
+    return Configuration(
+        name=name,
+        kind=shape.kind,
+        num_sinks=numbers.get("sinks"),
+        window=numbers.get("window"),
+        buffer=numbers.get("buffer", shape.buffer),
+        ablation=shape.ablation,
+        meaning=shape.meaning,
+    )

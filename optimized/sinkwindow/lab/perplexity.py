@@ -1,0 +1,155 @@
+"""Stateful perplexity: one session reads the text once, and each target is scored once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow.lab.configurations import Configuration
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.records import PerplexityRecord
+from sinkwindow.lab.sessions import Session, open_session
+from sinkwindow.lab.timing import Clock, clock_for
+from sinkwindow.lab.tokens import TokenText
+
+BLOCK = 256  # tokens per call: logits of a block are the largest tensor of an evaluation
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A measurement with every token's loss.
+
+    Attributes:
+        record: the numbers.
+        nll: [targets], float64, natural logarithm; entry i is the loss of token i + 1.
+    """
+
+    record: PerplexityRecord
+    nll: torch.Tensor
+
+
+def token_losses(
+    session: Session,
+    ids: torch.Tensor,
+    *,
+    block: int = BLOCK,
+    on_block: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Negative log likelihoods of tokens 1 .. n-1.
+
+    Args:
+        session: fresh.
+        ids: [1, tokens], two or more.
+        block: tokens per call [tokens]; for a chunk-invariant session any number gives the same losses.
+        on_block: told how many targets each block added.
+
+    Returns:
+        [tokens - 1], float64, on the CPU.
+
+    Raises:
+        LabError: if `block` is below 1 or there is no target.
+    """
+    if block < 1:
+        message = f"block={block} must be 1 or more"
+        raise LabError(message)
+    if ids.shape[1] < 2:  # noqa: PLR2004 - a token and a target
+        message = f"{ids.shape[1]} token(s) have no target to score: give 2 or more"
+        raise LabError(message)
+    losses = []
+    for start in range(0, ids.shape[1] - 1, block):
+        stop = min(start + block, ids.shape[1] - 1)  # the last token is a target only: nothing follows it
+        losses.append(_block_losses(session.feed(ids[:, start:stop]), ids[:, start + 1 : stop + 1]))
+        if on_block is not None:
+            on_block(stop - start)
+    return torch.cat(losses)
+
+
+def summarise(nll: torch.Tensor, text_bytes: int) -> dict[str, float]:
+    """Token-weighted figures of losses.
+
+    Args:
+        nll: [targets], float64, natural logarithm.
+        text_bytes: UTF-8 bytes of the scored text [bytes].
+
+    Returns:
+        `mean_nll`, `standard_error` of that mean (tokens taken as independent), `perplexity`, `bits_per_byte`.
+    """
+    mean = float(nll.mean())
+    error = float(nll.std() / math.sqrt(len(nll))) if len(nll) > 1 else 0.0
+    bits = float(nll.sum()) / math.log(2) / max(text_bytes, 1)
+    return {"mean_nll": mean, "standard_error": error, "perplexity": math.exp(mean), "bits_per_byte": bits}
+
+
+def measure(
+    configuration: Configuration,
+    model: PreTrainedModel,
+    text: TokenText,
+    *,
+    block: int = BLOCK,
+    clock: Clock | None = None,
+    on_block: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Perplexity of one configuration on one text.
+
+    Args:
+        configuration: how to remember.
+        model: a causal language model in eval mode.
+        text: what to read.
+        block: tokens per call [tokens].
+        clock: for the evaluation's speed; the device's own by default.
+        on_block: told how many targets each block added.
+
+    Returns:
+        The record and every token's loss.
+
+    Raises:
+        LabError: if the configuration does not fit the model, or an option is out of range.
+    """
+    device = next(model.parameters()).device
+    clock = clock or clock_for(device)
+    session = open_session(configuration, model)
+    try:
+        marks = [clock.mark()]
+        nll = token_losses(session, text.ids.to(device), block=block, on_block=on_block)
+        marks.append(clock.mark())
+        record = _record(configuration, text, session, nll, block=block, seconds=clock.seconds(marks)[1])
+    finally:
+        session.close()
+    return Perplexity(record, nll)
+
+
+def _record(
+    configuration: Configuration,
+    text: TokenText,
+    session: Session,
+    nll: torch.Tensor,
+    *,
+    block: int,
+    seconds: float,
+) -> PerplexityRecord:
+    return PerplexityRecord(
+        configuration=configuration.name,
+        corpus=text.corpus,
+        tokens=text.ids.shape[1],
+        targets=len(nll),
+        targets_sha256=text.sha256,
+        bos=text.bos,
+        block=block,
+        text_bytes=text.text_bytes,
+        seconds=seconds,
+        evictions=session.evictions,
+        kept_tokens=session.kept_tokens,
+        cache_bytes=session.cache_bytes,
+        **summarise(nll, text.text_bytes),
+    )
+
+
+def _block_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses of one block, computed in float32 at least and returned in float64 [tokens]."""
+    wide = logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(wide, targets[0].to(wide.device), reduction="none")
+    return losses.double().cpu()
