@@ -1,0 +1,439 @@
+"""The reference against what can be worked out without it: hand-written lists, dense attention, stock models.
+
+Where a stock model in float64 is the other side, 1e-6 is as near as it gets: transformers makes angles, and RMS norms,
+in float32 whatever the model's dtype. Where both sides are ours the bound is 1e-12.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sinkwindow_reference import (
+    RetainedList,
+    generate_by_index_select,
+    rank_attention,
+    reference_logits,
+    retained_after,
+    retained_lists,
+    rotate,
+    stream_by_index_select,
+)
+
+STOCK = 1e-6
+OURS = 1e-12
+VOCAB = 50
+HALF_SPLIT = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "stablelm", "smollm3"]
+INTERLEAVED = ["cohere", "ernie4_5", "glm", "glm4", "helium"]
+sizes = st.fixed_dictionaries(
+    {"num_sinks": st.integers(0, 4), "window": st.integers(1, 6), "buffer": st.integers(0, 4)}
+)
+seeds = st.integers(0, 2**16)
+
+
+def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a random float64 model of a family, large weights so that a wrong position cannot hide."""
+    small: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0, "initializer_range": 0.3}
+    if kind not in {"gpt_neox", "phi"}:
+        small["num_key_value_heads"] = 2
+    if kind not in {"gpt_neox", "phi", "stablelm", "cohere", "llama", "mistral", "qwen2"}:
+        small["head_dim"] = 8
+    torch.manual_seed(seed)
+    build: Any = AutoModelForCausalLM.from_config  # untyped in transformers
+    model: PreTrainedModel = build(AutoConfig.for_model(kind, **{**small, **changes})).double().eval()
+    return model
+
+
+def random_ids(seed: int, rows: int, tokens: int) -> Tensor:
+    """Returns token ids `[rows, tokens]`, the padding id left out."""
+    return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def gap(left: Tensor, right: Tensor) -> float:
+    """Returns the largest difference, NaN if anything is."""
+    return float((left - right).abs().max())
+
+
+def heads(seed: int, *shape: int) -> Tensor:
+    """Returns random float64 numbers."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def frequencies(pairs: int) -> Tensor:
+    """Returns RoPE frequencies of which the first is one radian per token `[pairs]`."""
+    return 100.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+
+
+# --- the rule -----------------------------------------------------------------------------------------------------
+
+
+def test_lengths_of_the_seeds_log() -> None:
+    """S=8, W=256, B=64: the list grows to 329, that query still sees all of it, and 264 are left."""
+    lengths = [len(seen) for seen in retained_lists(500, num_sinks=8, window=256, buffer=64)]
+    assert lengths[:329] == list(range(1, 330))
+    assert lengths[329:394] == list(range(265, 330))
+    assert lengths[394:459] == list(range(265, 330))
+
+
+def test_without_a_buffer_the_list_is_s_plus_w_and_then_one_more() -> None:
+    """B=0 is the original implementation of StreamingLLM."""
+    assert retained_lists(6, num_sinks=1, window=2) == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 2, 3, 4],
+        [0, 3, 4, 5],
+    ]
+    assert retained_after(6, num_sinks=1, window=2) == [0, 4, 5]
+
+
+def test_with_a_buffer_evictions_come_in_batches() -> None:
+    """S=1, W=2, B=2: five are allowed, the sixth is seen and takes three others along."""
+    lists = retained_lists(8, num_sinks=1, window=2, buffer=2)
+    assert lists[5:] == [[0, 1, 2, 3, 4, 5], [0, 4, 5, 6], [0, 4, 5, 6, 7]]
+
+
+def test_evict_if_full_names_what_it_drops() -> None:
+    """The sinks, the window and a list that is only just full stay."""
+    kept = RetainedList(num_sinks=2, window=2, buffer=1)
+    for token in range(5):
+        kept.append(token)
+        assert kept.evict_if_full() == []
+    kept.append(5)
+    assert kept.evict_if_full() == [2, 3]
+    assert kept.tokens == [0, 1, 4, 5]
+
+
+def test_evict_call_sees_a_whole_call_and_evicts_once_after_it() -> None:
+    """The seed's rule: with S=1, W=2 a call of 4 after one of 5 attends to 3 + 4 at most."""
+    lists = retained_lists(9, num_sinks=1, window=2, evict="call", chunks=[5, 4])
+    assert lists[4] == [0, 1, 2, 3, 4]
+    assert lists[5:] == [[0, 3, 4, 5], [0, 3, 4, 5, 6], [0, 3, 4, 5, 6, 7], [0, 3, 4, 5, 6, 7, 8]]
+    assert retained_after(9, num_sinks=1, window=2, evict="call", chunks=[5, 4]) == [0, 7, 8]
+    assert retained_lists(9, num_sinks=1, window=2, evict="call")[8] == list(range(9))
+
+
+@given(sizes, st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_calls_do_not_matter_to_evict_token(given_sizes: dict[str, Any], chunks: list[int]) -> None:
+    """Chunk invariance of the lists, and calls of one token make both rules the same."""
+    tokens = sum(chunks)
+    lists = retained_lists(tokens, **given_sizes)
+    assert retained_lists(tokens, **given_sizes, chunks=chunks) == lists
+    assert retained_lists(tokens, **given_sizes, evict="call", chunks=[1] * tokens) == lists
+
+
+@given(sizes, st.integers(1, 60))
+def test_what_is_kept(given_sizes: dict[str, Any], tokens: int) -> None:
+    """First S, last W, the query itself, ascending, never more than one beyond the buffer."""
+    sinks, window, buffer = given_sizes["num_sinks"], given_sizes["window"], given_sizes["buffer"]
+    lists = retained_lists(tokens, **given_sizes)
+    for query, seen in enumerate(lists):
+        assert seen == sorted(set(seen))
+        assert len(seen) <= sinks + window + buffer + 1
+        assert {*range(min(sinks, query)), *range(max(0, query - window), query + 1)} <= set(seen)
+    left = retained_after(tokens, **given_sizes)
+    assert left == lists[-1] or left == lists[-1][:sinks] + lists[-1][-window:]
+    assert len(left) <= sinks + window + buffer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"num_sinks": -1}, ValueError, "num_sinks must be at least 0, got -1"),
+        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ({"buffer": -2}, ValueError, "buffer must be at least 0, got -2"),
+        ({"window": True}, TypeError, "window must be an int, got True"),
+        ({"num_sinks": 1.0}, TypeError, "num_sinks must be an int, got 1.0"),
+        ({"evict": "never"}, ValueError, "evict must be one of .* got 'never'"),
+        ({"chunks": [2, 2]}, ValueError, "add up to the 5 tokens given, got .2, 2. with the sum 4"),
+        ({"chunks": [5, 0]}, ValueError, r"chunks\[1\] must be at least 1, got 0"),
+    ],
+)
+def test_bad_sizes_are_named(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    """An error names the argument and its value, from both functions alike."""
+    good: dict[str, Any] = {"num_sinks": 1, "window": 2}
+    for function in (retained_lists, retained_after):
+        with pytest.raises(error, match=says):
+            function(5, **(good | arguments))
+
+
+# --- rotation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@given(seed=seeds, first=st.integers(-1000, 10**6), second=st.integers(-1000, 10**6))
+def test_rotations_compose_and_undo(*, interleaved: bool, seed: int, first: int, second: int) -> None:
+    """rotate(rotate(x, a), b) is rotate(x, a + b), and -a undoes a."""
+    x, inv_freq = heads(seed, 2, 3, 10), frequencies(4)
+    one, two = torch.full((3,), first), torch.full((3,), second)
+    once = rotate(x, one, inv_freq, interleaved=interleaved)
+    # cos and sin of an angle of 10^6 are good to 10^6 times a rounding step of float64, 1e-10.
+    assert (
+        gap(
+            rotate(once, two, inv_freq, interleaved=interleaved),
+            rotate(x, one + two, inv_freq, interleaved=interleaved),
+        )
+        < 1e-8
+    )
+    assert gap(rotate(once, -one, inv_freq, interleaved=interleaved), x) < OURS
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_each_layout_turns_its_own_pairs(*, interleaved: bool) -> None:
+    """One rotation by hand: a quarter turn of the second of two pairs, all other channels bit-identical."""
+    x = torch.arange(1.0, 7.0, dtype=torch.float64).view(1, 6)
+    quarter = torch.tensor([0.0, torch.pi / 2], dtype=torch.float64)
+    turned = rotate(x, torch.tensor([1]), quarter, interleaved=interleaved)
+    by_hand = [1.0, 2.0, -4.0, 3.0, 5.0, 6.0] if interleaved else [1.0, -4.0, 3.0, 2.0, 5.0, 6.0]
+    assert gap(turned, torch.tensor([by_hand], dtype=torch.float64)) < OURS
+    assert torch.equal(turned[:, 4:], x[:, 4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_do_not_suffer_from_a_low_precision_dtype(dtype: torch.dtype) -> None:
+    """Far out, the rotation is off by the rounding of x, cos and sin, not by that of the position."""
+    x = heads(1, 1, 8)
+    exact = rotate(x.to(dtype).double(), torch.tensor([100_001]), frequencies(4))
+    rounded = rotate(x.to(dtype), torch.tensor([100_001]), frequencies(4))
+    assert rounded.dtype == dtype
+    assert gap(rounded.double(), exact) < 4 * torch.finfo(dtype).eps * float(x.abs().max())
+
+
+def test_more_frequencies_than_channels_are_refused() -> None:
+    """The frequencies of another model are noticed."""
+    with pytest.raises(ValueError, match="rotates 8 channels, x has 6"):
+        rotate(torch.zeros(1, 6), torch.tensor([0]), frequencies(4))
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor, *, interleaved: bool) -> Tensor:
+    """Returns causal attention at natural positions by the textbook, with complex numbers for the rotation."""
+    tokens, pairs = query.shape[2], len(inv_freq)
+
+    def turned(x: Tensor) -> Tensor:
+        pair = x[..., : 2 * pairs].reshape(*x.shape[:-1], *((pairs, 2) if interleaved else (2, pairs)))
+        real, imaginary = pair.unbind(-1 if interleaved else -2)
+        angle = torch.arange(tokens)[:, None] * inv_freq
+        z = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([z.real, z.imag, x[..., 2 * pairs :]], dim=-1)  # the order of channels cancels in the product
+
+    groups = query.shape[1] // key.shape[1]
+    scores = turned(query) @ turned(key).repeat_interleave(groups, 1).mT * query.shape[-1] ** -0.5
+    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    weights: Tensor = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return weights @ value.repeat_interleave(groups, 1)
+
+
+@given(seeds, st.integers(1, 12), st.sampled_from([1, 2, 4]), st.integers(0, 4), st.booleans())
+def test_with_everything_kept_it_is_dense_attention(
+    seed: int,
+    tokens: int,
+    kv_heads: int,
+    pairs: int,
+    interleaved: bool,  # noqa: FBT001 - drawn by position
+) -> None:
+    """GQA, partial rotary and both layouts against a formula of another make."""
+    query, key, value = (
+        heads(seed, 2, 4, tokens, 8),
+        heads(seed + 1, 2, kv_heads, tokens, 8),
+        heads(seed + 2, 2, kv_heads, tokens, 5),
+    )
+    inv_freq, lists = frequencies(pairs), [list(range(t + 1)) for t in range(tokens)]
+    ours = rank_attention(query, key, value, lists, inv_freq, interleaved=interleaved)
+    assert gap(ours, dense_attention(query, key, value, inv_freq, interleaved=interleaved)) < OURS
+
+
+@given(seeds, sizes, st.integers(1, 20))
+def test_each_query_is_dense_attention_over_its_own_list(seed: int, given_sizes: dict[str, Any], tokens: int) -> None:
+    """The paper's definition: the kept tokens, renumbered from 0, are an ordinary short sequence."""
+    query, key, value = (heads(seed + i, 1, 2, tokens, 4) for i in range(3))
+    lists, inv_freq = retained_lists(tokens, **given_sizes), frequencies(2)
+    ours = rank_attention(query, key, value, lists, inv_freq)
+    for token, kept in enumerate(lists):
+        short = dense_attention(query[:, :, kept], key[:, :, kept], value[:, :, kept], inv_freq, interleaved=False)
+        assert gap(ours[:, :, token], short[:, :, -1]) < OURS
+
+
+def test_scaling_is_the_callers() -> None:
+    """A doubled scaling is a doubled query; without one it is head_dim ** -0.5."""
+    query, key, value = (heads(i, 1, 2, 5, 4) for i in range(3))
+    lists, inv_freq = [list(range(t + 1)) for t in range(5)], frequencies(2)
+    plain = rank_attention(query, key, value, lists, inv_freq)
+    assert torch.equal(rank_attention(query, key, value, lists, inv_freq, scaling=0.5), plain)
+    double = rank_attention(2 * query, key, value, lists, inv_freq)
+    assert gap(rank_attention(query, key, value, lists, inv_freq, scaling=1.0), double) < OURS
+    assert gap(plain, double) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upcast_is_more_exact_than_the_dtype_itself(dtype: torch.dtype) -> None:
+    """Upcast, only the result is rounded; plain arithmetic errs more, but no more than a few rounding steps."""
+    query, key, value = (heads(i, 1, 2, 40, 16).to(dtype) for i in range(3))
+    lists, inv_freq = retained_lists(40, num_sinks=2, window=8), frequencies(8)
+    exact = rank_attention(query.double(), key.double(), value.double(), lists, inv_freq)
+    upcast = rank_attention(query, key, value, lists, inv_freq)
+    plain = rank_attention(query, key, value, lists, inv_freq, upcast=False)
+    assert upcast.dtype == plain.dtype == dtype
+    assert torch.equal(upcast, exact.to(dtype))
+    assert gap(upcast.double(), exact) < gap(plain.double(), exact) < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("lists", [[], [[0]]])
+def test_attention_wants_one_list_per_query(lists: list[list[int]]) -> None:
+    """Too few lists are an error, not a shorter result."""
+    x = torch.zeros(1, 2, 2, 4)
+    with pytest.raises(ValueError, match="one retained list per token"):
+        rank_attention(x, x, x, lists, frequencies(2))
+
+
+# --- any model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HALF_SPLIT + INTERLEAVED)
+def test_with_everything_kept_it_is_the_stock_model(kind: str) -> None:
+    """Layout, rotary fraction and scaling of each family are read right; a short window is another thing."""
+    model, ids = tiny_model(kind), random_ids(1, 2, 24)
+    with torch.no_grad():
+        stock = model(ids).logits
+    assert gap(reference_logits(model, ids, num_sinks=2, window=24), stock) < STOCK * float(stock.abs().max())
+    assert gap(reference_logits(model, ids, num_sinks=2, window=6), stock) > 1e-3 * float(stock.abs().max())
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=lambda rope: str(rope["rope_type"]),
+)
+def test_scaled_rope_is_the_models_own(rope: dict[str, Any]) -> None:
+    """Frequencies come from the model, attention scaling (yarn) is applied once."""
+    model = tiny_model(rope_parameters={"rope_theta": 100.0, **rope})
+    ids = random_ids(2, 1, 24)
+    with torch.no_grad():
+        stock = model(ids).logits
+    assert gap(reference_logits(model, ids, num_sinks=0, window=24), stock) < STOCK * float(stock.abs().max())
+
+
+def test_one_layer_streams_as_its_own_short_sequences() -> None:
+    """In one layer a key does not depend on what its token saw: each query is a stock run over its list alone."""
+    model, ids = tiny_model(num_hidden_layers=1), random_ids(3, 1, 20)
+    logits = reference_logits(model, ids, num_sinks=2, window=4, buffer=3)
+    with torch.no_grad():
+        for token, kept in enumerate(retained_lists(20, num_sinks=2, window=4, buffer=3)):
+            assert gap(logits[0, token], model(ids[:, kept]).logits[0, -1]) < 10 * STOCK
+
+
+def test_a_padded_row_is_the_row_alone() -> None:
+    """Left, right and no padding; padding itself is NaN."""
+    model, ids = tiny_model(), random_ids(4, 3, 16)
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[2, 12:] = 0, 0
+    logits = reference_logits(model, ids, mask, num_sinks=2, window=4, buffer=1)
+    for row, real in enumerate(mask.bool()):
+        alone = reference_logits(model, ids[row : row + 1, real], num_sinks=2, window=4, buffer=1)
+        assert torch.equal(logits[row, real], alone[0])
+        assert bool(logits[row, ~real].isnan().all())
+
+
+def test_evict_call_counts_the_columns_of_a_call() -> None:
+    """A padded row's calls hold what is real of them, a call of padding alone is none."""
+    model, ids = tiny_model(), random_ids(5, 1, 18)
+    mask = torch.ones_like(ids)
+    mask[:, :6] = 0
+    rule: dict[str, Any] = {"num_sinks": 1, "window": 3, "evict": "call"}
+    padded = reference_logits(model, ids, mask, chunks=[5, 6, 7], **rule)
+    alone = reference_logits(model, ids[:, 6:], chunks=[5, 7], **rule)
+    assert torch.equal(padded[:, 6:], alone)
+    assert gap(alone, reference_logits(model, ids[:, 6:], chunks=[6, 6], **rule)) > 1e-3
+    assert gap(alone, reference_logits(model, ids[:, 6:], num_sinks=1, window=3)) > 1e-3
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Attention implementation and results of stock calls are the same before and after, errors included."""
+    model, ids = tiny_model("mistral", sliding_window=8), random_ids(6, 1, 12)
+    before = (model.config._attn_implementation, model(ids).logits)
+    reference_logits(model, ids, num_sinks=1, window=3)
+    with pytest.raises(ValueError, match="own sliding_window is 8 tokens, the rule attends to 12"):
+        reference_logits(model, ids, num_sinks=1, window=30)
+    assert model.config._attn_implementation == before[0]
+    assert torch.equal(model(ids).logits, before[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("gpt2", "no module with inv_freq"), ("gemma2", "uses .'softcap'."), ("cohere2", "layers without RoPE")],
+)
+def test_models_that_the_rule_does_not_fit_are_refused(kind: str, says: str) -> None:
+    """Better no reference than a wrong one."""
+    with pytest.raises(ValueError, match=says):
+        reference_logits(tiny_model(kind), random_ids(7, 1, 4), num_sinks=1, window=3)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "says"),
+    [
+        (torch.ones(3, dtype=torch.long), None, r"shape \[batch, columns\]"),
+        (torch.ones(1, 0, dtype=torch.long), None, r"hold a token, got \(1, 0\)"),
+        (torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4), r"must have the shape \(2, 3\)"),
+        (torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]), "no token in row 1"),
+    ],
+)
+def test_bad_inputs_are_named(ids: Tensor, mask: Tensor | None, says: str) -> None:
+    """Shapes and empty rows are noticed before the model runs."""
+    with pytest.raises(ValueError, match=says):
+        reference_logits(tiny_model(), ids, mask, num_sinks=1, window=3)
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10)
+@given(sizes, seeds, st.sampled_from(["llama", "gpt_neox", "glm"]))
+def test_the_index_select_loop_follows_the_rule(given_sizes: dict[str, Any], seed: int, kind: str) -> None:
+    """Every step's logits are the reference's, over several generations of evictions and re-rotated keys."""
+    model, prompt = tiny_model(kind, seed), random_ids(seed, 1, 12)
+    ids = generate_by_index_select(model, prompt, max_new_tokens=14, **given_sizes)
+    steps = torch.stack(list(stream_by_index_select(model, prompt, max_new_tokens=14, **given_sizes)))
+    right = reference_logits(model, ids[:, :-1], **given_sizes)[0]
+    assert torch.equal(ids[:, :12], prompt)
+    assert torch.equal(ids[0, 12:], steps[11:].argmax(-1))
+    assert gap(steps, right) < 10 * STOCK * float(right.abs().max())
+
+
+def test_the_loop_in_bfloat16_rounds_but_does_not_drift() -> None:
+    """With a rotation per step the error stays of the size that the dtype itself makes."""
+    model, prompt = tiny_model(), random_ids(8, 1, 60)
+    rule: dict[str, Any] = {"num_sinks": 2, "window": 6}
+    exact = reference_logits(model, prompt, **rule)[0]
+    model.bfloat16()
+    unavoidable = gap(reference_logits(model, prompt, **rule, upcast=False)[0].double(), exact)
+    steps = torch.stack(list(stream_by_index_select(model, prompt, max_new_tokens=0, **rule)))
+    assert gap(steps.double(), exact) < 4 * unavoidable
+
+
+def test_the_loop_takes_one_row() -> None:
+    """Batches are the caches' business; no new token is no change."""
+    model, ids = tiny_model(), random_ids(9, 2, 3)
+    with pytest.raises(ValueError, match="one row at a time"):
+        generate_by_index_select(model, ids, max_new_tokens=1, num_sinks=1, window=3)
+    assert torch.equal(generate_by_index_select(model, ids[:1], max_new_tokens=0, num_sinks=1, window=3), ids[:1])
