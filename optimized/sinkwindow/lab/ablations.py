@@ -12,6 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.sessions import Session
+from sinkwindow_reference import rotate
+from sinkwindow_reference.rope import rope_of
 
 
 class CompressedSession(Session):
@@ -76,7 +78,7 @@ class EagerEvictionSession(CompressedSession):
 
     A call has B tokens (one where B is 0; a shorter piece at the end). Appending its n tokens and cutting to S + W
     at once leaves room for W - n older ones, so the call's first query misses n - 1 tokens of its window and the
-    buffer, made to postpone evictions, does nothing. Keys that move are rotated to their new ranks, in float64.
+    buffer, made to postpone evictions, does nothing. Keys that move are rotated to their new ranks.
     """
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
@@ -95,10 +97,14 @@ class EagerEvictionSession(CompressedSession):
         if buffer > window:
             message = f"eager_eviction with buffer {buffer} above window {window}: a call would evict its own tokens"
             raise LabError(message)
-        self._inv_freq = inverse_frequencies(model)
+        try:
+            self._rope = rope_of(model)
+        except (TypeError, ValueError) as error:
+            message = f"eager_eviction rotates keys itself: {error}"
+            raise LabError(message) from error
 
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        pieces = ids.split(max(self._buffer, 1), dim=1)
+        pieces = torch.split(ids, max(self._buffer, 1), dim=1)
         parts = [self._cut_and_attend(piece, last_only=last_only) for piece in pieces]
         return parts[-1] if last_only else torch.cat(parts, dim=1)
 
@@ -111,30 +117,9 @@ class EagerEvictionSession(CompressedSession):
 
     def _rotate_back(self, layer: Any, moved: int) -> None:
         """Turns the keys behind the sinks to their new ranks; rotations add up, so the old angle need not be known."""
-        from sinkwindow_reference import rotate  # noqa: PLC0415 - the lab may, and only this ablation needs it
-
         recent = layer.keys[:, :, self._sinks :]
         ranks = torch.full((recent.shape[2],), -moved, device=recent.device)
-        turned = rotate(recent, ranks, self._inv_freq.to(recent.device))
+        frequencies = self._rope.inv_freq.to(recent.device)
+        wide = recent.to(torch.promote_types(recent.dtype, torch.float32))
+        turned = rotate(wide, ranks, frequencies, interleaved=self._rope.interleaved)
         layer.keys = torch.cat((layer.keys[:, :, : self._sinks], turned.to(recent.dtype)), dim=2)
-
-
-def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor:
-    """The angles per position of a model with one ordinary half-split rotary embedding.
-
-    Args:
-        model: a causal language model.
-
-    Returns:
-        [rotary_dim / 2], float32.
-
-    Raises:
-        LabError: if there is no such embedding, or it is of a kind that this ablation does not handle.
-    """
-    found = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
-    if not found or getattr(found[0], "rope_type", "default") not in {"default", "linear", "llama3"}:
-        kind = model.config.model_type
-        message = f"eager_eviction rotates keys itself and knows plain rotary embeddings only, not those of {kind!r}"
-        raise LabError(message)
-    frequencies: torch.Tensor = found[0].inv_freq.detach().float()
-    return frequencies

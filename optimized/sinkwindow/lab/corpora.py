@@ -70,9 +70,7 @@ HUB = {
     "wikitext-103": HubText((("Salesforce/wikitext", None),), "wikitext-103-raw-v1", "test", streaming=False),
     # The original entry is a loading script, which `datasets` no longer runs; the hub converts such data sets to
     # parquet on a branch of its own, and a mirror has the same books.
-    "pg19": HubText(
-        (("deepmind/pg19", "refs/convert/parquet"), ("emozilla/pg19", None)), None, "test", streaming=True
-    ),
+    "pg19": HubText((("deepmind/pg19", "refs/convert/parquet"), ("emozilla/pg19", None)), None, "test", streaming=True),
 }
 
 
@@ -115,7 +113,7 @@ def _shakespeare() -> Corpus:
 
 def _python_docs() -> Corpus:
     """CPython's language reference, by topic; its text differs a little from one Python to the next."""
-    from pydoc_data.topics import topics  # noqa: PLC0415 - half a megabyte, wanted here only
+    from pydoc_data.topics import topics
 
     documents = tuple(topics[topic] for topic in sorted(topics))
     return Corpus("python-docs", documents, f"pydoc_data.topics of Python {platform.python_version()}")

@@ -53,7 +53,7 @@ def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "fl
         LabError: if the device or dtype is not there, or the model cannot be loaded.
     """
     place, kind = usable_device(device), usable_dtype(dtype)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if name is None:
         folder, digest = embedded_folder()
         model, tokenizer = _from_pretrained(str(folder), kind)
@@ -209,7 +209,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that does not remember its GGUF file: transformers saves no quantised model."""
     settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     with torch.device("meta"):  # no memory and no random initialisation: every weight is handed over
-        plain: PreTrainedModel = AutoModelForCausalLM.from_config(type(model.config).from_dict(settings))
+        plain: PreTrainedModel = type(model)(type(model.config).from_dict(settings))
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     return plain

@@ -31,9 +31,8 @@ class Session(ABC):
             model: a causal language model in eval mode.
         """
         self.model = model
-        parameters = inspect.signature(model.forward).parameters
-        self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
-        self._slices_logits = "logits_to_keep" in parameters
+        self._cache_keyword = cache_keyword(model)
+        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.evictions = 0
 
     @torch.inference_mode()
@@ -63,7 +62,7 @@ class Session(ABC):
         """Bytes of the stored keys and values [bytes]."""
         return _stored_bytes(self.cache)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most sessions leave nothing behind
         """Leaves the model as it was before the session."""
 
     def _forward(self, ids: torch.Tensor, *, last_only: bool, **kwargs: Any) -> torch.Tensor:
@@ -115,7 +114,7 @@ class StreamingSession(Session):
         """
         super().__init__(model)
         # Imported here: everything else in the lab works while the core is being changed.
-        from sinkwindow import StreamingCache  # noqa: PLC0415
+        from sinkwindow import StreamingCache
 
         try:
             self.cache = StreamingCache(model, num_sinks=num_sinks, window=window, buffer=buffer)
@@ -174,8 +173,8 @@ class RecomputeSession(Session):
             parts.append(self._forward(text[:, : self._window], last_only=False)[:, known:])
         first = max(known, self._window) - self._window + 1
         windows = text[0, first:].unfold(0, self._window, 1) if text.shape[1] - first >= self._window else text[:0]
-        for rows in windows.split(self.rows_at_once):
-            parts.append(self._forward(rows, last_only=True).transpose(0, 1))
+        groups = torch.split(windows, self.rows_at_once)
+        parts += [self._forward(rows, last_only=True).transpose(0, 1) for rows in groups]
         return torch.cat(parts, dim=1)
 
     @property
@@ -202,7 +201,7 @@ def open_session(configuration: Configuration, model: PreTrainedModel) -> Sessio
     Raises:
         LabError: if the configuration does not work with this model.
     """
-    from sinkwindow.lab.ablations import EagerEvictionSession, StaleRanksSession  # noqa: PLC0415 - they build on Session
+    from sinkwindow.lab.ablations import EagerEvictionSession, StaleRanksSession
 
     if configuration.kind == "baseline":
         return DenseSession(model)
@@ -210,6 +209,18 @@ def open_session(configuration: Configuration, model: PreTrainedModel) -> Sessio
         return RecomputeSession(model, configuration.window or 1)
     kinds = {"stale_ranks": StaleRanksSession, "eager_eviction": EagerEvictionSession}
     return kinds.get(configuration.kind, StreamingSession)(model, *configuration.limits)
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """The name by which a model's forward takes its cache.
+
+    Args:
+        model: any causal language model.
+
+    Returns:
+        `cache` from transformers 5.24 on, `past_key_values` before.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _stored_bytes(cache: Any) -> int:

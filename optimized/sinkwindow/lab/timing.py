@@ -53,7 +53,7 @@ class CudaClock:
 
     def mark(self) -> torch.cuda.Event:
         """An event recorded behind everything issued so far."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

@@ -1,0 +1,191 @@
+"""Time in cache update and attention, isolated: all layers of one token, the device idle before and after each part.
+
+Never inside a run whose TPOT is reported: the waiting alone would change it. The probed steps are spread evenly over
+a generation; between them the text is fed in long calls, which leaves every session in the state that it has there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sinkwindow.lab.configurations import Configuration
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.records import AttentionProbe, AttentionRecord
+from sinkwindow.lab.sessions import Session, open_session
+from sinkwindow.lab.timing import HostClock, waiter
+
+PROBES = 16  # places in a generation
+STEPS = 3  # consecutive tokens at each place; their median is used
+CACHE_WORK = ("begin_call", "update", "commit_call")
+FEED = 256  # tokens of a call between two places [tokens]
+
+
+@dataclass
+class StopWatch:
+    """Adds up the time inside wrapped calls; a call inside a wrapped call is part of it, not counted twice."""
+
+    clock: HostClock
+    seconds: float = 0.0
+    calls: int = 0
+    _inside: bool = False
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that does the same and is timed.
+
+        Args:
+            function: any function.
+
+        Returns:
+            The timed function.
+        """
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside = True
+            start = self.clock.mark()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += self.clock.mark() - start
+                self.calls += 1
+                self._inside = False
+
+        return timed
+
+
+@contextmanager
+def attention_watched(cache: Any, clock: HostClock) -> Iterator[StopWatch]:
+    """Times a cache's work and the attention functions of transformers while the block runs.
+
+    A cache's work is `update`; `StreamingCache` evicts before and after the layers, and that is counted too.
+
+    Args:
+        cache: a transformers cache, or None.
+        clock: waits for the device.
+
+    Yields:
+        The stop watch.
+    """
+    watch = StopWatch(clock)
+    attention = StopWatch(clock)
+    look_up = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def timed_look_up(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        attention.calls += 1
+        return watch.wrap(look_up(*args, **kwargs))
+
+    # Set on the two objects, not on their classes: other caches and the code of transformers stay as they are.
+    ALL_ATTENTION_FUNCTIONS.get_interface = timed_look_up  # type: ignore[method-assign]
+    work = [name for name in CACHE_WORK if hasattr(cache, name)]
+    for name in work:
+        setattr(cache, name, watch.wrap(getattr(cache, name)))
+    try:
+        yield watch
+    finally:
+        del ALL_ATTENTION_FUNCTIONS.get_interface
+        for name in work:
+            delattr(cache, name)
+    if attention.calls == 0:
+        message = "this model does not call its attention through AttentionInterface: its time cannot be isolated"
+        raise LabError(message)
+
+
+def measure(
+    configuration: Configuration,
+    model: PreTrainedModel,
+    text: torch.Tensor,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    probes: int = PROBES,
+    on_probe: Callable[[int], None] | None = None,
+) -> AttentionRecord:
+    """Isolated attention time of one configuration over a generation.
+
+    Args:
+        configuration: how to remember.
+        model: a causal language model in eval mode.
+        text: [1, tokens], what is fed; repeated from its start where it ends before prompt and generation.
+        prompt_tokens: where the generation starts [tokens].
+        new_tokens: its length [tokens].
+        probes: places to look at.
+        on_probe: told each place's number.
+
+    Returns:
+        The samples.
+
+    Raises:
+        LabError: if the configuration or the model does not allow it.
+    """
+    device = next(model.parameters()).device
+    clock = HostClock(wait=waiter(device))
+    stream = _Stream(text.to(device))
+    session = open_session(configuration, model)
+    found = []
+    try:
+        for number, place in enumerate(places(prompt_tokens, new_tokens, probes)):
+            stream.feed_until(session, place)
+            found.append(AttentionProbe(tokens_seen=place, step_ms=_probe(session, stream, clock)))
+            if on_probe is not None:
+                on_probe(number)
+    finally:
+        session.close()
+    return AttentionRecord(
+        configuration=configuration.name,
+        prompt_tokens=prompt_tokens,
+        generated_tokens=new_tokens,
+        layers=int(model.config.num_hidden_layers),
+        probes=found,
+    )
+
+
+def places(prompt_tokens: int, new_tokens: int, probes: int) -> list[int]:
+    """Numbers of tokens seen at which to probe, spread evenly from the prompt's end on.
+
+    Args:
+        prompt_tokens: where the generation starts [tokens].
+        new_tokens: its length [tokens].
+        probes: how many; fewer come back where the generation is too short for `STEPS` tokens at each.
+
+    Returns:
+        Ascending numbers, at least one.
+    """
+    count = max(1, min(probes, new_tokens // STEPS))
+    return [prompt_tokens + new_tokens * index // count for index in range(count)]
+
+
+class _Stream:
+    """A text read in order, from the start again at its end."""
+
+    def __init__(self, text: torch.Tensor) -> None:
+        self._text = text
+        self.seen = 0
+
+    def take(self, count: int) -> torch.Tensor:
+        columns = torch.arange(self.seen, self.seen + count, device=self._text.device) % self._text.shape[1]
+        self.seen += count
+        return self._text[:, columns]
+
+    def feed_until(self, session: Session, place: int) -> None:
+        while self.seen < place:
+            session.feed(self.take(min(FEED, place - self.seen)), last_only=True)
+
+
+def _probe(session: Session, stream: _Stream, clock: HostClock) -> list[float]:
+    """Milliseconds of `STEPS` decode steps, each with one token."""
+    session.feed(stream.take(1), last_only=True)  # the step after a long call warms the caches of the CPU
+    samples = []
+    for _ in range(STEPS):
+        token = stream.take(1)
+        with attention_watched(session.cache, clock) as watch:
+            session.feed(token, last_only=True)
+        samples.append(1e3 * watch.seconds)
+    return samples

@@ -1,0 +1,193 @@
+"""The commands of `sinkwindow`. Results go to standard output or files, progress to standard error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sinkwindow.lab.errors import LabError
+
+if TYPE_CHECKING:
+    from sinkwindow.lab.configurations import Configuration
+    from sinkwindow.lab.records import BosPolicy, PerplexityRecord, SpeedRecord
+
+app = typer.Typer(
+    help="Measures attention sinks with a sliding window: perplexity, speed, memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Option(help="Hub id or folder of a causal LM; left out: the embedded one.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, ...")]
+Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the records as JSON.")]
+Bos = Annotated[str, typer.Option(help="none, or add: put the tokenizer's BOS in front of the text.")]
+Sinks = Annotated[int, typer.Option(help="S, first tokens that stay.")]
+Window = Annotated[int, typer.Option(help="W, most recent tokens that survive an eviction.")]
+Buffer = Annotated[int, typer.Option(help="B, tokens above S + W before an eviction.")]
+Config = Annotated[str | None, typer.Option(help="A configuration by name, such as baseline; instead of S, W and B.")]
+CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a UTF-8 file"
+
+
+@app.command()
+def tables(
+    model: Model = None,
+    corpus: Annotated[list[str] | None, typer.Option(help=f"{CORPUS_HELP}; repeatable.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    configs: Annotated[str | None, typer.Option(help="Rows, separated by commas.")] = None,
+    bos: Bos = "none",
+    out: Annotated[Path, typer.Option(help="Folder for paper_tables.md and .json.")] = Path("results"),
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="The same rows over far fewer tokens.")] = False,
+) -> None:
+    """Measures the two experiments and writes them as Markdown and JSON."""
+    from sinkwindow.lab import configurations, corpora, experiments, files, models
+    from sinkwindow.lab import tables as rendering
+    from sinkwindow.lab.progress import Bars
+
+    rows = configurations.parse_list(configs or experiments.DEFAULT_CONFIGURATIONS)
+    policy = _bos(bos)
+    folder = files.output_folder(out)
+    texts = [corpora.load_corpus(name) for name in corpus or experiments.DEFAULT_CORPORA]
+    _check_names([text.name for text in texts])
+    loaded = models.load_model(model, device=device, dtype=dtype)
+    plan = experiments.QUICK if quick else experiments.FULL
+    with Bars(experiments.count_measurements(plan, rows, len(texts))) as bars:
+        report = experiments.run(loaded, texts, rows, plan, bos=policy, reporter=bars)
+    files.write_text(folder / "paper_tables.json", report.model_dump_json(indent=1) + "\n")
+    files.write_text(folder / "paper_tables.md", rendering.render(report))
+    typer.echo(f"wrote {folder / 'paper_tables.md'} and {folder / 'paper_tables.json'}")
+
+
+@app.command()
+def perplexity(
+    corpus: Annotated[str, typer.Option(help=CORPUS_HELP)] = "shakespeare",
+    tokens: Annotated[int, typer.Option(help="Tokens read; targets are one fewer.")] = 2000,
+    sinks: Sinks = 4,
+    window: Window = 1020,
+    buffer: Buffer = 64,
+    config: Config = None,
+    block: Annotated[int, typer.Option(help="Tokens per call; streaming gives the same for any.")] = 256,
+    bos: Bos = "none",
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    *,
+    as_json: Json = False,
+) -> None:
+    """Scores one configuration on one text, each target once."""
+    from sinkwindow.lab import corpora, machine, models
+    from sinkwindow.lab import perplexity as scoring
+    from sinkwindow.lab.progress import Bars
+    from sinkwindow.lab.tokens import encode
+
+    chosen, policy = _configuration(config, sinks, window, buffer), _bos(bos)
+    text = corpora.load_corpus(corpus)
+    loaded = models.load_model(model, device=device, dtype=dtype)
+    ids = encode(text, loaded.tokenizer, tokens=tokens, bos=policy)
+    if ids.ids.shape[1] < tokens:
+        typer.echo(f"note: corpus {text.name!r} has {ids.ids.shape[1]} tokens, {tokens} were asked for", err=True)
+    with Bars(1) as bars:
+        bars.begin(f"PPL {chosen.name}, {text.name}", ids.ids.shape[1] - 1)
+        record = scoring.measure(chosen, loaded.model, ids, block=block, on_block=bars.advance).record
+    origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
+    typer.echo(_as_json(record, **origin) if as_json else _perplexity_line(record))
+
+
+@app.command()
+def speed(
+    corpus: Annotated[str, typer.Option(help=f"Where the prompt comes from: {CORPUS_HELP}.")] = "shakespeare",
+    prompt: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 500,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
+    configs: Annotated[str, typer.Option(help="Configurations, separated by commas.")] = "baseline,streaming_8_256",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.")] = 1,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    *,
+    as_json: Json = False,
+) -> None:
+    """Times greedy generation: TTFT, TPOT, throughput, peak memory."""
+    from sinkwindow.lab import configurations, corpora, machine, models
+    from sinkwindow.lab import speed as timing
+    from sinkwindow.lab.progress import Bars
+    from sinkwindow.lab.tokens import encode
+
+    rows = configurations.parse_list(configs)
+    text = corpora.load_corpus(corpus)
+    loaded = models.load_model(model, device=device, dtype=dtype)
+    ids = encode(text, loaded.tokenizer, tokens=prompt)
+    with Bars(len(rows) * max(rounds, 1)) as bars:
+        records = timing.measure(
+            rows,
+            loaded.model,
+            ids.ids,
+            [tokens] * len(rows),
+            rounds=rounds,
+            on_start=lambda one, count: bars.begin(f"speed {one.name}", count),
+            on_token=lambda _: bars.advance(),
+        )
+    origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
+    typer.echo(_as_json(records, **origin) if as_json else "\n".join(map(_speed_line, records)))
+
+
+@app.command()
+def mechanics(
+    sinks: Sinks = 8,
+    window: Window = 256,
+    buffer: Buffer = 64,
+    evictions: Annotated[int, typer.Option(help="Stop after this many.")] = 3,
+) -> None:
+    """Shows the cache's shape step by step on a tiny random model, each eviction as it happens."""
+    from sinkwindow.lab.mechanics import log
+
+    for line in log(sinks, window, buffer, evictions=evictions):
+        typer.echo(line)
+
+
+def _configuration(name: str | None, sinks: int, window: int, buffer: int) -> Configuration:
+    from sinkwindow.lab import configurations
+
+    return configurations.streaming(sinks, window, buffer) if name is None else configurations.parse(name)
+
+
+def _bos(policy: str) -> BosPolicy:
+    if policy == "none":
+        return "none"
+    if policy == "add":
+        return "add"
+    message = f"--bos {policy} is unknown; choose none or add"
+    raise LabError(message)
+
+
+def _check_names(names: list[str]) -> None:
+    """Columns are named by corpus: two of one name could not be told apart."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        message = f"corpus {repeated[0]!r} is given twice; give each text once, and files different names"
+        raise LabError(message)
+
+
+def _as_json(result: Any, **records: Any) -> str:
+    content = [one.model_dump() for one in result] if isinstance(result, list) else result.model_dump()
+    return json.dumps({"result": content, **{name: one.model_dump() for name, one in records.items()}}, indent=1)
+
+
+def _perplexity_line(record: PerplexityRecord) -> str:
+    return (
+        f"PPL {record.perplexity:.4f}  NLL {record.mean_nll:.5f} +- {record.standard_error:.5f}  "
+        f"{record.bits_per_byte:.4f} bits/byte  {record.targets:,} targets  {record.evictions} evictions  "
+        f"{record.tokens_per_second:.1f} tok/s  ({record.configuration}, {record.corpus})"
+    )
+
+
+def _speed_line(record: SpeedRecord) -> str:
+    return (
+        f"{record.configuration}: TTFT {record.median('ttft_s'):.3f} s  TPOT {record.median('tpot_ms'):.2f} ms  "
+        f"total {record.median('total_s'):.2f} s  {record.median('throughput'):.2f} tok/s  {record.peak_gb:.3f} GB"
+    )

@@ -1,0 +1,106 @@
+"""Peak memory of a run.
+
+A GPU's allocator keeps its own peak. A CPU has none, so a thread samples the resident set of the process, after the
+garbage collector and the C library have given back what earlier runs left behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+
+from sinkwindow.lab.errors import require
+from sinkwindow.lab.records import MemoryRecord
+
+INTERVAL = 0.01  # between two samples [s]: a decode step of a small model on a CPU takes four times as long
+
+
+@dataclass
+class Watch:
+    """Filled in when the watched block ends."""
+
+    device: torch.device
+    weight_bytes: int
+    before_bytes: int = 0
+    peak_bytes: int = 0
+    reserved_peak_bytes: int | None = None
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def record(self) -> MemoryRecord:
+        """What was seen."""
+        return MemoryRecord(
+            device="cuda" if self.device.type == "cuda" else "cpu",
+            weight_bytes=self.weight_bytes,
+            before_bytes=self.before_bytes,
+            peak_bytes=self.peak_bytes,
+            reserved_peak_bytes=self.reserved_peak_bytes,
+        )
+
+
+@contextmanager
+def peak_memory(device: torch.device, weight_bytes: int) -> Iterator[Watch]:
+    """Watches the memory of a block.
+
+    Args:
+        device: where the model runs.
+        weight_bytes: the model's parameters [bytes].
+
+    Yields:
+        A watch, complete once the block has ended.
+    """
+    give_back()
+    watch = Watch(device, weight_bytes)
+    manager = _cuda_peak(watch) if device.type == "cuda" else _resident_peak(watch)
+    with manager:
+        yield watch
+
+
+def give_back() -> None:
+    """Frees what is garbage, down to the operating system where the C library can (glibc)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def _cuda_peak(watch: Watch) -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(watch.device)
+    watch.before_bytes = torch.cuda.memory_allocated(watch.device)
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        watch.peak_bytes = torch.cuda.max_memory_allocated(watch.device)
+        watch.reserved_peak_bytes = torch.cuda.max_memory_reserved(watch.device)
+
+
+@contextmanager
+def _resident_peak(watch: Watch) -> Iterator[None]:
+    process = require("psutil").Process()
+
+    def resident() -> int:
+        return int(process.memory_info().rss)
+
+    watch.before_bytes = watch.peak_bytes = resident()
+    sampler = threading.Thread(target=_sample, args=(watch, resident), daemon=True)
+    sampler.start()
+    try:
+        yield
+    finally:
+        watch._stop.set()  # noqa: SLF001 - the watch belongs to this module
+        sampler.join()
+        watch.peak_bytes = max(watch.peak_bytes, resident())
+
+
+def _sample(watch: Watch, resident: Callable[[], int]) -> None:
+    while not watch._stop.wait(INTERVAL):  # noqa: SLF001
+        watch.peak_bytes = max(watch.peak_bytes, resident())

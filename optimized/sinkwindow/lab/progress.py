@@ -1,0 +1,72 @@
+"""Progress on standard error; standard output belongs to results."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing_extensions import Self
+
+
+class Reporter(Protocol):
+    """Told what is being measured."""
+
+    def begin(self, label: str, total: int) -> None:
+        """The next measurement: its name and its number of steps."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Steps that are done."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def begin(self, label: str, total: int) -> None:
+        """Says nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Says nothing."""
+
+
+class Bars:
+    """One bar for all measurements and one for the current one; plain lines where there is no terminal."""
+
+    def __init__(self, measurements: int) -> None:
+        """Prepares the bars.
+
+        Args:
+            measurements: how many there will be.
+        """
+        self._console = Console(file=sys.stderr)
+        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._all = self._progress.add_task("measurements", total=measurements)
+        self._current: TaskID | None = None
+        self._count, self._measurements = 0, measurements
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, label: str, total: int) -> None:
+        """The next measurement: its name and its number of steps."""
+        if self._current is not None:
+            self._progress.remove_task(self._current)
+            self._progress.advance(self._all)
+        self._count += 1
+        if not self._console.is_terminal:
+            print(f"[{self._count}/{self._measurements}] {label}", file=sys.stderr, flush=True)  # noqa: T201
+        self._current = self._progress.add_task(label, total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Steps that are done."""
+        if self._current is not None:
+            self._progress.advance(self._current, steps)
