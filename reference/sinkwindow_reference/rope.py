@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 
 # Families whose RoPE pairs the channels (2i, 2i + 1); all others pair (i, i + pairs). Tested one by one.
 INTERLEAVED = frozenset({"cohere", "ernie4_5", "glm", "glm4", "helium"})
-# Families that leave RoPE out of some layers without saying so to the attention function.
-HIDDEN_EXCEPTIONS = frozenset({"cohere2", "cohere2_moe", "exaone4", "exaone_moe", "llama4", "llama4_text"})
+# Families that have frequencies and still cannot run under the reference.
+NO_ROPE_SOMEWHERE = "leaves RoPE out of some layers without saying which"
+REFUSED = {
+    **dict.fromkeys(("cohere2", "cohere2_moe", "exaone4", "exaone_moe", "llama4", "llama4_text"), NO_ROPE_SOMEWHERE),
+    "falcon": "calls its own attention rather than transformers' AttentionInterface",
+}
 
 
 class Rope(NamedTuple):
@@ -31,7 +35,7 @@ def rope_of(model: PreTrainedModel) -> Rope:
     """Return the rotary embedding of `model`.
 
     Raises:
-        ValueError: If the model has no rotary module, several that differ, or layers without RoPE that do not say so.
+        ValueError: If the model has no rotary module, several that differ, or a type that is refused.
     """
     found = [_frequencies(m) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)]
     kind = model.config.model_type
@@ -39,10 +43,8 @@ def rope_of(model: PreTrainedModel) -> Rope:
         raise ValueError(
             f"model of type {kind!r} has no module with inv_freq: only rotary position embeddings (RoPE) have ranks"
         )
-    if kind in HIDDEN_EXCEPTIONS:
-        raise ValueError(
-            f"model of type {kind!r} has layers without RoPE that cannot be told from the others: not supported"
-        )
+    if kind in REFUSED:
+        raise ValueError(f"model of type {kind!r} {REFUSED[kind]}: the reference cannot follow, take another model")
     if any(not torch.equal(found[0], other) for other in found):
         raise ValueError(
             f"model of type {kind!r} has layers with different RoPE frequencies: the reference knows one per model"

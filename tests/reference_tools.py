@@ -1,0 +1,58 @@
+"""What the tests of the reference share: tiny models, random numbers, and how near is near enough.
+
+Where a stock model in float64 is the other side, 1e-6 is as near as it gets: transformers makes angles, and RMS norms,
+in float32 whatever the model's dtype. Where both sides are ours the bound is 1e-12.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+STOCK = 1e-6
+OURS = 1e-12
+VOCAB = 50
+HALF_SPLIT = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "stablelm", "smollm3"]
+INTERLEAVED = ["cohere", "ernie4_5", "glm", "glm4", "helium"]
+sizes = st.fixed_dictionaries(
+    {"num_sinks": st.integers(0, 4), "window": st.integers(1, 6), "buffer": st.integers(0, 4)}
+)
+seeds = st.integers(0, 2**16)
+
+
+def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a random float64 model of a family, large weights so that a wrong position cannot hide."""
+    small: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0, "initializer_range": 0.3}
+    if kind not in {"gpt_neox", "phi"}:
+        small["num_key_value_heads"] = 2
+    if kind not in {"gpt_neox", "phi", "falcon", "stablelm", "cohere", "llama", "mistral", "qwen2"}:
+        small["head_dim"] = 8
+    torch.manual_seed(seed)
+    build: Any = AutoModelForCausalLM.from_config  # untyped in transformers
+    model: PreTrainedModel = build(AutoConfig.for_model(kind, **{**small, **changes})).double().eval()
+    return model
+
+
+def random_ids(seed: int, rows: int, tokens: int) -> Tensor:
+    """Returns token ids `[rows, tokens]`, the padding id left out."""
+    return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def gap(left: Tensor, right: Tensor) -> float:
+    """Returns the largest difference, NaN if anything is."""
+    return float((left - right).abs().max())
+
+
+def heads(seed: int, *shape: int) -> Tensor:
+    """Returns random float64 numbers."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def frequencies(pairs: int) -> Tensor:
+    """Returns RoPE frequencies of which the first is one radian per token `[pairs]`."""
+    return 100.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
