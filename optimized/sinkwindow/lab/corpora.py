@@ -10,13 +10,13 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sinkwindow.lab.errors import LabError, require
+from sinkwindow.lab.hub import ask
 from sinkwindow.lab.records import CorpusRecord
 
 BLANK_LINE = "\n\n"
@@ -143,28 +143,28 @@ def _from_hub(name: str, hub: HubText) -> Corpus:
     datasets = require("datasets")
     failures = []
     for place, branch in hub.places:
-        revision = _commit(place, branch)
+        answer = ask("dataset", place, branch)
+        if hub.streaming and not answer.reachable:  # nothing is kept on this disk
+            failures.append(f"{place}: no connection")
+            continue
         try:
-            rows = datasets.load_dataset(
-                place, hub.config, split=hub.split, revision=revision or branch, streaming=hub.streaming
-            )
+            rows = _rows(datasets, hub, place, answer.commit or branch, offline=not answer.reachable)
             documents = _documents(rows, limit=STREAMED_CHARACTERS if hub.streaming else None)
         except Exception as error:  # noqa: BLE001 - the hub's clients raise many kinds; all mean "not available"
             failures.append(f"{place}: {type(error).__name__}")
             continue
-        return Corpus(name, documents, f"hub {place}", revision, hub.config, hub.split)
+        return Corpus(name, documents, f"hub {place}", answer.commit, hub.config, hub.split)
     offline = " and ".join(repr(one) for one in EMBEDDED)
     message = f"corpus {name!r} cannot be loaded from the hub ({'; '.join(failures)}); {offline} work offline"
     raise LabError(message)
 
 
-def _commit(place: str, branch: str | None) -> str | None:
-    """The commit that a branch stands at, so that a result can name it; None where the hub does not answer."""
-    hub = require("huggingface_hub")
-    with suppress(Exception):  # a data set that is already on this disk loads without it
-        sha: str | None = hub.HfApi().dataset_info(place, revision=branch, timeout=10).sha
-        return sha
-    return None
+def _rows(datasets: Any, hub: HubText, place: str, revision: str | None, *, offline: bool) -> Any:
+    """Rows of a data set; offline, those that an earlier run left on this disk, without retries."""
+    config = datasets.DownloadConfig(local_files_only=True, max_retries=0) if offline else None
+    return datasets.load_dataset(
+        place, hub.config, split=hub.split, revision=revision, streaming=hub.streaming, download_config=config
+    )
 
 
 def _documents(rows: Iterable[dict[str, Any]], limit: int | None) -> tuple[str, ...]:

@@ -62,9 +62,9 @@ FULL = Plan(
     recompute_tokens=16,
 )
 QUICK = Plan(
-    experiments=(Experiment("experiment 1", 400, 500, 24), Experiment("experiment 2", 800, 500, 48)),
+    experiments=(Experiment("experiment 1", 350, 500, 16), Experiment("experiment 2", 700, 500, 32)),
     probes=4,
-    recompute_tokens=4,
+    recompute_tokens=3,
     quick=True,
 )
 

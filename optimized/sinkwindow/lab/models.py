@@ -21,6 +21,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from sinkwindow.lab.errors import LabError, require
+from sinkwindow.lab.hub import ask
 from sinkwindow.lab.records import ModelRecord
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -224,15 +225,16 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _load_named(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    offline = not Path(name).is_dir() and not ask("model", name).reachable
     try:
-        return _from_pretrained(name, dtype)
+        return _from_pretrained(name, dtype, local_files_only=offline)
     except Exception as error:  # the hub's clients, tokenizers and safetensors each raise kinds of their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"model {name!r} cannot be loaded ({reason}); without --model the embedded {EMBEDDED} runs offline"
         raise LabError(message) from error
 
 
-def _from_pretrained(place: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+def _from_pretrained(place: str, dtype: torch.dtype, *, local_files_only: bool = True) -> tuple[PreTrainedModel, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local_files_only)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, local_files_only=local_files_only)
     return model, tokenizer
