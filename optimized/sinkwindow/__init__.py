@@ -4,9 +4,10 @@
 the folder ``reference/`` for the slow program that it is proved against.
 """
 
-from sinkwindow.cache import Eviction, StreamingCache
+from sinkwindow.cache import StreamingCache
+from sinkwindow.events import Eviction
 from sinkwindow.families import Support, UnsupportedModelError, supports
 from sinkwindow.retention import Retention
+from sinkwindow.stream import Snapshot
 
-__all__ = ["Eviction", "Retention", "StreamingCache", "Support", "UnsupportedModelError", "supports"]
-__version__ = "0.1.0"
+__all__ = ["Eviction", "Retention", "Snapshot", "StreamingCache", "Support", "UnsupportedModelError", "supports"]

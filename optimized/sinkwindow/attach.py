@@ -13,38 +13,40 @@ from __future__ import annotations
 import inspect
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from sinkwindow.attention import call_under_way
+from sinkwindow.attention import ATTENTION_NAME, call_under_way, enter_call, leave_call
 from sinkwindow.families import rotary_modules
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
 
+    from sinkwindow.attention import BandedLayer
     from sinkwindow.cache import StreamingCache
 
-__all__ = ["CACHE_NAMES", "attach", "detach"]
+__all__ = ["CACHE_NAMES", "attach", "close_call", "detach", "open_call"]
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
 
 
 @dataclass(slots=True)
 class _Attachment:
-    """The hooks of one decoder and the caches that need them."""
+    """The hooks of one decoder, the caches that need them, and the attention whose place a call has borrowed."""
 
     handles: list[RemovableHandle]
     users: set[int] = field(default_factory=set)
+    lent: str | None = None
 
 
 _attachments: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
+Finalizer: TypeAlias = "weakref.finalize[[weakref.ref[PreTrainedModel], int], StreamingCache]"
 
 
-def attach(
-    decoder: nn.Module, cache: StreamingCache
-) -> weakref.finalize[[weakref.ref[nn.Module], int], StreamingCache]:
+def attach(decoder: PreTrainedModel, cache: StreamingCache) -> Finalizer:
     """Hook a decoder for a cache; the hooks go when the returned finalizer runs, at the latest with the cache."""
     if decoder not in _attachments:
         handles = [
@@ -58,17 +60,35 @@ def attach(
     return weakref.finalize(cache, detach, weakref.ref(decoder), id(cache))
 
 
-def detach(decoder_ref: weakref.ref[nn.Module], user: int) -> None:
+def detach(decoder_ref: weakref.ref[PreTrainedModel], user: int) -> None:
     """Release a decoder; its last user takes the hooks away."""
     decoder = decoder_ref()
     attachment = None if decoder is None else _attachments.get(decoder)
     if decoder is None or attachment is None:
         return
     attachment.users.discard(user)
+    close_call(decoder)
     if not attachment.users:
         for handle in attachment.handles:
             handle.remove()
         del _attachments[decoder]
+
+
+def open_call(decoder: PreTrainedModel, banded: dict[int, BandedLayer] | None) -> None:
+    """Let a streaming call begin: with a band, the decoder's attention steps back for as long as the call lasts."""
+    enter_call(banded)
+    if banded is not None:
+        _attachments[decoder].lent = decoder.config._attn_implementation  # noqa: SLF001
+        decoder.config._attn_implementation = ATTENTION_NAME  # noqa: SLF001
+
+
+def close_call(decoder: PreTrainedModel) -> None:
+    """Put the decoder's own attention back, if a call has borrowed its place."""
+    leave_call()
+    attachment = _attachments.get(decoder)
+    if attachment is not None and attachment.lent is not None:
+        decoder.config._attn_implementation = attachment.lent  # noqa: SLF001
+        attachment.lent = None
 
 
 def _cache_of(kwargs: dict[str, Any]) -> StreamingCache | None:
@@ -92,9 +112,11 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _before_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    decoder = cast("PreTrainedModel", module)
+    close_call(decoder)  # torch runs no hook after a KeyboardInterrupt: the next call, whosever it is, cleans up
     named = _named(module, args, kwargs)
     cache = _cache_of(named)
-    return None if cache is None else ((), cache.begin_call(module, named))
+    return None if cache is None else ((), cache.begin_call(decoder, named))
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG001

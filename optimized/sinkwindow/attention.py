@@ -8,7 +8,7 @@ padding, whose rows each have their own band.
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -196,14 +196,14 @@ _layers: ContextVar[dict[int, BandedLayer] | None] = ContextVar("sinkwindow_laye
 _NO_BAND: dict[int, BandedLayer] = {}
 
 
-def enter_call(layers: dict[int, BandedLayer] | None) -> Token[dict[int, BandedLayer] | None]:
+def enter_call(layers: dict[int, BandedLayer] | None) -> None:
     """Open a streaming call in this thread; ``layers`` fills up as the cache is updated, ``None`` without bands."""
-    return _layers.set(_NO_BAND if layers is None else layers)
+    _layers.set(_NO_BAND if layers is None else layers)
 
 
-def leave_call(token: Token[dict[int, BandedLayer] | None]) -> None:
+def leave_call() -> None:
     """Close a streaming call."""
-    _layers.reset(token)
+    _layers.set(None)
 
 
 def call_under_way() -> bool:

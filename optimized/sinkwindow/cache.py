@@ -1,66 +1,36 @@
-"""``StreamingCache``: the cache that people use."""
+"""``StreamingCache``: the cache that people use, a stream fitted to transformers."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from sinkwindow.attach import attach
-from sinkwindow.attention import ATTENTION_NAME, banded_attention, enter_call, leave_call
-from sinkwindow.call import PoolCall
+from sinkwindow.attach import attach, close_call, open_call
+from sinkwindow.attention import ATTENTION_NAME, banded_attention
 from sinkwindow.families import inspect_model
 from sinkwindow.inputs import read_inputs
-from sinkwindow.lanes import Lane, LaneCall, segments_for
+from sinkwindow.layer_view import LayerView
+from sinkwindow.plan import check_lengths, padding_mask, position_bound
 from sinkwindow.retention import EvictMode, Retention
-from sinkwindow.storage import Row, SlotPool
+from sinkwindow.storage import SlotPool
+from sinkwindow.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextvars import Token
 
     from transformers import PreTrainedModel
 
-    from sinkwindow.attention import BandedLayer
+    from sinkwindow.events import Eviction
+    from sinkwindow.stream import Snapshot, StreamCall
 
-__all__ = ["Eviction", "StreamingCache"]
+__all__ = ["StreamingCache"]
 
 AttentionInterface.register(ATTENTION_NAME, banded_attention)
-
-
-@dataclass(frozen=True, slots=True)
-class Eviction:
-    """One eviction in one row.
-
-    Attributes:
-        row: Index in the batch.
-        tokens: Natural indices of the evicted tokens.
-        length_before: Retained tokens before it.
-        length_after: Retained tokens after it.
-    """
-
-    row: int
-    tokens: range
-    length_before: int
-    length_after: int
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A forward call under way."""
-
-    columns: int
-    batch: int
-    lanes: list[LaneCall]
-    pools: list[PoolCall]
-    attention: str | None  # the model's own implementation, to be put back
-    token: Token[dict[int, BandedLayer] | None]
 
 
 class StreamingCache(Cache):
@@ -103,18 +73,14 @@ class StreamingCache(Cache):
             msg = f"on_evict must be callable or None, got {on_evict!r}."
             raise TypeError(msg)
         facts = inspect_model(model)
-        _check_lengths(retention, facts.trained_length, facts.native_window)
+        check_lengths(retention, facts)
+        super().__init__(layers=[LayerView() for _ in range(facts.num_layers)])
         self.retention = retention
         self._on_evict = on_evict
-        self._position_bound = _position_bound(retention, facts.trained_length, facts.length_dependent)
-        self._pools = [SlotPool(retention, facts.rotary, list(range(facts.num_layers)))]
-        self._pool_of = {layer: index for index, pool in enumerate(self._pools) for layer in pool.layers}
-        self._lanes = [Lane()]
-        self._columns = 0
-        self._batch: int | None = None
-        self._num_evictions = 0
-        self._call: _Call | None = None
-        super().__init__(layers=[_LayerView() for _ in range(facts.num_layers)])
+        pools = [SlotPool(retention, facts.rotary, list(range(facts.num_layers)))]
+        self._pool_of = {layer: index for index, pool in enumerate(pools) for layer in pool.layers}
+        self._stream = Stream(pools, position_bound(retention, facts))
+        self._call: StreamCall | None = None
         self._decoder_ref = weakref.ref(facts.decoder)
         self._finalizer = attach(facts.decoder, self)
 
@@ -123,51 +89,59 @@ class StreamingCache(Cache):
     @property
     def retained_tokens(self) -> list[list[int]]:
         """Natural indices of the retained tokens, one ascending list per row (one list before the first call)."""
-        rows = [
-            self.retention.retained(lane.seen, row.evicted)
-            for lane, row in zip(self._lanes, self._pools[0].rows, strict=True)
-        ]
-        return self._per_row(rows)
+        return self._stream.per_row(self._stream.retained)
 
     @property
     def seen_tokens(self) -> list[int]:
-        """Real tokens fed so far, one count per row."""
-        return self._per_row([lane.seen for lane in self._lanes])
+        """Real tokens fed and not cropped, one count per row."""
+        return self._stream.per_row([lane.seen for lane in self._stream.state.lanes])
 
     @property
     def num_evictions(self) -> int:
         """Evictions so far, all rows together."""
-        return self._num_evictions
+        return self._stream.state.num_evictions
+
+    @property
+    def forwarded_tokens(self) -> int:
+        """Columns ever run through the model with this cache: shows that a chat's turn feeds its new tokens only."""
+        return self._stream.state.forwarded
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values: constant from the first call on."""
-        return sum(pool.nbytes for pool in self._pools)
+        return sum(pool.nbytes for pool in self._stream.pools)
 
     def __repr__(self) -> str:
-        """Show the sizes and the state."""
         rule = self.retention
         return (
             f"StreamingCache(num_sinks={rule.num_sinks}, window={rule.window}, buffer={rule.buffer}, "
             f"evict={rule.evict!r}, seen={self.seen_tokens}, evictions={self.num_evictions})"
         )
 
-    def _per_row(self, lanes: list[Any]) -> list[Any]:
-        return lanes if len(lanes) > 1 else lanes * (self._batch or 1)
-
     # -- what transformers asks ---------------------------------------------------------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:
+        """Say that the newest tokens can be taken back; ``can_crop`` says how many."""
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first call."""
+        return self._stream.state.batch or -1
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Count the columns fed so far, padding included: ``generate`` slices its inputs by it."""
-        return self._columns
+        return self._stream.state.columns
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Give the column of the next query among the keys that a call returns."""
-        return self._held(layer_idx)
+        pool = self._stream.pools[self._pool_of[layer_idx]]
+        return pool.held(self._stream.state.lanes)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Give the number of keys that a call with ``query_length`` columns returns, and their offset, 0."""
-        return self._held(layer_idx) + int(query_length), 0
+        return self.get_query_offset(layer_idx) + int(query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
         """Say that there is no maximum."""
@@ -201,20 +175,9 @@ class StreamingCache(Cache):
             raise RuntimeError(msg)
         return self._call.pools[self._pool_of[layer_idx]].update(layer_idx, key_states, value_states)
 
-    def reset(self) -> None:
-        """Forget everything; the cache is as new."""
-        self.rollback()
-        self._lanes, self._columns, self._batch, self._num_evictions = [Lane()], 0, None, 0
-        for pool in self._pools:
-            pool.clear()
-
-    def _held(self, layer_idx: int) -> int:
-        pool = self._pools[self._pool_of[layer_idx]]
-        return pool.held(self._lanes)
-
     # -- the life of a call -------------------------------------------------------------------------------------------
 
-    def begin_call(self, decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def begin_call(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Plan a forward call and rewrite its arguments. Called by the hook on the decoder.
 
         Args:
@@ -225,213 +188,132 @@ class StreamingCache(Cache):
             The arguments with ``position_ids`` and ``attention_mask`` rewritten.
 
         Raises:
-            ValueError: The batch size, the mask or the number of tokens does not fit; nothing has changed then.
+            ValueError: The model is another one, or the batch size, the mask or the number of tokens does not fit;
+                nothing has changed then.
         """
         self.rollback()
-        if decoder is not self._decoder():
+        if decoder is not self._decoder_ref():
             msg = "This StreamingCache was made for another model; make a StreamingCache(model, ...) for this one."
             raise ValueError(msg)
-        for pool in self._pools:
-            pool.recover()
-        inputs = read_inputs(kwargs, self._columns, self._batch)
-        if inputs.real is not None and len(self._lanes) < inputs.batch:
-            self._split_lanes(inputs.batch)
-        real = inputs.real or [None] * len(self._lanes)
-        fresh = [inputs.columns if columns is None else len(columns) for columns in real]
-        self._rebase_if_needed(fresh)
-        lanes = [
-            self._lane_call(lane, inputs.columns, columns) for lane, columns in zip(self._lanes, real, strict=True)
-        ]
-        return self._install(decoder, kwargs, inputs.batch, inputs.device, lanes)
+        inputs = read_inputs(kwargs, self._stream.state.columns, self._stream.state.batch)
+        call = self._stream.begin(inputs)
+        self._call = call
+        open_call(decoder, call.banded)
+        positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
+        mask = padding_mask(self._stream.pools[0], call.before, inputs.columns, inputs.device)
+        return kwargs | {"position_ids": positions, "attention_mask": mask}
 
     def commit_call(self) -> None:
-        """Take over the call that has just succeeded. Called by the hook on the decoder."""
-        call = self._call
-        if call is None:
+        """Take over the call that has just succeeded. Called by the hook on the decoder.
+
+        Raises:
+            RuntimeError: Some layer did not update the cache; the call is dropped then.
+        """
+        if self._call is None:
             return
-        lanes = [Lane(lane.seen_after, lane.segments[-1].offset) for lane in call.lanes]
-        before = [row.evicted for row in self._pools[0].rows]
-        for pool in call.pools:
-            pool.commit(lanes)
-        self._lanes, self._batch = lanes, call.batch
-        self._columns += call.columns
+        events = self._stream.commit(self._call)
         self.rollback()
-        self._report(call.lanes, before)
+        if self._on_evict is not None:
+            for event in events:
+                self._on_evict(event)
 
     def rollback(self) -> None:
         """Drop a call that did not complete; the cache is as it was after the last complete one."""
-        call, self._call = self._call, None
-        if call is not None:
-            leave_call(call.token)
-            decoder = self._decoder()
-            if call.attention is not None and decoder is not None:
-                decoder.config._attn_implementation = call.attention  # noqa: SLF001
+        decoder = self._decoder_ref()
+        if self._call is not None and decoder is not None:
+            close_call(decoder)
+        self._call = None
+        self._stream.complete()
+
+    def reset(self) -> None:
+        """Forget everything; the cache is as new."""
+        self.rollback()
+        self._stream.reset()
 
     def detach(self) -> None:
         """Take the cache's hooks off the model; the cache can be read but not fed any more."""
         self._finalizer()
 
-    def _decoder(self) -> PreTrainedModel | None:
-        return self._decoder_ref()
+    # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def _split_lanes(self, batch: int) -> None:
-        """Give every row a lane of its own, from now on; the state itself stays as it is."""
-        self._lanes = [Lane(lane.seen, lane.offset) for lane in self._lanes * batch]
-        for pool in self._pools:
-            pool.rows = [Row(row.evicted, row.floor, row.placed) for row in pool.rows * batch]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row ``i`` go on from row ``beam_idx[i]``, in everything the cache knows (beam search).
 
-    def _rebase_if_needed(self, fresh: list[int]) -> None:
-        """Rotate all windows back to their ranks when the next positions would leave the trained range."""
-        reach = max(lane.seen - lane.offset + count for lane, count in zip(self._lanes, fresh, strict=True))
-        if reach <= self._position_bound:
-            return
-        offsets = [row.evicted for row in self._pools[0].rows]
-        if offsets == [lane.offset for lane in self._lanes]:
-            return
-        for pool in self._pools:
-            pool.relocate(self._lanes, offsets)
-        for lane, offset in zip(self._lanes, offsets, strict=True):
-            lane.offset = offset
+        Args:
+            beam_idx: ``[rows]`` int64, of any length.
+        """
+        self.rollback()
+        self._stream.select_rows(beam_idx)
 
-    def _lane_call(self, lane: Lane, columns: int, real: list[int] | None) -> LaneCall:
-        fresh = columns if real is None else len(real)
-        segments = segments_for(lane, fresh, self._position_bound, self.retention.capacity - 1)
-        return LaneCall(lane.seen, columns, real, segments, lane.offset)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (int64, or a bool mask)."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
-    def _install(
-        self, decoder: nn.Module, kwargs: dict[str, Any], batch: int, device: torch.device, lanes: list[LaneCall]
-    ) -> dict[str, Any]:
-        """Make every pool ready, and the model's arguments with it."""
-        banded: dict[int, BandedLayer] | None = {} if any(self._needs_band(lanes)) else None
-        pools = [self._pool_call(pool, lanes, banded) for pool in self._pools]
-        self._call = _Call(lanes[0].columns, batch, lanes, pools, None, enter_call(banded))
-        if banded is not None:
-            config = cast("PreTrainedModel", decoder).config
-            self._call.attention = config._attn_implementation  # noqa: SLF001
-            config._attn_implementation = ATTENTION_NAME  # noqa: SLF001
-        positions = torch.stack([lane.positions(device) for lane in lanes])
-        return kwargs | {"position_ids": positions, "attention_mask": self._padding_mask(lanes, device)}
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, side by side."""
+        if self.batch_size > 0:
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def _needs_band(self, lanes: list[LaneCall]) -> list[bool]:
-        """Say for each pool whether its queries see different lists, or padding, in this call."""
-        needs = []
-        for pool in self._pools:
-            rule = pool.retention
-            crossing = [
-                rule.evict == "token" and rule.evicted_before(lane.seen_after - 1) > row.evicted
-                for lane, row in zip(lanes, pool.rows, strict=True)
-            ]
-            needs.append(any(crossing) or any(lane.padded or len(lane.segments) > 1 for lane in lanes))
-        return needs
+    # -- going back ---------------------------------------------------------------------------------------------------
 
-    def _pool_call(self, pool: SlotPool, lanes: list[LaneCall], banded: dict[int, BandedLayer] | None) -> PoolCall:
-        columns = lanes[0].columns
-        in_slots = not any(lane.padded for lane in lanes) and pool.fits(self._lanes, columns)
-        pool.make_ready(self._lanes, columns if in_slots else 0)
-        evicted = [
-            pool.retention.evicted_after(lane.seen_after, row.evicted)
-            for lane, row in zip(lanes, pool.rows, strict=True)
-        ]
-        return PoolCall(pool, lanes, in_slots, pool.held(self._lanes), evicted, banded)
+    def can_crop(self, columns: int) -> bool:
+        """Say whether the newest ``columns`` columns can be taken back exactly.
 
-    def _padding_mask(self, lanes: list[LaneCall], device: torch.device) -> Tensor | None:
-        """Hide the columns in front of the shorter rows, ``[batch, held + columns]``; ``None`` when rows agree."""
-        lengths = [self._pools[0].length(lane, row) for lane, row in zip(self._lanes, self._pools[0].rows, strict=True)]
-        if min(lengths) == max(lengths):
-            return None
-        columns = torch.arange(max(lengths) + lanes[0].columns, device=device)
-        start = max(lengths) - torch.tensor(lengths, device=device)
-        return (columns >= start[:, None]).long()
+        They can while the tokens that they evicted still stand in their slots: always within the last call, unless
+        that call was longer than the cache has slots; further back with ``activate_past_recording``.
+        """
+        return self._stream.can_crop(columns)
 
-    def _report(self, lanes: list[LaneCall], before: list[int]) -> None:
-        """Count the call's evictions and tell the callback."""
-        events = [
-            list(_evictions(self.retention, lane, gone, row.evicted))
-            for lane, gone, row in zip(lanes, before, self._pools[0].rows, strict=True)
-        ]
-        for index, evictions in enumerate(self._per_row(events)):
-            self._num_evictions += len(evictions)
-            if self._on_evict is not None:
-                for tokens, length in evictions:
-                    self._on_evict(Eviction(index, tokens, length, length - len(tokens)))
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest columns back, as if they had never been fed.
 
-
-def _evictions(rule: Retention, lane: LaneCall, before: int, after: int) -> list[tuple[range, int]]:
-    """List a lane's evictions in a call: the tokens, and the length of the list before it."""
-    if after == before:
-        return []
-    step = rule.buffer + 1 if rule.evict == "token" else after - before
-    length = rule.capacity if rule.evict == "token" else lane.seen_after - before
-    return [(range(rule.first(gone), rule.first(gone + step)), length) for gone in range(before, after, step)]
-
-
-def _check_lengths(rule: Retention, trained_length: int, native_window: int | None) -> None:
-    """Compare the longest list with what the model can rotate and see.
-
-    Raises:
-        ValueError: The model's own sliding window would hide retained tokens.
-    """
-    if native_window is not None and rule.capacity > native_window:
-        msg = (
-            f"num_sinks + window + buffer + 1 = {rule.capacity} exceeds the model's own sliding window of "
-            f"{native_window} tokens, which would hide the sinks; choose a smaller window or buffer."
-        )
-        raise ValueError(msg)
-    if rule.capacity > trained_length:
-        warnings.warn(
-            f"num_sinks + window + buffer + 1 = {rule.capacity} exceeds the {trained_length} positions that the model "
-            "was trained on; beyond them quality falls. Choose a smaller window or buffer.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _position_bound(rule: Retention, trained_length: int, length_dependent: bool) -> int:  # noqa: FBT001
-    """Choose the position that rotations stay below.
-
-    The trained length, if a list fits. Rotations see differences only, so where the list nearly fills the trained
-    length, positions may exceed it by a window: otherwise every eviction would rotate (and round) every key again.
-    Frequencies that depend on the largest position do not allow that.
-    """
-    roomy = rule.capacity + 1 if length_dependent else rule.capacity + rule.window
-    return max(trained_length, roomy)
-
-
-class _LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers registers subclasses
-    """What ``transformers`` asks of a layer; the state is the cache's, since all layers move together."""
-
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # transformers is not typed there
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the pools allocate when the first call commits."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Refuse: only the cache as a whole can be updated.
+        Args:
+            tokens_to_remove: Minus the number of columns; 0 only tells that the recorded past is not needed any more.
 
         Raises:
-            RuntimeError: Always.
+            ValueError: It is positive, more than was fed, or the tokens that the columns evicted are gone; nothing has
+                changed then.
         """
-        msg = "Update the StreamingCache, not one of its layers."
-        raise RuntimeError(msg)
+        self.rollback()
+        if not 0 <= -tokens_to_remove <= self.get_seq_length():
+            msg = (
+                f"tokens_to_remove must be minus a number of columns, between 0 and the {self.get_seq_length()} fed, "
+                f"got {tokens_to_remove}."
+            )
+            raise ValueError(msg)
+        if tokens_to_remove:
+            self._stream.crop(-tokens_to_remove)
+        self._stream.forget_past()
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
-        """Refuse like ``update``.
+    def activate_past_recording(self) -> None:
+        """Keep what calls evict until ``crop`` is called, up to 128 tokens, so that drafts can be rolled back."""
+        for view in self.layers:
+            cast("LayerView", view).activate_past_recording()
+        self._stream.record_past()
+
+    def snapshot(self) -> Snapshot:
+        """Copy the cache's content, to come back to it with ``restore`` any number of times."""
+        self.rollback()
+        return self._stream.snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this cache, or of one with the same sizes on the same model.
 
         Raises:
-            RuntimeError: Always.
+            ValueError: The snapshot is of a cache with other sizes.
         """
-        msg = "Ask the StreamingCache, not one of its layers."
-        raise RuntimeError(msg)
+        self.rollback()
+        self._stream.restore(snapshot)
 
-    def get_seq_length(self) -> int:
-        """Give 0: the cache counts."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """Say that there is no maximum."""
-        return -1
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
+        decoder = self._decoder_ref()
+        if decoder is None:
+            msg = "The model of this StreamingCache is gone; there is nothing to copy it for."
+            raise RuntimeError(msg)
+        rule = self.retention
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said when the original was made
+            twin = type(self)(decoder, rule.num_sinks, rule.window, rule.buffer, rule.evict, self._on_evict)
+        memo[id(self)] = twin
+        twin.restore(self.snapshot())
+        return twin

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from sinkwindow.attention import Band, BandedLayer, band_of
+from sinkwindow.lanes import batch_slice
 from sinkwindow.storage import KeyValue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sinkwindow.lanes import Lane, LaneCall
-    from sinkwindow.storage import Bank, SlotPool
+    from sinkwindow.lanes import LaneCall
+    from sinkwindow.storage import Bank, Move, SlotPool
 
 __all__ = ["PoolCall"]
 
@@ -88,8 +89,8 @@ class PoolCall:
         self._done.add(layer)
         return states
 
-    def commit(self, lanes: list[Lane]) -> None:
-        """Take the call over; ``lanes`` are as they are after it.
+    def outcome(self) -> Move:
+        """Give the move that takes the call over.
 
         Raises:
             RuntimeError: Some layer never handed over its keys; nothing is taken over then.
@@ -99,9 +100,9 @@ class PoolCall:
             msg = f"Layers {missing} did not update the cache in this call; it is undone."
             raise RuntimeError(msg)
         if self.in_slots:
-            self.pool.advance(self.lanes, self.evicted)
-        else:
-            self.pool.absorb(lanes, self.evicted, self._windows, self._sinks)
+            return self.pool.advance(self.lanes, self.evicted)
+        after = [lane.after for lane in self.lanes]
+        return self.pool.absorb(after, self.evicted, self._windows, self._sinks)
 
     def _store(self, layer: int, fresh: KeyValue) -> KeyValue:
         target = self._targets[layer]
@@ -137,7 +138,8 @@ class PoolCall:
         return KeyValue(keys if shift is None else self.pool.rotary.move(keys, shift), values)
 
     def _window_length(self, r: int) -> int:
-        return self.pool.retention.window_length(self.lanes[r].seen_after, self.evicted[r])
+        lane = self.lanes[r].after
+        return lane.seen - self.pool.keep_from(lane, self.pool.rows[r], self.evicted[r])
 
     def _window_columns(self, r: int, count: int) -> list[int]:
         """List the columns of a row's last ``count`` tokens; column 0 stands in for tokens that never were."""
@@ -181,7 +183,7 @@ class PoolCall:
             first, last = lane.seen, self.pool.retention.sinks(lane.seen_after)
             if first < last:
                 columns = slice(0, last - first) if lane.real is None else lane.real[: last - first]
-                yield slice(None) if len(self.lanes) == 1 else slice(r, r + 1), slice(first, last), columns
+                yield batch_slice(r, len(self.lanes)), slice(first, last), columns
 
     def _locate(self, layer: int) -> tuple[Bank, int]:
         for bank in self.pool.banks:

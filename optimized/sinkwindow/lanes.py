@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Lane", "LaneCall", "Segment", "segments_for"]
+__all__ = ["Lane", "LaneCall", "Segment", "batch_slice", "segments_for"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Lane:
     """What a row has seen.
 
     Attributes:
         seen: Real tokens fed so far.
-        offset: Natural index minus rotation position of the window keys in the cache. It grows when the cache is
-            rebased, so that positions stay bounded for ever.
+        offset: Natural index minus rotation position of the next token. It grows when the cache is rebased, so that
+            positions stay bounded for ever.
     """
 
     seen: int = 0
@@ -65,6 +65,11 @@ class LaneCall:
         return self.seen + self.fresh
 
     @property
+    def after(self) -> Lane:
+        """Give the lane as it is once the call has ended."""
+        return Lane(self.seen_after, self.segments[-1].offset)
+
+    @property
     def padded(self) -> bool:
         """Whether some column of the call holds no real token."""
         return self.real is not None and len(self.real) < self.columns
@@ -103,6 +108,11 @@ class LaneCall:
             return torch.arange(first, first + self.columns, device=device)
         naturals = self.naturals(device)
         return torch.where(naturals >= 0, naturals - self.offsets(naturals), 0)
+
+
+def batch_slice(index: int, lanes: int) -> slice:
+    """Give the rows of the batch that a lane stands for."""
+    return slice(None) if lanes == 1 else slice(index, index + 1)
 
 
 def segments_for(lane: Lane, fresh: int, bound: int, restart: int) -> list[Segment]:

@@ -11,29 +11,32 @@ evicted tokens, always from the pristine copy, and written over the youngest evi
 window. When ``end`` reaches the last slot, the window is moved to the front once.
 
 While a model call is under way nothing is written where a retained token stands, so a call that fails is undone by
-forgetting it. Moves within the slots first copy all they will write (a journal), so that an interrupted move can be
+forgetting it. Every other change is a ``Move``: complete before its first write, so that an interrupted one can be
 repeated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sinkwindow.lanes import batch_slice
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from sinkwindow.lanes import Lane, LaneCall
     from sinkwindow.retention import Retention
     from sinkwindow.rotation import Rotary
 
-__all__ = ["Bank", "KeyValue", "Row", "SlotPool"]
+__all__ = ["Bank", "KeyValue", "Move", "Row", "SlotPool"]
 
 SLACK_SHARE = 16  # one sixteenth of the list as free slots: 6% of memory buys a move per many tokens, not per token
 MIN_SLACK = 8  # [tokens], for tiny caches
+RECORDED = 128  # [tokens] kept beyond the rule while a roll-back may ask for them: drafts are shorter than this
 
 
 class KeyValue(NamedTuple):
@@ -43,22 +46,26 @@ class KeyValue(NamedTuple):
     values: Tensor
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What a pool knows of a lane.
 
     Attributes:
         evicted: Tokens evicted so far.
+        offset: Natural index minus rotation position of the window keys in the slots.
         floor: Lowest natural index whose window key still stands in its slot.
         placed: Value of ``evicted`` for which the sinks stand in front of the window; -1 when they do not.
+        mark: Lowest natural index that a roll-back may ask for while the past is recorded.
     """
 
     evicted: int = 0
+    offset: int = 0
     floor: int = 0
     placed: int = -1
+    mark: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Bank:
     """Tensors of the layers that share shape, dtype and device, so that one operation serves them all.
 
@@ -77,17 +84,18 @@ class Bank:
         """Bytes allocated."""
         return sum(tensor.nbytes for tensor in (*self.slots, *self.sinks))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by what ``change`` makes of it."""
-        self.slots = KeyValue(*map(change, self.slots))
-        self.sinks = KeyValue(*map(change, self.sinks))
+    def map(self, change: Callable[[Tensor], Tensor]) -> Bank:
+        """Give the bank that ``change`` makes of every tensor; the layers stay."""
+        return Bank(self.layers, KeyValue(*map(change, self.slots)), KeyValue(*map(change, self.sinks)))
 
 
-@dataclass(slots=True, eq=False)
-class _Journal:
-    """A move under way: what goes where, copied before the first write, and where the rows will end."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Move:
+    """A change of a pool: what is written where, copied before the first write, and what holds afterwards."""
 
     writes: list[tuple[Tensor, Tensor]]
+    banks: list[Bank]
+    rows: list[Row]
     end: int
 
 
@@ -102,6 +110,7 @@ class SlotPool:
         rows: One per lane of the cache.
         banks: Allocated when the first call commits.
         end: Slot after the newest token, the same for all rows.
+        recording: Whether evicted tokens are kept for a roll-back, up to ``RECORDED``.
     """
 
     retention: Retention
@@ -110,12 +119,17 @@ class SlotPool:
     rows: list[Row] = field(default_factory=lambda: [Row()])
     banks: list[Bank] = field(default_factory=list)
     end: int = 0
-    _journal: _Journal | None = None
+    recording: bool = False
+    _overwritten: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _floors: list[int] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         """Slots per row."""
-        return self.retention.capacity + max(MIN_SLACK, self.retention.capacity // SLACK_SHARE)
+        if self.banks:
+            return self.banks[0].slots.keys.shape[3]
+        capacity = self.retention.capacity
+        return capacity + max(MIN_SLACK, capacity // SLACK_SHARE) + (RECORDED if self.recording else 0)
 
     @property
     def nbytes(self) -> int:
@@ -126,101 +140,120 @@ class SlotPool:
         """Count a row's retained tokens."""
         return self.retention.length(lane.seen, row.evicted)
 
-    def held(self, lanes: list[Lane]) -> int:
+    def held(self, lanes: Sequence[Lane]) -> int:
         """Count the cached columns that a call gets to see: those of the longest row."""
         return max(self.length(lane, row) for lane, row in zip(lanes, self.rows, strict=True))
 
-    def fits(self, lanes: list[Lane], fresh: int) -> bool:
+    def fits(self, lanes: Sequence[Lane], fresh: int) -> bool:
         """Whether ``fresh`` more tokens find slots, after a move if need be."""
         return bool(self.banks) and self.held(lanes) + fresh <= self.size
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.rows, self.end, self._journal = [Row()], 0, None
-        self.banks = []
+    def apply(self, move: Move) -> None:
+        """Carry a move out; carrying it out again changes nothing."""
+        for target, source in move.writes:
+            target.copy_(source)
+        if move.writes:
+            self.forget_overwritten()
+        self.banks, self.rows, self.end = move.banks, move.rows, move.end
 
     # -- before a call ------------------------------------------------------------------------------------------------
 
-    def recover(self) -> None:
-        """Repeat a move that was interrupted."""
-        if self._journal is not None:
-            self._replay(self._journal)
+    def needs_move(self, lanes: Sequence[Lane], fresh: int) -> bool:
+        """Whether windows must move before a call: no room for ``fresh`` tokens, or rotated at another offset."""
+        stale = any(row.offset != lane.offset for lane, row in zip(lanes, self.rows, strict=True))
+        return bool(self.banks) and (stale or self.end + fresh > self.size)
 
-    def make_ready(self, lanes: list[Lane], fresh: int) -> None:
-        """Bring the slots in order for a call: room for ``fresh`` tokens (0: none is needed), sinks before windows."""
-        if self.end + fresh > self.size:
-            self.relocate(lanes, [lane.offset for lane in lanes])
-        self._place_sinks(lanes)
-
-    def relocate(self, lanes: list[Lane], offsets: list[int]) -> None:
-        """Move the windows to the front, rotated to new offsets where these differ."""
-        if not self.banks:
-            return
-        end = self.held(lanes)
-        writes: list[tuple[Tensor, Tensor]] = []
-        for index, lane, row, offset in self._each(lanes, offsets):
-            count = self.retention.window_length(lane.seen, row.evicted)
-            for bank in self.banks:
-                keys, values = (tensor[:, index, :, self.end - count : self.end] for tensor in bank.slots)
-                keys = keys.clone() if offset == lane.offset else self.rotary.move(keys, lane.offset - offset)
-                to = (slice(None), index, slice(None), slice(end - count, end))
-                writes += [(bank.slots.keys[to], keys), (bank.slots.values[to], values.clone())]
-        self._commit_move(lanes, writes, end)
-
-    def _commit_move(self, lanes: list[Lane], writes: list[tuple[Tensor, Tensor]], end: int) -> None:
-        """Write a complete journal; from its first write on, ``recover`` can finish it."""
-        for _, row in zip(lanes, self.rows, strict=True):
-            row.floor, row.placed = self.retention.first(row.evicted), -1
-        self._journal = _Journal(writes, end)
-        self._replay(self._journal)
-
-    def _replay(self, journal: _Journal) -> None:
-        for target, source in journal.writes:
-            target.copy_(source)
-        self.end = journal.end
-        self._journal = None
-
-    def _place_sinks(self, lanes: list[Lane]) -> None:
+    def place_sinks(self, lanes: Sequence[Lane]) -> None:
         """Write the sinks just before each row's window, rotated to where the next query expects them."""
-        for index, lane, row, offset in self._each(lanes, [lane.offset for lane in lanes]):
-            sinks = self.retention.sinks(lane.seen)
-            if row.placed == row.evicted or not sinks:
-                continue
-            start = self.end - self.length(lane, row)
-            for bank in self.banks:
-                keys, values = (tensor[:, index, :, :sinks] for tensor in bank.sinks)
-                to = (slice(None), index, slice(None), slice(start, start + sinks))
-                bank.slots.keys[to] = self.rotary.move(keys, row.evicted - offset)
-                bank.slots.values[to] = values
-            row.placed, row.floor = row.evicted, self.retention.first(row.evicted)
+        for r, (lane, row) in enumerate(zip(lanes, self.rows, strict=True)):
+            if row.placed != row.evicted and self.retention.sinks(lane.seen):
+                self._place(r, lane, row)
 
-    def _each(self, lanes: list[Lane], offsets: list[int]) -> Iterator[tuple[slice, Lane, Row, int]]:
-        """Pair lanes with rows, and with the slice of the batch that they stand for."""
-        for r, (lane, row, offset) in enumerate(zip(lanes, self.rows, offsets, strict=True)):
-            yield (slice(None) if len(lanes) == 1 else slice(r, r + 1)), lane, row, offset
+    def _place(self, r: int, lane: Lane, row: Row) -> None:
+        sinks = self.retention.sinks(lane.seen)
+        start = self.end - self.length(lane, row)
+        to = (slice(None), batch_slice(r, len(self.rows)), slice(None), slice(start, start + sinks))
+        self._record(to)
+        self._set_row(r, replace(row, placed=-1, floor=self.retention.first(row.evicted)))  # what is lost, first
+        for bank in self.banks:
+            keys, values = (tensor[to[:3]][:, :, :, :sinks] for tensor in bank.sinks)
+            bank.slots.keys[to] = self.rotary.move(keys, row.evicted - row.offset)
+            bank.slots.values[to] = values
+        self._set_row(r, replace(self.rows[r], placed=row.evicted))
 
-    # -- after a call -------------------------------------------------------------------------------------------------
+    def _set_row(self, r: int, row: Row) -> None:
+        self.rows = [*self.rows[:r], row, *self.rows[r + 1 :]]
 
-    def advance(self, lanes: list[LaneCall], evicted: list[int]) -> None:
+    def _record(self, to: tuple[slice, ...]) -> None:
+        """While recording, save what sinks are about to overwrite."""
+        if self.recording:
+            self._floors = self._floors or [row.floor for row in self.rows]
+            self._overwritten += [(tensor[to], tensor[to].clone()) for bank in self.banks for tensor in bank.slots]
+
+    # -- moves --------------------------------------------------------------------------------------------------------
+
+    def relocation(
+        self, lanes: Sequence[Lane], rows: Sequence[Row] | None = None, cut: Sequence[int] | None = None
+    ) -> Move:
+        """Move the windows to the front, rotated at the lanes' offsets.
+
+        Args:
+            lanes: What each row has seen once the move is done.
+            rows: What the pool shall know then; as now if omitted.
+            cut: Newest tokens of each row to leave behind.
+        """
+        self.restore_overwritten()
+        rows = self.rows if rows is None else rows
+        starts = [self._keep_from(lane, row) for lane, row in zip(lanes, rows, strict=True)]
+        banks = self._grown_banks()
+        end = max(
+            self.retention.sinks(lane.seen) + lane.seen - start for lane, start in zip(lanes, starts, strict=True)
+        )
+        writes: list[tuple[Tensor, Tensor]] = []
+        after = []
+        for r, (lane, row, start) in enumerate(zip(lanes, rows, starts, strict=True)):
+            count, source_end = lane.seen - start, self.end - (cut[r] if cut else 0)
+            index = batch_slice(r, len(lanes))
+            for old, new in zip(self.banks, banks, strict=True):
+                keys, values = (tensor[:, index, :, source_end - count : source_end] for tensor in old.slots)
+                keys = keys.clone() if row.offset == lane.offset else self.rotary.move(keys, row.offset - lane.offset)
+                to = (slice(None), index, slice(None), slice(end - count, end))
+                writes += [(new.slots.keys[to], keys), (new.slots.values[to], values.clone())]
+            after.append(replace(row, offset=lane.offset, floor=start, placed=-1))
+        for old, new in zip(self.banks, banks, strict=True):
+            if new is not old:
+                writes += list(zip(new.sinks, old.sinks, strict=True))
+        return Move(writes, banks, after, end)
+
+    def advance(self, lanes: Sequence[LaneCall], evicted: list[int]) -> Move:
         """Take over a call whose tokens were written at ``end``."""
-        self.end += lanes[0].fresh
-        for row, count in zip(self.rows, evicted, strict=True):
-            row.evicted = count
+        rows = [replace(row, evicted=count) for row, count in zip(self.rows, evicted, strict=True)]
+        return Move([], self.banks, rows, self.end + lanes[0].fresh)
 
     def absorb(
-        self, lanes: list[Lane], evicted: list[int], windows: dict[int, KeyValue], sinks: dict[int, KeyValue]
-    ) -> None:
+        self,
+        lanes: Sequence[Lane],
+        evicted: list[int],
+        windows: dict[int, KeyValue],
+        sinks: dict[int, KeyValue],
+    ) -> Move:
         """Take over a call whose tokens were kept aside.
 
         Args:
             lanes: The lanes as they are after the call.
             evicted: Tokens that each lane has evicted after the call.
-            windows: For each layer the last ``count`` tokens of every row, right-aligned, at the lanes' new offsets.
+            windows: For each layer the newest tokens of every row from ``keep_from`` on, right-aligned, rotated at the
+                lanes' offsets.
             sinks: For each layer the pristine sinks, those of the call included.
         """
         banks = self.banks or self._allocate(windows)
-        after = [Row(count, self.retention.first(count)) for count in evicted]
-        end = max(self.length(lane, row) for lane, row in zip(lanes, after, strict=True))
+        rows = []
+        for lane, row, count in zip(lanes, self.rows, evicted, strict=True):
+            start = self.keep_from(lane, row, count)
+            rows.append(Row(count, lane.offset, start, -1, row.mark))
+        end = max(
+            self.retention.sinks(lane.seen) + lane.seen - row.floor for lane, row in zip(lanes, rows, strict=True)
+        )
         writes: list[tuple[Tensor, Tensor]] = []
         for bank in banks:
             for position, layer in enumerate(bank.layers):
@@ -228,29 +261,83 @@ class SlotPool:
                     writes.append((target[position, :, :, end - source.shape[2] : end], source))
                 for target, source in zip(bank.sinks, sinks[layer], strict=True):
                     writes.append((target[position, :, :, : source.shape[2]], source))
-        self.banks, self.rows = banks, after
-        self._commit_move(lanes, writes, end)
+        return Move(writes, banks, rows, end)
+
+    def keep_from(self, lane: Lane, row: Row, evicted: int) -> int:
+        """Give the oldest window token to keep of a call kept aside; the call saw the list as it was before."""
+        return self._keep_from(lane, replace(row, evicted=evicted, floor=self.retention.first(row.evicted)))
+
+    def _keep_from(self, lane: Lane, row: Row) -> int:
+        """Give the oldest window token worth keeping: the rule's, or the recorded past's as far as there is room."""
+        first = self.retention.first(row.evicted)
+        if self.recording:
+            room = self.size - self.retention.num_sinks - 1
+            first = min(first, max(row.mark, row.floor, self.retention.num_sinks, lane.seen - room))
+        return min(first, lane.seen)
+
+    def _grown_size(self) -> int:
+        """Give the slots that recording wants, 0 where the banks have them already."""
+        wanted = self.retention.capacity + RECORDED + max(MIN_SLACK, self.retention.capacity // SLACK_SHARE)
+        return wanted if self.recording and self.size < wanted else 0
+
+    def _grown_banks(self) -> list[Bank]:
+        """Give the banks, larger ones if recording has just begun."""
+        size = self._grown_size()
+        if not size:
+            return self.banks
+        return [
+            _bank(bank.layers, [tensor[0] for tensor in bank.slots], size, self.retention.num_sinks)
+            for bank in self.banks
+        ]
+
+    # -- roll-back ----------------------------------------------------------------------------------------------------
+
+    def restore_overwritten(self) -> None:
+        """Bring back what sinks have overwritten since the past is recorded; the sinks are placed anew before use."""
+        for target, source in reversed(self._overwritten):
+            target.copy_(source)
+        if self._overwritten:
+            floors = zip(self.rows, self._floors, strict=True)
+            self.rows = [replace(row, floor=floor, placed=-1) for row, floor in floors]
+        self.forget_overwritten()
+
+    def forget_overwritten(self) -> None:
+        """Let go of the recorded past."""
+        self._overwritten, self._floors = [], []
+
+    def reachable(self, seen: int, evicted: int, r: int) -> bool:
+        """Whether a row can go back to having seen and evicted so many tokens."""
+        floor = self._floors[r] if self._floors else self.rows[r].floor
+        first = self.retention.first(evicted)
+        return seen <= first or floor <= first
+
+    # -- allocation ---------------------------------------------------------------------------------------------------
 
     def _allocate(self, windows: dict[int, KeyValue]) -> list[Bank]:
         """Make room for every layer, one bank for all layers of one shape, dtype and device."""
-        groups: dict[tuple[object, ...], list[int]] = {}
-        for layer in self.layers:
-            keys, values = windows[layer]
-            groups.setdefault((keys.device, keys.dtype, keys.shape[:2], keys.shape[3], values.shape[3]), []).append(
-                layer
-            )
-        with torch.inference_mode(mode=False):  # tensors made in inference mode could not be written outside it
-            return [self._bank(layers, windows[layers[0]]) for layers in groups.values()]
+        return [
+            _bank(layers, windows[layers[0]], self.size, self.retention.num_sinks)
+            for layers in _alike(self.layers, windows)
+        ]
 
-    def _bank(self, layers: list[int], like: KeyValue) -> Bank:
-        """Allocate zeros: a slot that a mask hides is still multiplied by a weight of zero, so it must be finite."""
 
-        def empty(tensor: Tensor, tokens: int) -> Tensor:
-            batch, heads, _, width = tensor.shape
-            return tensor.new_zeros((len(layers), batch, heads, tokens, width))
+def _alike(layers: list[int], windows: dict[int, KeyValue]) -> Iterator[list[int]]:
+    """Group layers whose keys and values can stand in one tensor."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for layer in layers:
+        keys, values = windows[layer]
+        kind = (keys.device, keys.dtype, keys.shape[:2], keys.shape[3], values.shape[3])
+        groups.setdefault(kind, []).append(layer)
+    yield from groups.values()
 
-        return Bank(
-            layers,
-            KeyValue(*(empty(tensor, self.size) for tensor in like)),
-            KeyValue(*(empty(tensor, self.retention.num_sinks) for tensor in like)),
-        )
+
+def _bank(layers: list[int], like: Sequence[Tensor], size: int, num_sinks: int) -> Bank:
+    """Allocate zeros: a slot that a mask hides is still multiplied by a weight of zero, so it must be finite."""
+
+    def zeros(tensor: Tensor, tokens: int) -> Tensor:
+        batch, heads, _, width = tensor.shape
+        return tensor.new_zeros((len(layers), batch, heads, tokens, width))
+
+    with torch.inference_mode(mode=False):  # tensors made in inference mode could not be written outside it
+        slots = KeyValue(*(zeros(tensor, size) for tensor in like))
+        return Bank(layers, slots, KeyValue(*(zeros(tensor, num_sinks) for tensor in like)))

@@ -1,0 +1,61 @@
+"""What ``transformers`` asks of a layer; the state is the cache's, since all layers move together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import CacheLayerMixin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LayerView"]
+
+
+class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers registers subclasses
+    """A layer of a ``StreamingCache``: answers about its kind, and sends everything else to the cache.
+
+    Attributes:
+        record_past: Set by ``activate_past_recording``; ``generate`` clears it.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers is not typed there
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Note that the past is recorded; the cache does it."""
+        self.record_past = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the cache allocates when its first call commits."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Refuse: only the cache as a whole can be updated.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        msg = "Update the StreamingCache, not one of its layers."
+        raise RuntimeError(msg)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+        """Refuse like ``update``.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        msg = "Ask the StreamingCache, not one of its layers."
+        raise RuntimeError(msg)
+
+    def get_seq_length(self) -> int:
+        """Give 0: the cache counts."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Say that there is no maximum."""
+        return -1

@@ -1,0 +1,108 @@
+"""Planning a call: which positions, which path through each pool, which mask."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sinkwindow.call import PoolCall
+from sinkwindow.lanes import Lane, LaneCall, segments_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sinkwindow.attention import BandedLayer
+    from sinkwindow.families import ModelFacts
+    from sinkwindow.retention import Retention
+    from sinkwindow.storage import SlotPool
+
+__all__ = ["check_lengths", "lane_call", "needs_band", "padding_mask", "pool_call", "position_bound", "rebased"]
+
+
+def check_lengths(rule: Retention, facts: ModelFacts) -> None:
+    """Compare the longest list with what the model can rotate and see.
+
+    Raises:
+        ValueError: The model's own sliding window would hide retained tokens.
+
+    Warns:
+        UserWarning: The list is longer than the model's trained length.
+    """
+    if facts.native_window is not None and rule.capacity > facts.native_window:
+        msg = (
+            f"num_sinks + window + buffer + 1 = {rule.capacity} exceeds the model's own sliding window of "
+            f"{facts.native_window} tokens, which would hide the sinks; choose a smaller window or buffer."
+        )
+        raise ValueError(msg)
+    if rule.capacity > facts.trained_length:
+        warnings.warn(
+            f"num_sinks + window + buffer + 1 = {rule.capacity} exceeds the {facts.trained_length} positions that the "
+            "model was trained on; beyond them quality falls. Choose a smaller window or buffer.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def position_bound(rule: Retention, facts: ModelFacts) -> int:
+    """Choose the position that rotations stay below.
+
+    The trained length, if a list fits. Rotations see differences only, so where the list nearly fills the trained
+    length, positions may exceed it by a window: otherwise every eviction would rotate (and round) every key again.
+    Frequencies that depend on the largest position do not allow that.
+    """
+    roomy = rule.capacity + 1 if facts.length_dependent else rule.capacity + rule.window
+    return max(facts.trained_length, roomy)
+
+
+def rebased(lanes: Sequence[Lane], pool: SlotPool, fresh: Sequence[int], bound: int) -> tuple[Lane, ...]:
+    """Give the lanes with their next token back at its rank, if the next positions would reach the bound."""
+    reach = max(lane.seen - lane.offset + count for lane, count in zip(lanes, fresh, strict=True))
+    if reach <= bound:
+        return tuple(lanes)
+    return tuple(Lane(lane.seen, row.evicted) for lane, row in zip(lanes, pool.rows, strict=True))
+
+
+def lane_call(lane: Lane, columns: int, real: list[int] | None, bound: int, rule: Retention) -> LaneCall:
+    """Plan a lane's part of a call."""
+    fresh = columns if real is None else len(real)
+    return LaneCall(lane.seen, columns, real, segments_for(lane, fresh, bound, rule.capacity - 1), lane.offset)
+
+
+def needs_band(pool: SlotPool, lanes: Sequence[LaneCall]) -> bool:
+    """Say whether a pool's queries see different lists, or padding, in this call."""
+    rule = pool.retention
+    return any(lane.padded or len(lane.segments) > 1 for lane in lanes) or any(
+        rule.evict == "token" and rule.evicted_before(lane.seen_after - 1) > row.evicted
+        for lane, row in zip(lanes, pool.rows, strict=True)
+    )
+
+
+def pool_call(
+    pool: SlotPool, before: Sequence[Lane], lanes: list[LaneCall], banded: dict[int, BandedLayer] | None
+) -> PoolCall:
+    """Bring a pool's slots in order and plan its part of a call."""
+    columns = lanes[0].columns
+    plain = not any(lane.padded or len(lane.segments) > 1 for lane in lanes)  # aligned, and rotated at one offset
+    in_slots = plain and pool.fits(before, columns)
+    if pool.needs_move(before, columns if in_slots else 0):
+        pool.apply(pool.relocation(before))
+    in_slots = in_slots and pool.end + columns <= pool.size
+    if pool.banks:
+        pool.place_sinks(before)
+    evicted = [
+        pool.retention.evicted_after(lane.seen_after, row.evicted) for lane, row in zip(lanes, pool.rows, strict=True)
+    ]
+    return PoolCall(pool, lanes, in_slots, pool.held(before), evicted, banded)
+
+
+def padding_mask(pool: SlotPool, before: Sequence[Lane], columns: int, device: torch.device) -> Tensor | None:
+    """Hide the columns in front of the shorter rows, ``[batch, held + columns]``; ``None`` when rows agree."""
+    lengths = [pool.length(lane, row) for lane, row in zip(before, pool.rows, strict=True)]
+    if min(lengths) == max(lengths):
+        return None
+    index = torch.arange(max(lengths) + columns, device=device)
+    start = max(lengths) - torch.tensor(lengths, device=device)
+    return (index >= start[:, None]).long()

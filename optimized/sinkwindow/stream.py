@@ -1,0 +1,314 @@
+"""A stream of tokens through a set of slot pools: calls begun, taken over or dropped, rows moved, tokens taken back.
+
+Everything here is independent of any model: it knows lanes, columns and pools. ``cache.py`` fits it to transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from sinkwindow.events import Eviction, evictions
+from sinkwindow.history import History, Past
+from sinkwindow.lanes import Lane, LaneCall
+from sinkwindow.plan import lane_call, needs_band, pool_call, rebased
+from sinkwindow.storage import Move, Row, SlotPool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sinkwindow.attention import BandedLayer
+    from sinkwindow.call import PoolCall
+    from sinkwindow.inputs import Inputs
+    from sinkwindow.retention import Retention
+
+T = TypeVar("T")
+
+__all__ = ["Snapshot", "State", "Stream", "StreamCall"]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the cache knows beside its tensors; replaced as a whole when a call is taken over.
+
+    Attributes:
+        lanes: One for all rows while they agree, else one per row.
+        columns: Columns fed and not cropped, padding included.
+        batch: Rows, ``None`` before the first call.
+        num_evictions: Evictions so far, all rows together.
+        forwarded: Columns ever fed, cropped ones included.
+    """
+
+    lanes: tuple[Lane, ...] = (Lane(),)
+    columns: int = 0
+    batch: int | None = None
+    num_evictions: int = 0
+    forwarded: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """A copy of a cache's content, for ``StreamingCache.restore``; opaque."""
+
+    rules: list[Retention]
+    state: State
+    moves: list[Move]
+    history: History
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamCall:
+    """A forward call under way.
+
+    Attributes:
+        before: The lanes before the call.
+        lanes: The call, lane by lane.
+        batch: Rows.
+        pools: Its part in each pool.
+        banded: Filled layer by layer when queries see different lists; ``None`` when the model's attention is exact.
+    """
+
+    before: tuple[Lane, ...]
+    lanes: list[LaneCall]
+    batch: int
+    pools: list[PoolCall]
+    banded: dict[int, BandedLayer] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a roll-back goes: the column, what each lane loses, and what each pool's rows had evicted there."""
+
+    column: int
+    removed: list[int]
+    evicted: list[list[int]]
+
+
+class Stream:
+    """The content of a cache.
+
+    Args:
+        pools: The first one's rule is the stream's; others hold layers with a window of their own.
+        bound: Rotation positions stay below it.
+    """
+
+    def __init__(self, pools: list[SlotPool], bound: int) -> None:
+        self.pools = pools
+        self.rule = pools[0].retention
+        self.state = State()
+        self._bound = bound
+        self._history = self._new_history()
+        self._unfinished: tuple[list[tuple[SlotPool, Move]], State] | None = None
+
+    @property
+    def retained(self) -> list[list[int]]:
+        """Retained natural indices, lane by lane."""
+        rows = zip(self.state.lanes, self.pools[0].rows, strict=True)
+        return [self.rule.retained(lane.seen, row.evicted) for lane, row in rows]
+
+    def per_row(self, lanes: list[T]) -> list[T]:
+        """Repeat what all rows share."""
+        return lanes if len(lanes) > 1 else lanes * (self.state.batch or 1)
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def begin(self, inputs: Inputs) -> StreamCall:
+        """Plan a call and bring the pools in order for it; what the stream holds does not change."""
+        self.complete()
+        if inputs.real is not None and len(self.state.lanes) < inputs.batch:
+            self._split_lanes(inputs.batch)
+        real = inputs.real or [None] * len(self.state.lanes)
+        fresh = [inputs.columns if columns is None else len(columns) for columns in real]
+        before = rebased(self.state.lanes, self.pools[0], fresh, self._bound)
+        self.state = replace(self.state, lanes=before)
+        lanes = [
+            lane_call(lane, inputs.columns, columns, self._bound, self.rule)
+            for lane, columns in zip(before, real, strict=True)
+        ]
+        banded: dict[int, BandedLayer] | None = {} if any(needs_band(pool, lanes) for pool in self.pools) else None
+        pools = [pool_call(pool, before, lanes, banded) for pool in self.pools]
+        return StreamCall(before, lanes, inputs.batch, pools, banded)
+
+    def commit(self, call: StreamCall) -> list[Eviction]:
+        """Take a call over that has succeeded, and tell what it evicted."""
+        moves = [(part.pool, part.outcome()) for part in call.pools]
+        before = [[row.evicted for row in pool.rows] for pool in self.pools]
+        events = self._events(call, before[0], moves[0][1].rows)
+        state, columns = self.state, call.lanes[0].columns
+        self._history.record(
+            Past(state.columns, columns, [lane.real for lane in call.lanes], before, state.num_evictions),
+            [pool.retention for pool in self.pools],
+        )
+        after = State(
+            lanes=tuple(lane.after for lane in call.lanes),
+            columns=state.columns + columns,
+            batch=call.batch,
+            num_evictions=state.num_evictions + len(events),
+            forwarded=state.forwarded + columns,
+        )
+        self._transact(moves, after)
+        return events
+
+    def complete(self) -> None:
+        """Finish a change that was interrupted."""
+        if self._unfinished is not None:
+            moves, state = self._unfinished
+            for pool, move in moves:
+                pool.apply(move)
+            self.state = state
+            self._unfinished = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._history = self._new_history()
+        for pool in self.pools:
+            pool.forget_overwritten()
+        self._transact([(pool, Move([], [], [Row()], 0)) for pool in self.pools], State())
+
+    def _transact(self, moves: list[tuple[SlotPool, Move]], state: State) -> None:
+        """Change tensors and state together: from here on an interruption is completed by the next call."""
+        self._unfinished = (moves, state)
+        self.complete()
+
+    def _split_lanes(self, batch: int) -> None:
+        """Give every row a lane of its own, from now on; what the rows have seen stays as it is."""
+        for pool in self.pools:
+            pool.rows = pool.rows * batch
+        self.state = replace(self.state, lanes=self.state.lanes * batch)
+
+    def _events(self, call: StreamCall, before: list[int], after: list[Row]) -> list[Eviction]:
+        events: list[Eviction] = []
+        for r, lane in enumerate(call.lanes):
+            rows = range(r, r + 1) if len(call.lanes) > 1 else range(call.batch)
+            events += evictions(self.rule, lane, before[r], after[r].evicted, rows)
+        return events
+
+    def _new_history(self) -> History:
+        return History(max(pool.retention.capacity for pool in self.pools))
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def select_rows(self, index: Tensor) -> None:
+        """Let row ``i`` go on from row ``index[i]``, ``[rows]`` int64, in everything the stream knows."""
+        self.complete()
+        if self.state.batch is None:
+            return
+        chosen = [int(row) for row in index.tolist()]
+        lanes = self.state.lanes
+        moves = []
+        for pool in self.pools:
+            pool.restore_overwritten()
+            banks = [bank.map(lambda tensor: tensor.index_select(1, index.to(tensor.device))) for bank in pool.banks]
+            rows = [pool.rows[row] for row in chosen] if len(lanes) > 1 else pool.rows
+            moves.append((pool, Move([], banks, rows, pool.end)))
+        if len(lanes) > 1:
+            lanes = tuple(lanes[row] for row in chosen)
+            self._history.select(chosen)
+        share = self.state.num_evictions * len(chosen) // self.state.batch
+        self._transact(moves, replace(self.state, lanes=lanes, batch=len(chosen), num_evictions=share))
+
+    # -- going back ---------------------------------------------------------------------------------------------------
+
+    def can_crop(self, columns: int) -> bool:
+        """Say whether the newest ``columns`` columns can be taken back exactly."""
+        self.complete()
+        return columns >= 0 and self._target(columns) is not None
+
+    def crop(self, columns: int) -> None:
+        """Take the newest columns back.
+
+        Raises:
+            ValueError: What they evicted is gone; nothing has changed then.
+        """
+        self.complete()
+        target = self._target(columns)
+        if target is None:
+            msg = (
+                f"The last {columns} columns cannot be taken back: they evicted tokens that are gone. Call "
+                "activate_past_recording() before feeding them, or snapshot() and restore()."
+            )
+            raise ValueError(msg)
+        lanes = tuple(
+            replace(lane, seen=lane.seen - gone) for lane, gone in zip(self.state.lanes, target.removed, strict=True)
+        )
+        moves = [(pool, self._cut(pool, lanes, target, index)) for index, pool in enumerate(self.pools)]
+        count = self._evictions_at(target)
+        self._history.forget_from(target.column)
+        self._transact(moves, replace(self.state, lanes=lanes, columns=target.column, num_evictions=count))
+
+    def record_past(self) -> None:
+        """Keep what is evicted from now on, as far as there is room."""
+        for pool in self.pools:
+            pool.recording = True
+        self.forget_past()
+        moves = [(pool, pool.relocation(self.state.lanes)) for pool in self.pools if pool.banks]
+        self._transact(moves, self.state)
+
+    def forget_past(self) -> None:
+        """Begin the recorded past anew: what was evicted before is not needed any more."""
+        for pool in self.pools:
+            pool.forget_overwritten()
+            pool.rows = [replace(row, mark=pool.retention.first(row.evicted)) for row in pool.rows]
+
+    def _cut(self, pool: SlotPool, lanes: Sequence[Lane], target: _Target, index: int) -> Move:
+        pool.restore_overwritten()
+        rows = [replace(row, evicted=count) for row, count in zip(pool.rows, target.evicted[index], strict=True)]
+        if len(set(target.removed)) == 1:
+            return Move([], pool.banks, rows, pool.end - target.removed[0])
+        return pool.relocation(lanes, rows, target.removed)
+
+    def _target(self, columns: int) -> _Target | None:
+        state = self.state
+        column = state.columns - columns
+        if column < 0:
+            return None
+        removed = self._history.removed(column, state.columns, len(state.lanes))
+        evicted: list[list[int]] = []
+        for index, pool in enumerate(self.pools):
+            evicted.append([])
+            for r, lane in enumerate(state.lanes):
+                seen = lane.seen - removed[r]
+                count = self._history.evicted_at(column, seen, r, index, pool) if removed[r] else pool.rows[r].evicted
+                if count is None or not pool.reachable(seen, count, r):
+                    return None
+                evicted[-1].append(count)
+        return _Target(column, removed, evicted)
+
+    def _evictions_at(self, target: _Target) -> int:
+        """Count the evictions up to where a roll-back goes, all rows together."""
+        after = target.evicted[0]
+        rows = (self.state.batch or 1) // len(after)
+        by_token = sum(count // (self.rule.buffer + 1) for count in after) * rows
+        counted = by_token if self.rule.evict == "token" else None
+        return self._history.num_evictions_at(target.column, counted, after, rows)
+
+    # -- copies -------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """Copy the content."""
+        self.complete()
+        moves = []
+        for pool in self.pools:
+            pool.restore_overwritten()
+            moves.append(Move([], [bank.map(torch.clone) for bank in pool.banks], list(pool.rows), pool.end))
+        return Snapshot([pool.retention for pool in self.pools], self.state, moves, self._history.copy())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot.
+
+        Raises:
+            ValueError: The snapshot is of a cache with other sizes.
+        """
+        self.complete()
+        if snapshot.rules != [pool.retention for pool in self.pools]:
+            msg = f"snapshot is of a cache with {snapshot.rules[0]}, this one has {self.rule}."
+            raise ValueError(msg)
+        moves = []
+        for pool, move in zip(self.pools, snapshot.moves, strict=True):
+            pool.forget_overwritten()
+            moves.append((pool, replace(move, banks=[bank.map(torch.clone) for bank in move.banks])))
+        self._history = snapshot.history.copy()
+        self._transact(moves, snapshot.state)
