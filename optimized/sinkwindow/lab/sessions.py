@@ -171,10 +171,10 @@ class RecomputeSession(Session):
         parts = []
         if known < self._window:  # these windows start at the first token: one causal pass has all of them
             parts.append(self._forward(text[:, : self._window], last_only=False)[:, known:])
-        first = max(known, self._window) - self._window + 1
-        windows = text[0, first:].unfold(0, self._window, 1) if text.shape[1] - first >= self._window else text[:0]
-        groups = torch.split(windows, self.rows_at_once)
-        parts += [self._forward(rows, last_only=True).transpose(0, 1) for rows in groups]
+        if text.shape[1] > self._window:  # windows that start later: those ending with token W and after
+            windows = text[0, 1:].unfold(0, self._window, 1)
+            groups = torch.split(windows, self.rows_at_once)
+            parts += [self._forward(rows, last_only=True).transpose(0, 1) for rows in groups]
         return torch.cat(parts, dim=1)
 
     @property

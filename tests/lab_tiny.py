@@ -1,0 +1,102 @@
+"""A tiny random model with a tokenizer, and hand-made records, for the tests of the lab."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sinkwindow.lab import records
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WORDS = ("<s>", "<unk>", *(f"w{number}" for number in range(30)))
+
+
+@functools.cache
+def tiny_model(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """Two layers, grouped heads, 32 words."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.4,  # large: attention must matter, or every cache would pass
+    )
+    model: PreTrainedModel = LlamaForCausalLM(config)
+    model.train(mode=False)
+    model.requires_grad_(requires_grad=False)
+    torch.nn.Module.to(model, dtype)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, split at white space."""
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))  # noqa: S106
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core,
+        bos_token="<s>",  # noqa: S106
+        unk_token="<unk>",  # noqa: S106
+    )
+
+
+def save_tiny(folder: Path) -> Path:
+    """Writes model and tokenizer as `from_pretrained` wants them."""
+    tiny_model(torch.float32).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def random_ids(count: int, seed: int = 0) -> torch.Tensor:
+    """[1, count] token ids."""
+    return torch.randint(2, len(WORDS), (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def random_text(count: int) -> str:
+    """That many words."""
+    return " ".join(WORDS[index] for index in random_ids(count)[0].tolist())
+
+
+def generation(times: list[float]) -> records.GenerationRecord:
+    """A generation with these token times [s]."""
+    memory = records.MemoryRecord(
+        device="cpu",
+        weight_bytes=500_000_000,
+        before_bytes=700_000_000,
+        peak_bytes=750_000_000,
+        reserved_peak_bytes=None,
+    )
+    return records.GenerationRecord(
+        prompt_tokens=5, token_times_s=times, kept_tokens=7, cache_bytes=1_000_000, evictions=1, memory=memory
+    )
+
+
+def score(configuration: str, corpus: str, perplexity: float) -> records.PerplexityRecord:
+    """A perplexity with this value."""
+    return records.PerplexityRecord(
+        configuration=configuration,
+        corpus=corpus,
+        tokens=101,
+        targets=100,
+        targets_sha256="0" * 64,
+        bos="none",
+        block=256,
+        mean_nll=2.5,
+        standard_error=0.125,
+        perplexity=perplexity,
+        bits_per_byte=1.25,
+        text_bytes=400,
+        seconds=4.0,
+        evictions=3,
+        kept_tokens=64,
+        cache_bytes=4096,
+    )
