@@ -141,11 +141,12 @@ def _build(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def fresh_model(spec: ModelSpec) -> PreTrainedModel:
-    """Build a model of its own, in float32."""
+def fresh_model(spec: ModelSpec, **changes: Any) -> PreTrainedModel:
+    """Build a model of its own, in float32, with changes to its config."""
     make_config, make_model = FAMILIES[spec.family]
     with torch.random.fork_rng():
-        model = cast("PreTrainedModel", make_model(make_config(**_config(spec))).eval().requires_grad_(False))  # noqa: FBT003
+        model = cast("PreTrainedModel", make_model(make_config(**(_config(spec) | changes))))
+    model.train(mode=False).requires_grad_(requires_grad=False)
     generator = torch.Generator().manual_seed(spec.layers * 10_000 + spec.heads * 100 + spec.head_dim)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 or name.endswith("bias"):
