@@ -1,0 +1,129 @@
+"""What is moved keeps its bits; what is computed is as good as the dtype allows.
+
+The yardstick of a dtype is the reference's own mathematics in it (`upcast=False`), measured against the reference in
+float64 on the same weights. The largest error counts, never an average: that would hide one wrong slot. The streams
+are long and fixed, since the largest error of a short one is luck.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from sinkwindow_reference import reference_logits
+from strategies import (
+    BOTH,
+    FAMILIES,
+    ModelSpec,
+    Rule,
+    budget,
+    model_specs,
+    padding_mask,
+    rules,
+    seeds,
+    splits,
+    stream,
+    tokens,
+    worst,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinkwindow import StreamingCache
+
+LOW = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("max_positions", [20, 64, 2048])
+@pytest.mark.parametrize(
+    ("rule", "lengths"), [(Rule(4, 8, 3), [40, *[1] * 120]), (Rule(2, 8), [7, 1, 1] * 30)], ids=["lazy", "paper"]
+)
+def test_errors_are_those_of_the_dtype(
+    rule: Rule, lengths: list[int], max_positions: int, family: str, dtype: torch.dtype
+) -> None:
+    """The largest error is at most twice that of the plain mathematics in the dtype, plus one rounding step.
+
+    With 20 positions windows are rebased all the time, with 2048 never: neither may cost accuracy.
+    """
+    spec = ModelSpec(family, head_dim=16, kv_heads=2 if family == "gpt_neox" else 1, max_positions=max_positions)
+    ids = tokens(1, 2, sum(lengths))
+    exact = reference_logits(spec.model(), ids, **rule.arguments)
+    plain = reference_logits(spec.model(dtype), ids, upcast=False, **rule.arguments)
+    ours = stream(spec.model(dtype), rule.cache(spec.model(dtype)), ids, lengths)
+    step = torch.finfo(dtype).eps * worst(exact)
+    assert worst(ours.double() - exact) <= 2 * worst(plain.double() - exact) + step
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_errors_with_padding_are_those_of_the_dtype(dtype: torch.dtype) -> None:
+    """The same for padded rows, whose calls all take the exact banded attention."""
+    rule, lengths, spec = Rule(3, 8, 2), [30, *[1, 4, 9] * 10], ModelSpec(head_dim=16)
+    ids, mask = tokens(2, 3, sum(lengths)), padding_mask(2, 3, lengths, holes=True)
+    exact = reference_logits(spec.model(), ids, mask, **rule.arguments)[mask.bool()]
+    plain = reference_logits(spec.model(dtype), ids, mask, upcast=False, **rule.arguments)[mask.bool()]
+    ours = stream(spec.model(dtype), rule.cache(spec.model(dtype)), ids, lengths, mask)[mask.bool()]
+    step = torch.finfo(dtype).eps * worst(exact)
+    assert worst(ours.double() - exact) <= 2 * worst(plain.double() - exact) + step
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
+@given(spec=model_specs(["default"]), rule=rules(BOTH), seed=seeds(), batch=st.integers(1, 2), data=st.data())
+@budget(0.3)
+def test_nothing_differs_from_a_stock_cache_before_the_first_eviction(
+    dtype: torch.dtype, spec: ModelSpec, rule: Rule, seed: int, batch: int, data: st.DataObject
+) -> None:
+    """Until the list overflows the logits are those of `DynamicCache`: bit for bit in float32 and bfloat16.
+
+    In float64 transformers makes float32 angles and the cache makes float64 ones.
+    """
+    total = rule.limit + rule.buffer
+    lengths = data.draw(splits(total, total), label="lengths")
+    model, ids = spec.model(dtype), tokens(seed, batch, total)
+    ours = stream(model, rule.cache(model), ids, lengths)
+    stock = stream(model, DynamicCache(config=model.config), ids, lengths)
+    assert worst(ours - stock) < (1e-4 if dtype == torch.float64 else 1e-30)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@given(rule=rules(BOTH), seed=seeds(), lengths=splits(most=150))
+@budget(0.3)
+def test_moved_data_keeps_its_bits(dtype: torch.dtype, rule: Rule, seed: int, lengths: list[int]) -> None:
+    """Every call gets the retained values as they were born, in order, and so the window's keys without a rebase."""
+    spec = ModelSpec(max_positions=2048)
+    model, ids = spec.model(dtype), tokens(seed, 2, sum(lengths))
+    cache = rule.cache(model)
+    with pytest.MonkeyPatch.context() as patch:
+        keepsakes = Keepsakes(cache, spec.layers)
+        patch.setattr(cache, "update", keepsakes.update)
+        stream(model, cache, ids, lengths)
+    assert keepsakes.checked == spec.layers * len(lengths)
+
+
+class Keepsakes:
+    """Remembers all keys and values ever handed to a cache, and compares what it hands back with them."""
+
+    def __init__(self, cache: StreamingCache, layers: int) -> None:
+        self._cache, self._update = cache, cache.update
+        self._born: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
+        self.checked = 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stand in for the cache's update."""
+        retained = self._cache.retained_tokens[0]
+        self._born[layer].append((keys.clone(), values.clone()))
+        all_keys, all_values = (torch.cat(states, dim=2) for states in zip(*self._born[layer], strict=True))
+        new = list(range(all_keys.shape[2] - keys.shape[2], all_keys.shape[2]))
+        result = self._update(keys, values, layer, *args, **kwargs)
+        order, sinks = retained + new, min(self._cache.retention.num_sinks, len(retained))
+        assert torch.equal(result[1], all_values[:, :, order])
+        assert torch.equal(result[0][:, :, sinks:], all_keys[:, :, order[sinks:]])
+        self.checked += 1
+        return result
