@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sinkwindow.attention import ATTENTION_NAME, call_under_way, enter_call, leave_call
-from sinkwindow.families import rotary_modules
+from sinkwindow.families import frequencies, rotary_modules
+from sinkwindow.split import Pieces, run_ahead
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -40,6 +41,7 @@ class _Attachment:
     handles: list[RemovableHandle]
     users: set[int] = field(default_factory=set)
     lent: str | None = None
+    pieces: Pieces | None = None
 
 
 _attachments: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
@@ -89,6 +91,9 @@ def close_call(decoder: PreTrainedModel) -> None:
     if attachment is not None and attachment.lent is not None:
         decoder.config._attn_implementation = attachment.lent  # noqa: SLF001
         attachment.lent = None
+    if attachment is not None and attachment.pieces is not None:  # the last piece failed: the others did not happen
+        pieces, attachment.pieces = attachment.pieces, None
+        pieces.cache.restore(pieces.before)
 
 
 def _cache_of(kwargs: dict[str, Any]) -> StreamingCache | None:
@@ -116,36 +121,56 @@ def _before_forward(
     close_call(decoder)  # torch runs no hook after a KeyboardInterrupt: the next call, whosever it is, cleans up
     named = _named(module, args, kwargs)
     cache = _cache_of(named)
-    return None if cache is None else ((), cache.begin_call(decoder, named))
+    if cache is None:
+        return None
+    pieces, named = run_ahead(decoder, cache, named)
+    arguments = cache.begin_call(decoder, named)
+    _attachments[decoder].pieces = pieces
+    return (), arguments
 
 
-def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG001
+def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:  # noqa: ARG001
     cache = _cache_of(kwargs)
-    if cache is not None:
+    if cache is None:
+        return None
+    attachment = _attachments[module]
+    pieces, attachment.pieces = attachment.pieces, None
+    try:
         cache.commit_call()
+    except BaseException:
+        if pieces is not None:
+            cache.restore(pieces.before)
+        raise
+    return None if pieces is None else pieces.joined(output)
 
 
 def _after_any_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG001
     cache = _cache_of(_named(module, args, kwargs))
     if cache is not None:
+        close_call(cast("PreTrainedModel", module))
         cache.rollback()
 
 
 def _exact_angles(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Sharpen float64 cosines and sines to float64 angles; other dtypes keep the model's own numbers bit for bit."""
-    if not call_under_way() or not isinstance(output, tuple) or output[0].dtype != torch.float64:
+    """Sharpen a float64 model's cosines and sines to float64 angles; other dtypes keep their numbers bit for bit."""
+    if not call_under_way():
         return None
     named = _named(module, args, kwargs)
-    inv_freq = cast("Tensor", module.inv_freq)
-    angles = named["position_ids"][..., None].double() * inv_freq.double()
-    scale = float(getattr(module, "attention_scaling", 1.0))
-    return tuple(
-        _sharpen(table, exact * scale) for table, exact in zip(output, (angles.cos(), angles.sin()), strict=True)
-    )
+    if named["x"].dtype != torch.float64:
+        return None
+    layer_type = named.get("layer_type")
+    angles = named["position_ids"][..., None].double() * frequencies(module, layer_type).double()
+    scale = float(getattr(module, f"{layer_type}_attention_scaling", getattr(module, "attention_scaling", 1.0)))
+    exact = (angles.cos() * scale, angles.sin() * scale)
+    return tuple(_sharpen(table, exact) for table in output)
 
 
-def _sharpen(table: Tensor, exact: Tensor) -> Tensor:
-    """Lay exact values out as the model does: halves side by side, pairs side by side, or as they are."""
-    layouts = (torch.cat((exact, exact), dim=-1), exact.repeat_interleave(2, dim=-1), exact)
-    fitting = [layout for layout in layouts if layout.shape == table.shape]
-    return min(fitting, key=lambda layout: float((layout - table).abs().max()), default=table)
+def _sharpen(table: Tensor, exact: tuple[Tensor, Tensor]) -> Tensor:
+    """Find what a table holds, cosines or sines, halves or pairs side by side or neither, and give it exactly."""
+    layouts = [
+        layout
+        for angle in exact
+        for layout in (torch.cat((angle, angle), dim=-1), angle.repeat_interleave(2, dim=-1), angle)
+        if layout.shape == table.shape
+    ]
+    return min(layouts, key=lambda layout: float((layout - table).abs().max()), default=table)

@@ -219,6 +219,8 @@ def banded_attention(
     attention_mask: Tensor | None,  # noqa: ARG001 - the band knows better
     scaling: float | None = None,
     dropout: float = 0.0,  # noqa: ARG001 - a cache is for inference
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,  # noqa: ARG001
 ) -> tuple[Tensor, None]:
     """Attend across evictions; registered with ``transformers.AttentionInterface``.
@@ -231,6 +233,8 @@ def banded_attention(
         attention_mask: Ignored.
         scaling: Factor of the scores; ``head_dim ** -0.5`` when ``None``.
         dropout: Ignored.
+        softcap: Scores are squashed to ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        s_aux: Learned logits ``[heads]`` that take their share of each softmax (GPT-OSS).
         **kwargs: Ignored.
 
     Returns:
@@ -246,22 +250,41 @@ def banded_attention(
     layer = layers[module.layer_idx]  # type: ignore[index]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     ranked = layer.rotary.move(query, layer.band.rank_shift)
-    blocks = [_attend(query, ranked, key, value, layer, block, scale) for block in layer.band.blocks]
+    soft = _Softmax(scale, softcap, s_aux)
+    blocks = [_attend(query, ranked, key, value, layer, block, soft) for block in layer.band.blocks]
     return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Softmax:
+    """How scores become weights."""
+
+    scale: float
+    cap: float | None
+    share: Tensor | None  # [heads]
+
+    def __call__(self, products: Tensor, hidden: Tensor) -> Tensor:
+        """Turn dot products ``[batch, kv_heads, group, queries, keys]`` into weights of the same shape and dtype."""
+        scores = products.mul_(self.scale)
+        if self.cap is not None:
+            scores = (scores / self.cap).tanh_().mul_(self.cap)
+        scores.masked_fill_(hidden, float("-inf"))
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        if self.share is None:
+            return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
+        share = self.share.view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)
+        return torch.softmax(torch.cat((scores, share), dim=-1), dim=-1, dtype=wide)[..., :-1].to(scores.dtype)
+
+
 def _attend(
-    query: Tensor, ranked: Tensor, key: Tensor, value: Tensor, layer: BandedLayer, block: Block, scale: float
+    query: Tensor, ranked: Tensor, key: Tensor, value: Tensor, layer: BandedLayer, block: Block, soft: _Softmax
 ) -> Tensor:
     """Attend for one block of queries, ``[batch, heads, block, head_dim]``."""
     keys, values = key[:, :, block.columns], value[:, :, block.columns]
     if block.key_shift is not None:
         keys = layer.rotary.move(keys, block.key_shift)
     pinned = _scores(ranked[:, :, block.queries], layer.sink_keys)
-    scores = torch.cat((pinned, _scores(query[:, :, block.queries], keys)), dim=-1).mul_(scale)
-    scores.masked_fill_(block.hidden, float("-inf"))
-    wide = torch.promote_types(query.dtype, torch.float32)
-    weights = torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    weights = soft(torch.cat((pinned, _scores(query[:, :, block.queries], keys)), dim=-1), block.hidden)
     sinks = layer.sink_keys.shape[2]
     output = _weigh(weights[..., :sinks], layer.sink_values) + _weigh(weights[..., sinks:], values)
     return output.flatten(1, 2)

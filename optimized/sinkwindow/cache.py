@@ -15,7 +15,7 @@ from sinkwindow.attention import ATTENTION_NAME, banded_attention
 from sinkwindow.families import inspect_model
 from sinkwindow.inputs import read_inputs
 from sinkwindow.layer_view import LayerView
-from sinkwindow.plan import check_lengths, padding_mask, position_bound
+from sinkwindow.plan import check_lengths, padding_mask, position_bound, rows_agree
 from sinkwindow.retention import EvictMode, Retention
 from sinkwindow.storage import SlotPool
 from sinkwindow.stream import Stream
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkwindow.events import Eviction
+    from sinkwindow.families import LayerKind, ModelFacts
+    from sinkwindow.inputs import Inputs
     from sinkwindow.stream import Snapshot, StreamCall
 
 __all__ = ["StreamingCache"]
@@ -74,12 +76,12 @@ class StreamingCache(Cache):
             raise TypeError(msg)
         facts = inspect_model(model)
         check_lengths(retention, facts)
-        super().__init__(layers=[LayerView() for _ in range(facts.num_layers)])
+        super().__init__(layers=_views(facts))
         self.retention = retention
         self._on_evict = on_evict
-        pools = [SlotPool(retention, facts.rotary, list(range(facts.num_layers)))]
+        pools = [SlotPool(_rule_of(kind, retention), kind.rotary, kind.layers) for kind in facts.kinds]
         self._pool_of = {layer: index for index, pool in enumerate(pools) for layer in pool.layers}
-        self._stream = Stream(pools, position_bound(retention, facts))
+        self._stream = Stream(pools, position_bound(retention, facts), splits=facts.own_attention)
         self._call: StreamCall | None = None
         self._decoder_ref = weakref.ref(facts.decoder)
         self._finalizer = attach(facts.decoder, self)
@@ -191,17 +193,31 @@ class StreamingCache(Cache):
             ValueError: The model is another one, or the batch size, the mask or the number of tokens does not fit;
                 nothing has changed then.
         """
-        self.rollback()
-        if decoder is not self._decoder_ref():
-            msg = "This StreamingCache was made for another model; make a StreamingCache(model, ...) for this one."
-            raise ValueError(msg)
-        inputs = read_inputs(kwargs, self._stream.state.columns, self._stream.state.batch)
+        inputs = self._read(decoder, kwargs)
         call = self._stream.begin(inputs)
         self._call = call
         open_call(decoder, call.banded)
         positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
-        mask = padding_mask(self._stream.pools[0], call.before, inputs.columns, inputs.device)
-        return kwargs | {"position_ids": positions, "attention_mask": mask}
+        return kwargs | {"position_ids": positions, "attention_mask": self._mask(call, inputs.device)}
+
+    def _mask(self, call: StreamCall, device: torch.device) -> Tensor | None:
+        """Give the 2D mask that the model makes its own of; none where all columns are tokens."""
+        stream = self._stream
+        if not stream.splits and (call.banded is not None or rows_agree(stream.pools, call.before)):
+            return None
+        mask = padding_mask(stream.pools[0], call.before, call.lanes, device)
+        return mask.expand(call.batch, -1)
+
+    def first_cut(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> int | None:
+        """Give the column at which the hook must split a call, ``None`` for nowhere. Arguments as ``begin_call``."""
+        return self._stream.first_cut(self._read(decoder, kwargs)) if self._stream.splits else None
+
+    def _read(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> Inputs:
+        self.rollback()
+        if decoder is not self._decoder_ref():
+            msg = "This StreamingCache was made for another model; make a StreamingCache(model, ...) for this one."
+            raise ValueError(msg)
+        return read_inputs(kwargs, self._stream.state.columns, self._stream.state.batch)
 
     def commit_call(self) -> None:
         """Take over the call that has just succeeded. Called by the hook on the decoder.
@@ -317,3 +333,23 @@ class StreamingCache(Cache):
         memo[id(self)] = twin
         twin.restore(self.snapshot())
         return twin
+
+
+def _rule_of(kind: LayerKind, retention: Retention) -> Retention:
+    """Give the rule of a kind of layers: the stream's, or a window of their own, the query's token included.
+
+    Raises:
+        ValueError: A window of one token, which leaves nothing to cache.
+    """
+    if kind.window is None:
+        return retention
+    if kind.window < 2:  # noqa: PLR2004
+        msg = f"The model's own sliding window of {kind.window} tokens is too short to be cached."
+        raise ValueError(msg)
+    return Retention(0, kind.window - 1)
+
+
+def _views(facts: ModelFacts) -> list[Any]:
+    """Tell transformers which layers have a window of their own: it makes a mask for each kind."""
+    sliding = {layer for kind in facts.kinds if kind.window is not None for layer in kind.layers}
+    return [LayerView(is_sliding=layer in sliding) for layer in range(facts.num_layers)]

@@ -1,43 +1,111 @@
-"""What the cache must know of a model: where its decoder is, how it rotates, which windows it brings itself."""
+"""What the cache must know of a model: where its decoder is, how each layer rotates, which windows it brings itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sinkwindow.rotation import Rotary
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedConfig
 
-__all__ = ["Support", "UnsupportedModelError", "inspect_model", "supports"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "LayerKind",
+    "ModelFacts",
+    "Support",
+    "UnsupportedModelError",
+    "inspect_model",
+    "supports",
+]
 
 # Rope types whose frequencies switch on the largest position of a call: there, positions must stay below the
 # trained length, whereas every other type only ever sees differences.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+TABLE = "embed_positions"  # sines and cosines by position, which positions must not outrun
+SLIDING = "sliding_attention"
+FULL = "full_attention"
 
 
 class UnsupportedModelError(ValueError):
     """The model is not known to stream exactly; the message says why and what to use instead."""
 
 
+def _all_layers(config: PreTrainedConfig, layer: int) -> bool:  # noqa: ARG001
+    return True
+
+
+def _marked_layers(config: PreTrainedConfig, layer: int) -> bool:
+    """SmolLM3: ``no_rope_layers`` is 1 where there is RoPE."""
+    return bool(config.no_rope_layers[layer])
+
+
+def _sliding_layers(config: PreTrainedConfig, layer: int) -> bool:
+    """Cohere 2: only layers with a sliding window rotate."""
+    return bool(config.layer_types[layer] == SLIDING)
+
+
+def _unless_alibi(config: PreTrainedConfig, layer: int) -> bool:  # noqa: ARG001
+    return not config.alibi
+
+
+def _no_layers(config: PreTrainedConfig, layer: int) -> bool:  # noqa: ARG001
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family that is known to work, and how it pairs the rotated channels."""
+    """A model family that is known to work.
+
+    Attributes:
+        interleaved: Whether RoPE pairs channels ``(2 i, 2 i + 1)`` rather than halves.
+        rotates: Says which layers have RoPE; the others know no positions, or ALiBi, which follows the keys' order.
+        own_attention: Whether the model bypasses ``AttentionInterface``: a call is then split where it evicts.
+    """
 
     interleaved: bool = False
+    rotates: Callable[[PreTrainedConfig, int], bool] = _all_layers
+    own_attention: bool = False
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt_neox": Family(),
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral", "nemotron"),
+        Family(),
+    ),
+    **dict.fromkeys(
+        ("olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2"), Family()
+    ),
+    **dict.fromkeys(("codegen", "cohere", "ernie4_5", "glm", "glm4", "gptj"), Family(interleaved=True)),
+    "bloom": Family(rotates=_no_layers, own_attention=True),
+    "cohere2": Family(interleaved=True, rotates=_sliding_layers),
+    "falcon": Family(rotates=_unless_alibi, own_attention=True),
+    "mpt": Family(rotates=_no_layers, own_attention=True),
+    "smollm3": Family(rotates=_marked_layers),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """How a group of layers streams.
+
+    Attributes:
+        rotary: How they rotate; without RoPE a rotation of no channels.
+        window: Their own sliding window [tokens] in a model that mixes kinds; ``None`` where the stream's rule holds.
+        layers: Their indices.
+    """
+
+    rotary: Rotary
+    window: int | None
+    layers: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +132,21 @@ class ModelFacts:
     Attributes:
         decoder: The module whose forward receives the cache: hooks go here.
         num_layers: Decoder layers that hold keys and values.
-        rotary: How all layers rotate.
-        trained_length: ``max_position_embeddings`` [tokens].
-        length_dependent: Whether the rotation's frequencies depend on the largest position.
-        native_window: The model's own sliding window [tokens], or ``None``.
+        kinds: The layers by kind; the first one follows the stream's rule.
+        own_attention: See ``Family``.
+        trained_length: Positions that the model was trained on [tokens]; ``None`` where it knows none.
+        length_dependent: Whether positions must stay below it: frequencies depend on the largest, or there is a table.
+        has_table: Whether positions index a table of that length.
+        native_window: The sliding window that all layers share [tokens], or ``None``.
     """
 
     decoder: PreTrainedModel
     num_layers: int
-    rotary: Rotary
-    trained_length: int
+    kinds: list[LayerKind]
+    own_attention: bool
+    trained_length: int | None
     length_dependent: bool
+    has_table: bool
     native_window: int | None
 
 
@@ -107,55 +179,118 @@ def inspect_model(model: nn.Module) -> ModelFacts:
     config = decoder.config
     family = FAMILIES.get(config.model_type)
     if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        msg = f"model_type {config.model_type!r} is not known to stream exactly; known to work: {known}."
-        raise UnsupportedModelError(msg)
-    module = _rotary_module(decoder)
+        raise UnsupportedModelError(_refusal(config))
+    windows = _windows(config)
+    kinds = _kinds(decoder, family, windows)
     return ModelFacts(
         decoder=decoder,
         num_layers=config.num_hidden_layers,
-        rotary=Rotary(_frequencies(module), family.interleaved),
-        trained_length=_trained_length(config, module),
-        length_dependent=getattr(module, "rope_type", "default") in LENGTH_DEPENDENT_ROPE,
-        native_window=_native_window(config),
+        kinds=kinds,
+        own_attention=family.own_attention,
+        trained_length=_trained_length(config),
+        length_dependent=bool(_rope_types(decoder) & LENGTH_DEPENDENT_ROPE) or _has_table(decoder),
+        has_table=_has_table(decoder),
+        native_window=windows[0] if windows[0] is not None and None not in windows else None,
     )
+
+
+def _refusal(config: PreTrainedConfig) -> str:
+    """Say why a model is not supported, as exactly as its configuration allows."""
+    name = f"model_type {config.model_type!r}"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder: its decoder attends to an encoder, which a stream of tokens has not."
+    if getattr(config, "kv_lora_rank", None):
+        return f"{name} caches latent keys and values (MLA), whose sinks cannot be moved by rotating keys."
+    if config.model_type in {"gpt2", "gpt_neo", "opt", "gpt_bigcode", "biogpt", "xglm"}:
+        return f"{name} has absolute position embeddings in its inputs: cached tokens cannot move to new ranks."
+    if config.model_type in {"mamba", "mamba2", "rwkv", "falcon_mamba", "recurrent_gemma"}:
+        return f"{name} keeps a state of fixed size instead of keys and values: it streams without a cache like this."
+    return f"{name} is not known to stream exactly; known to work: {', '.join(sorted(FAMILIES))}."
 
 
 def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
     """List the modules that turn positions into cosines and sines."""
-    return [module for module in decoder.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    return [module for module in decoder.modules() if _frequency_names(module)]
 
 
-def _rotary_module(decoder: PreTrainedModel) -> nn.Module:
-    modules = rotary_modules(decoder)
-    if len(modules) != 1:
-        msg = f"{type(decoder).__name__} has {len(modules)} rotary modules where one was expected."
+def _frequency_names(module: nn.Module) -> list[str]:
+    """Name the buffers of frequencies: one, or one for each type of layer."""
+    names = [name for name, _ in module.named_buffers(recurse=False) if name.endswith(("inv_freq", TABLE))]
+    return [name for name in names if "original" not in name]
+
+
+def frequencies(module: nn.Module, layer_type: str | None = None) -> Tensor:
+    """Give a rotary module's frequencies, ``[pairs]``, for a type of layer where they differ.
+
+    The ones that it started with are preferred: dynamic types overwrite theirs on long calls. GPT-J and CodeGen keep a
+    table of sines and cosines instead, made from these frequencies.
+    """
+    if hasattr(module, TABLE):
+        width = cast("int", module.pos_embd_dim)
+        return 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.int64) / width))
+    prefix = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
+    original = getattr(module, f"{prefix}original_inv_freq", None)
+    return cast("Tensor", original if isinstance(original, Tensor) else getattr(module, f"{prefix}inv_freq")).detach()
+
+
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """Give each layer's own sliding window [tokens], ``None`` where it has none."""
+    count = config.num_hidden_layers
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if layer_types is None:
+        return [window] * count
+    unknown = set(layer_types) - {SLIDING, FULL}
+    if unknown:
+        msg = f"model_type {config.model_type!r} has layers of type {', '.join(sorted(unknown))}, not known to stream."
         raise UnsupportedModelError(msg)
-    return modules[0]
+    return [window if kind == SLIDING else None for kind in layer_types]
 
 
-def _frequencies(module: nn.Module) -> Tensor:
-    """Prefer the frequencies that the module started with: dynamic types overwrite ``inv_freq`` on long calls."""
-    original = getattr(module, "original_inv_freq", None)
-    return cast("Tensor", original if isinstance(original, Tensor) else module.inv_freq).detach()
+def _kinds(decoder: PreTrainedModel, family: Family, windows: list[int | None]) -> list[LayerKind]:
+    """Group the layers; where all of them slide, the stream's rule takes the place of their window."""
+    mixed = None in windows and any(window is not None for window in windows)
+    config = decoder.config
+    groups: dict[tuple[int | None, bool], list[int]] = {}
+    for layer, window in enumerate(windows):
+        groups.setdefault((window if mixed else None, family.rotates(config, layer)), []).append(layer)
+    kinds = [
+        LayerKind(_rotary(decoder, family, SLIDING if window else FULL, rotates), window, layers)
+        for (window, rotates), layers in groups.items()
+    ]
+    return sorted(kinds, key=lambda kind: kind.window is not None)
 
 
-def _trained_length(config: PreTrainedConfig, module: nn.Module) -> int:
+def _rotary(decoder: PreTrainedModel, family: Family, layer_type: str, rotates: bool) -> Rotary:  # noqa: FBT001
+    if not rotates:
+        return Rotary(torch.zeros(0))
+    modules = rotary_modules(decoder)
+    if not modules:
+        msg = f"{type(decoder).__name__} has no rotary module with frequencies."
+        raise UnsupportedModelError(msg)
+    found = [frequencies(module, layer_type) for module in modules]
+    if any(not torch.equal(found[0], other) for other in found[1:]):
+        msg = f"{type(decoder).__name__} has {len(modules)} rotary modules that differ where one was expected."
+        raise UnsupportedModelError(msg)
+    return Rotary(found[0], family.interleaved)
+
+
+def _rope_types(decoder: PreTrainedModel) -> set[str]:
+    types: set[str] = set()
+    for module in rotary_modules(decoder):
+        kind = getattr(module, "rope_type", "default")
+        types.update(kind.values() if isinstance(kind, dict) else (kind,))
+    return types
+
+
+def _has_table(decoder: PreTrainedModel) -> bool:
+    return any(hasattr(module, TABLE) for module in rotary_modules(decoder))
+
+
+def _trained_length(config: PreTrainedConfig) -> int | None:
     """Read how far positions may go; longrope switches its factors beyond the length it was first trained on."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if getattr(module, "rope_type", "default") == "longrope":
+    if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    return int(config.max_position_embeddings)
-
-
-def _native_window(config: PreTrainedConfig) -> int | None:
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        window = getattr(config, "sliding_window", None)
-    else:
-        kinds = set(layer_types)
-        if "sliding_attention" in kinds and len(kinds) > 1:
-            msg = f"model_type {config.model_type!r} mixes layers with and without a sliding window of its own."
-            raise UnsupportedModelError(msg)
-        window = config.sliding_window if "sliding_attention" in kinds else None
-    return None if window is None else int(window)
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return None if length is None else int(length)

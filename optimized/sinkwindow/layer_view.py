@@ -16,15 +16,16 @@ class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
     """A layer of a ``StreamingCache``: answers about its kind, and sends everything else to the cache.
 
     Attributes:
+        is_sliding: Whether the layer has a window of its own in a model that mixes kinds.
         record_past: Set by ``activate_past_recording``; ``generate`` clears it.
     """
 
-    is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_sliding: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers is not typed there
+        self.is_sliding = is_sliding
         self.record_past = False
 
     def activate_past_recording(self) -> None:

@@ -19,14 +19,24 @@ if TYPE_CHECKING:
     from sinkwindow.retention import Retention
     from sinkwindow.storage import SlotPool
 
-__all__ = ["check_lengths", "lane_call", "needs_band", "padding_mask", "pool_call", "position_bound", "rebased"]
+__all__ = [
+    "check_lengths",
+    "first_cut",
+    "lane_call",
+    "needs_band",
+    "padding_mask",
+    "pool_call",
+    "position_bound",
+    "rebased",
+    "rows_agree",
+]
 
 
 def check_lengths(rule: Retention, facts: ModelFacts) -> None:
     """Compare the longest list with what the model can rotate and see.
 
     Raises:
-        ValueError: The model's own sliding window would hide retained tokens.
+        ValueError: The model's own sliding window would hide retained tokens, or its table of positions is too short.
 
     Warns:
         UserWarning: The list is longer than the model's trained length.
@@ -37,13 +47,20 @@ def check_lengths(rule: Retention, facts: ModelFacts) -> None:
             f"{facts.native_window} tokens, which would hide the sinks; choose a smaller window or buffer."
         )
         raise ValueError(msg)
-    if rule.capacity > facts.trained_length:
-        warnings.warn(
-            f"num_sinks + window + buffer + 1 = {rule.capacity} exceeds the {facts.trained_length} positions that the "
-            "model was trained on; beyond them quality falls. Choose a smaller window or buffer.",
-            UserWarning,
-            stacklevel=4,
+    if facts.trained_length is None or rule.capacity <= facts.trained_length:
+        return
+    if facts.has_table:
+        msg = (
+            f"num_sinks + window + buffer + 1 = {rule.capacity} exceeds the model's table of {facts.trained_length} "
+            "positions; choose a smaller window or buffer."
         )
+        raise ValueError(msg)
+    warnings.warn(
+        f"num_sinks + window + buffer + 1 = {rule.capacity} exceeds the {facts.trained_length} positions that the "
+        "model was trained on; beyond them quality falls. Choose a smaller window or buffer.",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def position_bound(rule: Retention, facts: ModelFacts) -> int:
@@ -53,8 +70,8 @@ def position_bound(rule: Retention, facts: ModelFacts) -> int:
     length, positions may exceed it by a window: otherwise every eviction would rotate (and round) every key again.
     Frequencies that depend on the largest position do not allow that.
     """
-    roomy = rule.capacity + 1 if facts.length_dependent else rule.capacity + rule.window
-    return max(facts.trained_length, roomy)
+    roomy = rule.capacity if facts.length_dependent else rule.capacity + rule.window
+    return max(facts.trained_length or roomy, roomy)
 
 
 def rebased(lanes: Sequence[Lane], pool: SlotPool, fresh: Sequence[int], bound: int) -> tuple[Lane, ...]:
@@ -72,9 +89,9 @@ def lane_call(lane: Lane, columns: int, real: list[int] | None, bound: int, rule
 
 
 def needs_band(pool: SlotPool, lanes: Sequence[LaneCall]) -> bool:
-    """Say whether a pool's queries see different lists, or padding, in this call."""
+    """Say whether a pool's queries see different lists in this call."""
     rule = pool.retention
-    return any(lane.padded or len(lane.segments) > 1 for lane in lanes) or any(
+    return any(len(lane.segments) > 1 for lane in lanes) or any(
         rule.evict == "token" and rule.evicted_before(lane.seen_after - 1) > row.evicted
         for lane, row in zip(lanes, pool.rows, strict=True)
     )
@@ -98,11 +115,34 @@ def pool_call(
     return PoolCall(pool, lanes, in_slots, pool.held(before), evicted, banded)
 
 
-def padding_mask(pool: SlotPool, before: Sequence[Lane], columns: int, device: torch.device) -> Tensor | None:
-    """Hide the columns in front of the shorter rows, ``[batch, held + columns]``; ``None`` when rows agree."""
+def padding_mask(pool: SlotPool, before: Sequence[Lane], lanes: Sequence[LaneCall], device: torch.device) -> Tensor:
+    """Show each row's retained and real columns, ``[lanes, held + columns]`` int64, 1 where there is a token."""
     lengths = [pool.length(lane, row) for lane, row in zip(before, pool.rows, strict=True)]
-    if min(lengths) == max(lengths):
-        return None
-    index = torch.arange(max(lengths) + columns, device=device)
+    held = torch.arange(max(lengths), device=device)
     start = max(lengths) - torch.tensor(lengths, device=device)
-    return (index >= start[:, None]).long()
+    real = torch.stack([lane.naturals(device) >= 0 for lane in lanes])
+    return torch.cat((held >= start[:, None], real), dim=1).long()
+
+
+def rows_agree(pools: Sequence[SlotPool], before: Sequence[Lane]) -> bool:
+    """Say whether all rows hold equally many tokens, in every pool."""
+    return all(
+        len({pool.length(lane, row) for lane, row in zip(before, pool.rows, strict=True)}) == 1 for pool in pools
+    )
+
+
+def first_cut(pool: SlotPool, before: Sequence[Lane], columns: int, real: Sequence[list[int] | None]) -> int | None:
+    """Give the column after which a call must be split so that none of its queries meets an eviction of the same call.
+
+    Returns:
+        A column within the call, ``None`` when the call can run in one piece.
+    """
+    rule = pool.retention
+    if rule.evict == "call":
+        return None
+    cuts = []
+    for lane, row, places in zip(before, pool.rows, real, strict=True):
+        room = rule.capacity - pool.length(lane, row)
+        if (columns if places is None else len(places)) > room:
+            cuts.append(room if places is None else places[room - 1] + 1)
+    return min(cuts, default=None)

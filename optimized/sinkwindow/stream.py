@@ -14,7 +14,7 @@ from torch import Tensor
 from sinkwindow.events import Eviction, evictions
 from sinkwindow.history import History, Past
 from sinkwindow.lanes import Lane, LaneCall
-from sinkwindow.plan import lane_call, needs_band, pool_call, rebased
+from sinkwindow.plan import first_cut, lane_call, needs_band, pool_call, rebased, rows_agree
 from sinkwindow.storage import Move, Row, SlotPool
 
 if TYPE_CHECKING:
@@ -93,10 +93,12 @@ class Stream:
     Args:
         pools: The first one's rule is the stream's; others hold layers with a window of their own.
         bound: Rotation positions stay below it.
+        splits: Whether the model attends by itself, so that calls come split where they evict.
     """
 
-    def __init__(self, pools: list[SlotPool], bound: int) -> None:
+    def __init__(self, pools: list[SlotPool], bound: int, *, splits: bool = False) -> None:
         self.pools = pools
+        self.splits = splits
         self.rule = pools[0].retention
         self.state = State()
         self._bound = bound
@@ -124,13 +126,28 @@ class Stream:
         fresh = [inputs.columns if columns is None else len(columns) for columns in real]
         before = rebased(self.state.lanes, self.pools[0], fresh, self._bound)
         self.state = replace(self.state, lanes=before)
-        lanes = [
+        lanes: list[LaneCall] = [
             lane_call(lane, inputs.columns, columns, self._bound, self.rule)
             for lane, columns in zip(before, real, strict=True)
         ]
-        banded: dict[int, BandedLayer] | None = {} if any(needs_band(pool, lanes) for pool in self.pools) else None
+        banded: dict[int, BandedLayer] | None = {} if self._needs_band(lanes) else None
         pools = [pool_call(pool, before, lanes, banded) for pool in self.pools]
         return StreamCall(before, lanes, inputs.batch, pools, banded)
+
+    def first_cut(self, inputs: Inputs) -> int | None:
+        """Give the column at which a call must be split for a model that attends by itself, ``None`` for nowhere."""
+        self.complete()
+        lanes = self.state.lanes * (inputs.batch if inputs.real and len(self.state.lanes) == 1 else 1)
+        real = inputs.real or [None] * len(lanes)
+        pool = replace(self.pools[0], rows=self.pools[0].rows * (len(lanes) // len(self.state.lanes)))
+        return first_cut(pool, lanes, inputs.columns, real)
+
+    def _needs_band(self, lanes: list[LaneCall]) -> bool:
+        """Say whether the model's own masks cannot describe a call; models that attend by themselves have none."""
+        if self.splits:
+            return False
+        uneven = len(self.pools) > 1 and not rows_agree(self.pools, self.state.lanes)
+        return uneven or any(lane.padded for lane in lanes) or any(needs_band(pool, lanes) for pool in self.pools)
 
     def commit(self, call: StreamCall) -> list[Eviction]:
         """Take a call over that has succeeded, and tell what it evicted."""
