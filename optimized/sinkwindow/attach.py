@@ -78,9 +78,10 @@ def detach(decoder_ref: weakref.ref[PreTrainedModel], user: int) -> None:
 
 def open_call(decoder: PreTrainedModel, banded: dict[int, BandedLayer] | None) -> None:
     """Let a streaming call begin: with a band, the decoder's attention steps back for as long as the call lasts."""
-    enter_call(banded)
+    implementation = decoder.config._attn_implementation  # noqa: SLF001
+    enter_call(banded, weights=implementation == "eager")
     if banded is not None:
-        _attachments[decoder].lent = decoder.config._attn_implementation  # noqa: SLF001
+        _attachments[decoder].lent = implementation
         decoder.config._attn_implementation = ATTENTION_NAME  # noqa: SLF001
 
 

@@ -10,169 +10,18 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sinkwindow.lanes import LaneCall
-    from sinkwindow.retention import Retention
+    from sinkwindow.band import Band, Block
     from sinkwindow.rotation import Rotary
 
-__all__ = [
-    "ATTENTION_NAME",
-    "Band",
-    "BandedLayer",
-    "band_of",
-    "banded_attention",
-    "call_under_way",
-    "enter_call",
-    "leave_call",
-]
+__all__ = ["ATTENTION_NAME", "BandedLayer", "banded_attention", "call_under_way", "enter_call", "leave_call"]
 
 ATTENTION_NAME = "sinkwindow"
-BLOCK = 128  # queries per block: a band of W keys is read as W + BLOCK
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """A run of queries, the columns that any of them can see, and who sees whom among them.
-
-    Attributes:
-        queries: Of the call's columns.
-        columns: Of the cached columns followed by the call's.
-        hidden: ``[lanes, 1, 1, queries, sinks + columns]`` bool, True where a query must not look.
-        key_shift: Positions to move the keys by, ``[lanes, 1, columns]``; ``None`` where they stand right already.
-    """
-
-    queries: slice
-    columns: slice
-    hidden: Tensor
-    key_shift: Tensor | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Band:
-    """Who sees whom in one call, for the layers of one pool on one device.
-
-    Attributes:
-        rank_shift: Positions from where the model rotated each query to its rank, ``[lanes, 1, queries]``.
-        num_sinks: Sinks present, those of the call included.
-        blocks: The blocks, covering all queries.
-    """
-
-    rank_shift: Tensor
-    num_sinks: int
-    blocks: list[Block]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Layout:
-    """The index arithmetic behind a ``Band``, one lane a row; natural indices are -1 where there is none."""
-
-    naturals: Tensor  # [lanes, queries]
-    first: Tensor  # [lanes, queries]: oldest window token that a query sees
-    offsets: Tensor  # [lanes, queries]
-    key_naturals: Tensor  # [lanes, columns]: window keys only
-    key_offsets: Tensor  # [lanes, columns]
-    held: int
-    padded: bool
-
-    def hidden(self, queries: slice, columns: slice, num_sinks: int) -> Tensor:
-        """Say which of the sinks and columns each query must not see, ``[lanes, 1, 1, queries, sinks + columns]``."""
-        naturals = self.naturals[:, queries, None]
-        keys = self.key_naturals[:, None, columns]
-        window = (keys >= self.first[:, queries, None]) & (keys <= naturals) & (keys >= 0)
-        if self.padded:  # a padding query looks at itself: a softmax needs somebody to look at
-            column = torch.arange(columns.start, columns.stop, device=keys.device)
-            itself = torch.arange(queries.start, queries.stop, device=keys.device)[:, None] + self.held
-            window |= (naturals < 0) & (column == itself)
-        sinks = torch.arange(num_sinks, device=keys.device) <= naturals
-        return ~torch.cat((sinks, window), dim=-1)[:, None, None]
-
-    def key_shift(self, queries: slice, columns: slice) -> Tensor | None:
-        """Give the distance of each key from where the block's queries' segment would have rotated it."""
-        naturals, offsets = self.naturals[:, queries], self.offsets[:, queries]
-        segment = torch.where(naturals >= 0, offsets, 0).amax(dim=1, keepdim=True)
-        keys = self.key_naturals[:, columns]
-        shift = torch.where(keys >= 0, self.key_offsets[:, columns] - segment, 0)
-        return shift[:, None] if bool(shift.any()) else None
-
-
-def band_of(lanes: list[LaneCall], evicted: list[int], retention: Retention, held: int, device: torch.device) -> Band:
-    """Lay out a call.
-
-    Args:
-        lanes: The call, lane by lane.
-        evicted: Tokens that each lane had evicted before the call.
-        retention: The pool's rule.
-        held: Cached columns in front of the call's columns.
-        device: Where the layers' queries are.
-    """
-    naturals = torch.stack([lane.naturals(device) for lane in lanes])
-    gone = torch.stack([_evicted_before(naturals[r], evicted[r], retention) for r in range(len(lanes))])
-    past = torch.stack([torch.arange(lane.seen - held, lane.seen, device=device) for lane in lanes])
-    oldest = torch.tensor([retention.first(count) for count in evicted], device=device)[:, None]
-    keys = torch.cat((torch.where(past >= oldest, past, -1), naturals), dim=1)
-    layout = _Layout(
-        naturals=naturals,
-        first=retention.num_sinks + gone,
-        offsets=torch.stack([lane.offsets(row) for lane, row in zip(lanes, naturals, strict=True)]),
-        key_naturals=torch.where(keys >= retention.num_sinks, keys, -1),
-        key_offsets=torch.stack([lane.offsets(row) for lane, row in zip(lanes, keys, strict=True)]),
-        held=held,
-        padded=any(lane.padded for lane in lanes),
-    )
-    num_sinks = max(retention.sinks(lane.seen_after) for lane in lanes)
-    segmented = any(len(lane.segments) > 1 for lane in lanes)
-    return Band(
-        rank_shift=torch.where(naturals >= 0, layout.offsets - gone, 0)[:, None],
-        num_sinks=num_sinks,
-        blocks=[
-            Block(
-                queries,
-                columns,
-                layout.hidden(queries, columns, num_sinks),
-                layout.key_shift(queries, columns) if segmented else None,
-            )
-            for queries, columns in _blocks(lanes, evicted, retention, held)
-        ],
-    )
-
-
-def _evicted_before(naturals: Tensor, evicted: int, retention: Retention) -> Tensor:
-    """Count the tokens evicted before each query attends: ``Retention.evicted_before``, elementwise."""
-    if retention.evict == "call":
-        return torch.full_like(naturals, evicted)
-    step = retention.buffer + 1
-    overflow = (naturals - retention.limit - retention.buffer).clamp(min=0)
-    return (overflow + step - 1) // step * step
-
-
-def _blocks(
-    lanes: list[LaneCall], evicted: list[int], retention: Retention, held: int
-) -> Iterator[tuple[slice, slice]]:
-    """Cut the call into runs of queries within which every lane stays in one segment, with the columns they see."""
-    cuts = {*range(0, lanes[0].columns, BLOCK), lanes[0].columns}
-    for lane in lanes:
-        cuts.update(lane.column(segment.first, 0) for segment in lane.segments[1:])
-    for start, stop in pairwise(sorted(cuts)):
-        low = min(_oldest_column(lane, gone, retention, held, start) for lane, gone in zip(lanes, evicted, strict=True))
-        yield slice(start, stop), slice(low, held + stop)
-
-
-def _oldest_column(lane: LaneCall, evicted: int, retention: Retention, held: int, start: int) -> int:
-    """Give the oldest column that a lane's queries from column ``start`` on can see (padding sees itself)."""
-    natural = lane.natural_at(start)
-    if natural >= lane.seen_after:
-        return held + start
-    gone = evicted if retention.evict == "call" else retention.evicted_before(natural)
-    oldest = min(max(retention.first(gone), lane.seen - held), natural)
-    return max(0, min(lane.column(oldest, held), held + start))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,23 +41,35 @@ class BandedLayer:
     sink_values: Tensor
 
 
-_layers: ContextVar[dict[int, BandedLayer] | None] = ContextVar("sinkwindow_layers", default=None)
-_NO_BAND: dict[int, BandedLayer] = {}
+@dataclass(frozen=True, slots=True)
+class _OpenCall:
+    """A streaming call in this thread: its layers as the cache meets them, and whether weights are asked for."""
+
+    layers: dict[int, BandedLayer]
+    weights: bool
 
 
-def enter_call(layers: dict[int, BandedLayer] | None) -> None:
-    """Open a streaming call in this thread; ``layers`` fills up as the cache is updated, ``None`` without bands."""
-    _layers.set(_NO_BAND if layers is None else layers)
+_open_call: ContextVar[_OpenCall | None] = ContextVar("sinkwindow_call", default=None)
+
+
+def enter_call(layers: dict[int, BandedLayer] | None, *, weights: bool = False) -> None:
+    """Open a streaming call in this thread.
+
+    Args:
+        layers: Fills up as the cache is updated; ``None`` for a call without a band.
+        weights: Whether attention weights are returned, as the eager attention does.
+    """
+    _open_call.set(_OpenCall({} if layers is None else layers, weights))
 
 
 def leave_call() -> None:
     """Close a streaming call."""
-    _layers.set(None)
+    _open_call.set(None)
 
 
 def call_under_way() -> bool:
     """Say whether a streaming call is open in this thread."""
-    return _layers.get() is not None
+    return _open_call.get() is not None
 
 
 def banded_attention(
@@ -222,7 +83,7 @@ def banded_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,  # noqa: ARG001
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attend across evictions; registered with ``transformers.AttentionInterface``.
 
     Args:
@@ -238,21 +99,28 @@ def banded_attention(
         **kwargs: Ignored.
 
     Returns:
-        Attention output ``[batch, queries, heads, head_dim]``, and ``None`` for the weights.
+        Attention output ``[batch, queries, heads, head_dim]``, and if the model's own attention is the eager one the
+        weights ``[batch, heads, queries, held + queries]``, else ``None``.
 
     Raises:
         RuntimeError: No streaming call is under way in this thread.
     """
-    layers = _layers.get()
-    if layers is None:
+    call = _open_call.get()
+    if call is None:
         msg = f"The {ATTENTION_NAME!r} attention serves StreamingCache calls only; choose another attn_implementation."
         raise RuntimeError(msg)
-    layer = layers[module.layer_idx]  # type: ignore[index]
+    layer = call.layers[module.layer_idx]  # type: ignore[index]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     ranked = layer.rotary.move(query, layer.band.rank_shift)
     soft = _Softmax(scale, softcap, s_aux)
-    blocks = [_attend(query, ranked, key, value, layer, block, soft) for block in layer.band.blocks]
-    return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+    outputs, weights = [], []
+    for block in layer.band.blocks:
+        attended, shares = _attend(query, ranked, key, value, layer, block, soft)
+        outputs.append(attended)
+        if call.weights:
+            weights.append(_by_column(shares, layer.band, block, key.shape[2]))
+    output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+    return output, torch.cat(weights, dim=2) if weights else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -278,8 +146,8 @@ class _Softmax:
 
 def _attend(
     query: Tensor, ranked: Tensor, key: Tensor, value: Tensor, layer: BandedLayer, block: Block, soft: _Softmax
-) -> Tensor:
-    """Attend for one block of queries, ``[batch, heads, block, head_dim]``."""
+) -> tuple[Tensor, Tensor]:
+    """Attend for one block of queries: output ``[batch, heads, block, head_dim]``, weights of sinks, then columns."""
     keys, values = key[:, :, block.columns], value[:, :, block.columns]
     if block.key_shift is not None:
         keys = layer.rotary.move(keys, block.key_shift)
@@ -287,7 +155,15 @@ def _attend(
     weights = soft(torch.cat((pinned, _scores(query[:, :, block.queries], keys)), dim=-1), block.hidden)
     sinks = layer.sink_keys.shape[2]
     output = _weigh(weights[..., :sinks], layer.sink_values) + _weigh(weights[..., sinks:], values)
-    return output.flatten(1, 2)
+    return output.flatten(1, 2), weights.flatten(1, 2)
+
+
+def _by_column(weights: Tensor, band: Band, block: Block, columns: int) -> Tensor:
+    """Lay a block's weights out by the columns that the cache returned, ``[batch, heads, block, columns]``."""
+    laid = weights.new_zeros((*weights.shape[:3], columns))
+    laid[..., block.columns] = weights[..., band.num_sinks :]
+    index = band.sink_columns[:, None, None].expand(*weights.shape[:3], -1)
+    return laid.scatter_add_(-1, index, weights[..., : band.num_sinks])
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:

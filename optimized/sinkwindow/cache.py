@@ -12,10 +12,11 @@ from transformers import AttentionInterface, Cache
 
 from sinkwindow.attach import attach, close_call, open_call
 from sinkwindow.attention import ATTENTION_NAME, banded_attention
+from sinkwindow.choices import OnOverflow, Positions, check_choices
 from sinkwindow.families import inspect_model
 from sinkwindow.inputs import read_inputs
-from sinkwindow.layer_view import LayerView
-from sinkwindow.plan import check_lengths, padding_mask, position_bound, rows_agree
+from sinkwindow.layer_view import views_of
+from sinkwindow.plan import check_lengths, check_original_positions, padding_mask, position_bound, rows_agree, rule_of
 from sinkwindow.retention import EvictMode, Retention
 from sinkwindow.storage import SlotPool
 from sinkwindow.stream import Stream
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkwindow.events import Eviction
-    from sinkwindow.families import LayerKind, ModelFacts
     from sinkwindow.inputs import Inputs
     from sinkwindow.stream import Snapshot, StreamCall
 
@@ -50,6 +50,9 @@ class StreamingCache(Cache):
         buffer: B, how far the list may overgrow before one batched eviction [tokens]; 0 is the paper.
         evict: ``"token"`` applies the rule token by token; ``"call"`` lets a whole call see itself and evicts after it.
         on_evict: Called with an ``Eviction`` for each one, after the call that caused it has succeeded.
+        positions: ``"rank"``, the paper; ``"original"`` leaves every token at its natural index, which is right only
+            below the model's trained length: a call that would go beyond it is refused.
+        on_overflow: ``"evict"``, or ``"error"`` to refuse a call that would evict.
 
     Raises:
         TypeError: A size is not an int, or ``on_evict`` is not callable.
@@ -58,7 +61,7 @@ class StreamingCache(Cache):
         UnsupportedModelError: The model is not known to stream exactly (a ``ValueError``).
 
     Warns:
-        UserWarning: S + W + B + 1 exceeds the positions that the model was trained on.
+        UserWarning: S + W + B + 1 exceeds the positions that the model was trained on, or positions are original.
     """
 
     def __init__(
@@ -69,17 +72,24 @@ class StreamingCache(Cache):
         buffer: int = 64,
         evict: EvictMode = "token",
         on_evict: Callable[[Eviction], object] | None = None,
+        *,
+        positions: Positions = "rank",
+        on_overflow: OnOverflow = "evict",
     ) -> None:
         retention = Retention(num_sinks, window, buffer, evict)
-        if on_evict is not None and not callable(on_evict):
-            msg = f"on_evict must be callable or None, got {on_evict!r}."
-            raise TypeError(msg)
+        check_choices(on_evict, positions, on_overflow)
         facts = inspect_model(model)
         check_lengths(retention, facts)
-        super().__init__(layers=_views(facts))
+        if positions == "original":
+            check_original_positions(facts)
+        super().__init__(layers=views_of(facts))
         self.retention = retention
         self._on_evict = on_evict
-        pools = [SlotPool(_rule_of(kind, retention), kind.rotary, kind.layers) for kind in facts.kinds]
+        self._positions: Positions = positions
+        self._on_overflow: OnOverflow = on_overflow
+        self._last_position = facts.trained_length if positions == "original" else None
+        ranked = positions == "rank"
+        pools = [SlotPool(rule_of(kind, retention), kind.rotary, kind.layers, ranked) for kind in facts.kinds]
         self._pool_of = {layer: index for index, pool in enumerate(pools) for layer in pool.layers}
         self._stream = Stream(pools, position_bound(retention, facts), splits=facts.own_attention)
         self._call: StreamCall | None = None
@@ -217,7 +227,30 @@ class StreamingCache(Cache):
         if decoder is not self._decoder_ref():
             msg = "This StreamingCache was made for another model; make a StreamingCache(model, ...) for this one."
             raise ValueError(msg)
-        return read_inputs(kwargs, self._stream.state.columns, self._stream.state.batch)
+        inputs = read_inputs(kwargs, self._stream.state.columns, self._stream.state.batch)
+        self._check_room(inputs)
+        return inputs
+
+    def _check_room(self, inputs: Inputs) -> None:
+        """Refuse a call that the chosen limits do not allow, before anything changes.
+
+        Raises:
+            OverflowError: The call would evict and ``on_overflow`` is ``"error"``, or it goes beyond the positions
+                that original positions allow.
+        """
+        seen = self._stream.seen_after(inputs)
+        if self._on_overflow == "error" and self._stream.would_evict(inputs):
+            msg = (
+                f"The call brings {max(seen)} tokens and would evict: the cache keeps {self.retention.limit} plus a "
+                f'buffer of {self.retention.buffer}, and on_overflow is "error". Use a larger window or "evict".'
+            )
+            raise OverflowError(msg)
+        if self._last_position is not None and max(seen) > self._last_position:
+            msg = (
+                f"The call reaches token {max(seen)}, beyond the {self._last_position} positions that the model was "
+                'trained on: positions="original" goes no further, positions="rank" goes on for ever.'
+            )
+            raise OverflowError(msg)
 
     def commit_call(self) -> None:
         """Take over the call that has just succeeded. Called by the hook on the decoder.
@@ -304,7 +337,7 @@ class StreamingCache(Cache):
     def activate_past_recording(self) -> None:
         """Keep what calls evict until ``crop`` is called, up to 128 tokens, so that drafts can be rolled back."""
         for view in self.layers:
-            cast("LayerView", view).activate_past_recording()
+            cast("Any", view).activate_past_recording()
         self._stream.record_past()
 
     def snapshot(self) -> Snapshot:
@@ -329,27 +362,16 @@ class StreamingCache(Cache):
         rule = self.retention
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said when the original was made
-            twin = type(self)(decoder, rule.num_sinks, rule.window, rule.buffer, rule.evict, self._on_evict)
+            twin = type(self)(
+                decoder,
+                rule.num_sinks,
+                rule.window,
+                rule.buffer,
+                rule.evict,
+                self._on_evict,
+                positions=self._positions,
+                on_overflow=self._on_overflow,
+            )
         memo[id(self)] = twin
         twin.restore(self.snapshot())
         return twin
-
-
-def _rule_of(kind: LayerKind, retention: Retention) -> Retention:
-    """Give the rule of a kind of layers: the stream's, or a window of their own, the query's token included.
-
-    Raises:
-        ValueError: A window of one token, which leaves nothing to cache.
-    """
-    if kind.window is None:
-        return retention
-    if kind.window < 2:  # noqa: PLR2004
-        msg = f"The model's own sliding window of {kind.window} tokens is too short to be cached."
-        raise ValueError(msg)
-    return Retention(0, kind.window - 1)
-
-
-def _views(facts: ModelFacts) -> list[Any]:
-    """Tell transformers which layers have a window of their own: it makes a mask for each kind."""
-    sliding = {layer for kind in facts.kinds if kind.window is not None for layer in kind.layers}
-    return [LayerView(is_sliding=layer in sliding) for layer in range(facts.num_layers)]

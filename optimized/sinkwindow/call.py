@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sinkwindow.attention import Band, BandedLayer, band_of
+from sinkwindow.attention import BandedLayer
+from sinkwindow.band import Band, band_of
 from sinkwindow.lanes import batch_slice
 from sinkwindow.storage import KeyValue
 
@@ -195,5 +196,7 @@ class PoolCall:
     def _band(self, device: torch.device) -> Band:
         if device not in self._bands:
             evicted = [row.evicted for row in self.pool.rows]
-            self._bands[device] = band_of(self.lanes, evicted, self.pool.retention, self.held, device)
+            self._bands[device] = band_of(
+                self.lanes, evicted, self.pool.retention, self.held, device, ranked=self.pool.ranked
+            )
         return self._bands[device]

@@ -9,7 +9,9 @@ from transformers.cache_utils import CacheLayerMixin
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LayerView"]
+    from sinkwindow.families import ModelFacts
+
+__all__ = ["LayerView", "views_of"]
 
 
 class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers registers subclasses
@@ -60,3 +62,9 @@ class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
     def get_max_length(self) -> int:
         """Say that there is no maximum."""
         return -1
+
+
+def views_of(facts: ModelFacts) -> list[Any]:
+    """Tell transformers which layers have a window of their own: it makes a mask for each kind."""
+    sliding = {layer for kind in facts.kinds if kind.window is not None for layer in kind.layers}
+    return [LayerView(is_sliding=layer in sliding) for layer in range(facts.num_layers)]

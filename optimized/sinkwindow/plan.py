@@ -10,17 +10,18 @@ from torch import Tensor
 
 from sinkwindow.call import PoolCall
 from sinkwindow.lanes import Lane, LaneCall, segments_for
+from sinkwindow.retention import Retention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sinkwindow.attention import BandedLayer
-    from sinkwindow.families import ModelFacts
-    from sinkwindow.retention import Retention
+    from sinkwindow.families import LayerKind, ModelFacts
     from sinkwindow.storage import SlotPool
 
 __all__ = [
     "check_lengths",
+    "check_original_positions",
     "first_cut",
     "lane_call",
     "needs_band",
@@ -29,6 +30,7 @@ __all__ = [
     "position_bound",
     "rebased",
     "rows_agree",
+    "rule_of",
 ]
 
 
@@ -58,6 +60,26 @@ def check_lengths(rule: Retention, facts: ModelFacts) -> None:
     warnings.warn(
         f"num_sinks + window + buffer + 1 = {rule.capacity} exceeds the {facts.trained_length} positions that the "
         "model was trained on; beyond them quality falls. Choose a smaller window or buffer.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def check_original_positions(facts: ModelFacts) -> None:
+    """Warn of positions that do not move.
+
+    Raises:
+        ValueError: The model has no positions to keep: ALiBi follows the order of the keys.
+
+    Warns:
+        UserWarning: Otherwise.
+    """
+    if facts.trained_length is None or not any(kind.rotary.inv_freq.numel() for kind in facts.kinds):
+        msg = 'positions="original" needs rotary positions, which this model has not; use positions="rank".'
+        raise ValueError(msg)
+    warnings.warn(
+        f'positions="original" is right only below the {facts.trained_length} positions that the model was trained on; '
+        "a call beyond them is refused.",
         UserWarning,
         stacklevel=4,
     )
@@ -146,3 +168,17 @@ def first_cut(pool: SlotPool, before: Sequence[Lane], columns: int, real: Sequen
         if (columns if places is None else len(places)) > room:
             cuts.append(room if places is None else places[room - 1] + 1)
     return min(cuts, default=None)
+
+
+def rule_of(kind: LayerKind, retention: Retention) -> Retention:
+    """Give the rule of a kind of layers: the stream's, or a window of their own, the query's token included.
+
+    Raises:
+        ValueError: A window of one token, which leaves nothing to cache.
+    """
+    if kind.window is None:
+        return retention
+    if kind.window < 2:  # noqa: PLR2004
+        msg = f"The model's own sliding window of {kind.window} tokens is too short to be cached."
+        raise ValueError(msg)
+    return Retention(0, kind.window - 1)

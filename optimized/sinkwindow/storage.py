@@ -106,6 +106,7 @@ class SlotPool:
     Attributes:
         retention: The rule.
         rotary: How the layers rotate.
+        ranked: Whether a token's position is its rank; otherwise its natural index.
         layers: The model's layer indices.
         rows: One per lane of the cache.
         banks: Allocated when the first call commits.
@@ -116,6 +117,7 @@ class SlotPool:
     retention: Retention
     rotary: Rotary
     layers: list[int]
+    ranked: bool = True
     rows: list[Row] = field(default_factory=lambda: [Row()])
     banks: list[Bank] = field(default_factory=list)
     end: int = 0
@@ -139,6 +141,10 @@ class SlotPool:
     def length(self, lane: Lane, row: Row) -> int:
         """Count a row's retained tokens."""
         return self.retention.length(lane.seen, row.evicted)
+
+    def shift(self, evicted: int) -> int:
+        """Give natural index minus position of a query, ``evicted`` tokens having left."""
+        return evicted if self.ranked else 0
 
     def held(self, lanes: Sequence[Lane]) -> int:
         """Count the cached columns that a call gets to see: those of the longest row."""
@@ -177,7 +183,7 @@ class SlotPool:
         self._set_row(r, replace(row, placed=-1, floor=self.retention.first(row.evicted)))  # what is lost, first
         for bank in self.banks:
             keys, values = (tensor[to[:3]][:, :, :, :sinks] for tensor in bank.sinks)
-            bank.slots.keys[to] = self.rotary.move(keys, row.evicted - row.offset)
+            bank.slots.keys[to] = self.rotary.move(keys, self.shift(row.evicted) - row.offset)
             bank.slots.values[to] = values
         self._set_row(r, replace(self.rows[r], placed=row.evicted))
 

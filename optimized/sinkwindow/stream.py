@@ -142,6 +142,27 @@ class Stream:
         pool = replace(self.pools[0], rows=self.pools[0].rows * (len(lanes) // len(self.state.lanes)))
         return first_cut(pool, lanes, inputs.columns, real)
 
+    def seen_after(self, inputs: Inputs) -> list[int]:
+        """Count the tokens that each row, or all rows, will have seen after a call."""
+        return [lane.seen + fresh for lane, fresh in self._fresh(inputs)]
+
+    def would_evict(self, inputs: Inputs) -> bool:
+        """Say whether a call makes some row evict."""
+        rows = self.pools[0].rows * (inputs.batch if inputs.real and len(self.state.lanes) == 1 else 1)
+        return any(
+            self.rule.evicted_after(lane.seen + fresh, row.evicted) > row.evicted
+            for (lane, fresh), row in zip(self._fresh(inputs), rows, strict=True)
+        )
+
+    def _fresh(self, inputs: Inputs) -> list[tuple[Lane, int]]:
+        """Pair each lane, one per row where the call has padding, with the tokens that a call brings it."""
+        lanes = self.state.lanes * (inputs.batch if inputs.real and len(self.state.lanes) == 1 else 1)
+        real = inputs.real or [None] * len(lanes)
+        return [
+            (lane, inputs.columns if columns is None else len(columns))
+            for lane, columns in zip(lanes, real, strict=True)
+        ]
+
     def _needs_band(self, lanes: list[LaneCall]) -> bool:
         """Say whether the model's own masks cannot describe a call; models that attend by themselves have none."""
         if self.splits:
