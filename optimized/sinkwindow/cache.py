@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, cast
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
+from transformers.cache_utils import DynamicLayer
 
 from sinkwindow.attach import attach, close_call, open_call
 from sinkwindow.attention import ATTENTION_NAME, banded_attention
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["StreamingCache"]
 
 AttentionInterface.register(ATTENTION_NAME, banded_attention)
+CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 class StreamingCache(Cache):
@@ -143,21 +146,35 @@ class StreamingCache(Cache):
         return self._stream.state.batch or -1
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
-        """Count the columns fed so far, padding included: ``generate`` slices its inputs by it."""
-        return self._stream.state.columns
+        """Count the columns fed so far, padding included: ``generate`` slices its inputs by it.
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Give the column of the next query among the keys that a call returns."""
-        pool = self._stream.pools[self._pool_of[layer_idx]]
-        return pool.held(self._stream.state.lanes)
+        While a call is under way it is the model that asks, to make its masks: then it is the cached columns in front
+        of the call's, those of the layers that follow the stream's rule.
+        """
+        state = self._stream.state
+        return state.columns if self._call is None else self._stream.pools[0].held(state.lanes)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Give the number of keys that a call with ``query_length`` columns returns, and their offset, 0."""
-        return self.get_query_offset(layer_idx) + int(query_length), 0
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """Give the number of keys that a call returns and the column that the first one stands for.
+
+        Args:
+            query_length: Columns of the call; before transformers 5.4 their positions, ``[columns]``.
+            layer_idx: Index of the decoder layer.
+        """
+        columns = query_length.shape[0] if isinstance(query_length, Tensor) else int(query_length)
+        lanes = self._stream.state.lanes
+        held = self._stream.pools[self._pool_of[layer_idx]].held(lanes)
+        return held + columns, self.get_query_offset() - held
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Give the column of a call's first query, counted as in ``get_mask_sizes``."""
+        return self._stream.pools[0].held(self._stream.state.lanes)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
         """Say that there is no maximum."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
     def update(
         self,
@@ -208,7 +225,13 @@ class StreamingCache(Cache):
         self._call = call
         open_call(decoder, call.banded)
         positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
-        return kwargs | {"position_ids": positions, "attention_mask": self._mask(call, inputs.device)}
+        changes: dict[str, Tensor | None] = {
+            "position_ids": positions,
+            "attention_mask": self._mask(call, inputs.device),
+        }
+        if "cache_position" in kwargs:  # before transformers 5.4: the model makes its own from get_seq_length
+            changes["cache_position"] = None
+        return kwargs | changes
 
     def _mask(self, call: StreamCall, device: torch.device) -> Tensor | None:
         """Give the 2D mask that the model makes its own of; none where all columns are tokens."""
@@ -318,17 +341,18 @@ class StreamingCache(Cache):
 
         Args:
             tokens_to_remove: Minus the number of columns; 0 only tells that the recorded past is not needed any more.
+                Where the installed transformers still crops to a positive length, so does this.
 
         Raises:
             ValueError: It is positive, more than was fed, or the tokens that the columns evicted are gone; nothing has
                 changed then.
         """
         self.rollback()
+        if CROPS_TO_LENGTH and tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if not 0 <= -tokens_to_remove <= self.get_seq_length():
-            msg = (
-                f"tokens_to_remove must be minus a number of columns, between 0 and the {self.get_seq_length()} fed, "
-                f"got {tokens_to_remove}."
-            )
+            fed = self.get_seq_length()
+            msg = f"tokens_to_remove must be minus a number of columns, between 0 and the {fed} fed, got {tokens_to_remove}."
             raise ValueError(msg)
         if tokens_to_remove:
             self._stream.crop(-tokens_to_remove)

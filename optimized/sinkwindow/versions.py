@@ -1,0 +1,37 @@
+"""Which releases of transformers the tests run on, and what is said outside of them."""
+
+from __future__ import annotations
+
+import warnings
+
+from packaging.version import Version
+
+__all__ = ["NEWEST_TESTED", "OLDEST", "check_transformers"]
+
+OLDEST = Version("5.0.0")  # AttentionInterface and the layered Cache as this package uses them
+NEWEST_TESTED = Version("5.24.0")
+
+
+def check_transformers(version: str) -> None:
+    """Say so when the installed transformers is outside the tested range.
+
+    Args:
+        version: ``transformers.__version__``.
+
+    Raises:
+        ImportError: It is older than what the cache is written against.
+
+    Warns:
+        UserWarning: It is newer, by more than a patch, than the newest that the tests have run on.
+    """
+    found = Version(version)
+    if found < OLDEST:
+        msg = f"sinkwindow needs transformers >= {OLDEST}, found {version}: pip install -U 'transformers>={OLDEST}'."
+        raise ImportError(msg)
+    if found.release[:2] > NEWEST_TESTED.release[:2]:
+        warnings.warn(
+            f"transformers {version} is newer than {NEWEST_TESTED}, the newest that sinkwindow is tested on; if results "
+            f"look wrong, pip install 'transformers<={NEWEST_TESTED}' and compare.",
+            UserWarning,
+            stacklevel=2,
+        )
