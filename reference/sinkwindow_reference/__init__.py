@@ -3,7 +3,8 @@
 `retention`  the rule: a program on a list that says which tokens each query attends to.
 `rotation`   RoPE.
 `attention`  gather the retained keys of a query, rotate keys and query to their ranks, softmax, sum.
-`rope`, `attach`, `forward`  the same under any Hugging Face model with rotary positions: `reference_logits`.
+`layers`, `rope`, `angles`, `attach`, `steps`, `forward`  the same under any Hugging Face model with RoPE or ALiBi:
+    `reference_logits`.
 `loop`       a hand-written generation loop that compresses a stock cache with `index_select`.
 
 Nothing here caches (but for `loop`) and no key ever moves: every query starts again from keys before rotation. That

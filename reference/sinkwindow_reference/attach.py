@@ -7,10 +7,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface
 
 from sinkwindow_reference.attention import rank_attention
 from sinkwindow_reference.checks import check_layer
+from sinkwindow_reference.layers import configs_of, last_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,13 +30,15 @@ class Plan:
 
     Attributes:
         retained: For each query the natural indices that it attends to.
-        rope: The model's rotary embedding.
+        ropes: Each layer's rotary embedding.
+        windows: Each layer's own sliding window [tokens], None where `retained` holds.
         upcast: See `rank_attention`.
         calls: Attention layers that have used the plan so far.
     """
 
     retained: list[list[int]]
-    rope: Rope
+    ropes: list[Rope]
+    windows: list[int | None]
     upcast: bool
     calls: int = 0
 
@@ -45,23 +48,25 @@ _plan: ContextVar[Plan] = ContextVar("_plan")
 
 
 def _attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     _attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function in the form that transformers calls; returns `[batch, tokens, heads, head_dim]`."""
     plan = _plan.get()
+    rope, window = plan.ropes[plan.calls], plan.windows[plan.calls]
     plan.calls += 1
-    check_layer(kwargs, max(map(len, plan.retained)))
-    # Some families (SmolLM3) leave RoPE out of a few layers: no frequencies, no rotation.
-    inv_freq = plan.rope.inv_freq if getattr(module, "use_rope", True) else plan.rope.inv_freq[:0]
+    retained = plan.retained if window is None else last_tokens(len(plan.retained), window)
+    check_layer(kwargs, max(map(len, retained)))
     output = rank_attention(
-        query, key, value, plan.retained, inv_freq.to(query.device),
-        scaling=scaling, interleaved=plan.rope.interleaved, upcast=plan.upcast,
+        query, key, value, retained, rope.inv_freq.to(query.device),
+        scaling=scaling, interleaved=rope.interleaved, softcap=softcap, sink_logits=s_aux, upcast=plan.upcast,
     )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
 
@@ -73,7 +78,7 @@ def rank_attention_under(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     Raises:
         ValueError: If not every layer called the attention function, so that the result would be another model's.
     """
-    configs = _configs(model)
+    configs = configs_of(model)
     before = [(config, config._attn_implementation) for config in configs]  # noqa: SLF001 - no public getter
     AttentionInterface.register(NAME, _attention)
     token = _plan.set(plan)
@@ -91,9 +96,3 @@ def rank_attention_under(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
             f"model of type {model.config.model_type!r} sent {plan.calls} of its {layers} layers through "
             f"transformers' AttentionInterface: the reference needs a model whose every layer does"
         )
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return every config below `model`; in a composite model a layer reads another than the top one."""
-    found = [getattr(module, "config", None) for module in model.modules()]
-    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())

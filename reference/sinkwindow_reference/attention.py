@@ -21,6 +21,8 @@ def rank_attention(
     *,
     scaling: float | None = None,
     interleaved: bool = False,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
     upcast: bool = True,
 ) -> torch.Tensor:
     """Attend, query by query, to the retained tokens at their ranks.
@@ -33,6 +35,9 @@ def rank_attention(
         inv_freq: RoPE frequencies `[pairs]` [rad per position].
         scaling: Factor on the dot products, `head_dim ** -0.5` by default.
         interleaved: The pairing of channels, see `rotate`.
+        softcap: Squash scores to `softcap * tanh(scores / softcap)` (Gemma 2).
+        sink_logits: Learned scores `[heads]` of a key that is not there and takes its share all the same (GPT-OSS; not
+            the sinks of the rule).
         upcast: Compute in float64. False is the same mathematics in the inputs' own dtype (softmax at least in
             float32): the yardstick for the error that this dtype cannot avoid.
 
@@ -57,14 +62,24 @@ def rank_attention(
         index, length = torch.tensor(kept, device=k.device), len(kept)
         k_kept = turn(k.index_select(2, index), cos[:length], sin[:length], interleaved=interleaved)
         q_last = turn(q[:, :, [token]], cos[length - 1 : length], sin[length - 1 : length], interleaved=interleaved)
-        outputs.append(_attend(q_last, k_kept, v.index_select(2, index), scaling))
+        scores = _scores(q_last, k_kept, scaling, softcap)
+        outputs.append(_weigh(scores, sink_logits, v.index_select(2, index)))
     return torch.cat(outputs, dim=2).to(query.dtype)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Softmax attention of one query `[batch, heads, 1, head_dim]` to every key `[batch, kv_heads, kept, head_dim]`."""
-    batch, heads, _, head_dim = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, head_dim)  # [batch, kv_heads, heads / kv_heads, head_dim]
+def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    """Return one query's scores `[batch, kv_heads, heads / kv_heads, kept]` for every key it keeps."""
+    batch, _, _, head_dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, head_dim)
     scores = (grouped @ key.transpose(-1, -2)) * scaling
-    weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)
-    return (weights.to(value.dtype) @ value).reshape(batch, heads, 1, -1)
+    return scores if softcap is None else (scores / softcap).tanh() * softcap
+
+
+def _weigh(scores: torch.Tensor, sink_logits: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    """Softmax the scores and sum the values `[batch, kv_heads, kept, value_dim]`: `[batch, heads, 1, value_dim]`."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if sink_logits is not None:
+        absent = sink_logits.to(wide.dtype).view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+        wide = torch.cat([wide, absent], dim=-1)
+    weights = wide.softmax(dim=-1)[..., : scores.shape[-1]]
+    return (weights.to(value.dtype) @ value).flatten(1, 2)[:, :, None]

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Keyword arguments by which a layer asks for more than softmax attention.
-MORE_THAN_SOFTMAX = ("softcap", "s_aux", "sinks", "position_bias")
+    import torch
+
+# Keyword arguments by which a layer asks for what `rank_attention` does not know.
+MORE_THAN_SOFTMAX = ("sinks", "position_bias")
 EVICTION_RULES = ("token", "call")
 
 
@@ -59,11 +61,30 @@ def check_layer(kwargs: Mapping[str, Any], longest: int) -> None:
     """
     asked = [name for name in MORE_THAN_SOFTMAX if kwargs.get(name) is not None]
     if asked:
-        raise ValueError(
-            f"the model's attention uses {asked}, the reference knows plain softmax attention only: take another model"
-        )
+        raise ValueError(f"the model's attention uses {asked}, which the reference does not know: take another model")
     own = kwargs.get("sliding_window")
     if own is not None and own < longest:
         raise ValueError(
             f"the model's own sliding_window is {own} tokens, the rule attends to {longest}: lower window or buffer"
         )
+
+
+def real_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return a bool mask `[batch, columns]`, checked against the tokens.
+
+    Raises:
+        ValueError: If a shape does not fit or a row has no token.
+    """
+    if input_ids.ndim != 2 or not input_ids.numel():  # noqa: PLR2004 - batch and columns
+        raise ValueError(
+            f"input_ids must have the shape [batch, columns] and hold a token, got {tuple(input_ids.shape)}"
+        )
+    mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(mask.shape)}"
+        )
+    real = mask.to(input_ids.device).bool()
+    if not bool(real.any(dim=1).all()):
+        raise ValueError(f"attention_mask leaves no token in row {int((~real.any(dim=1)).nonzero()[0])}: drop the row")
+    return real

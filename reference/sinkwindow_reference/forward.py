@@ -1,7 +1,8 @@
-"""The reference under any Hugging Face model with rotary positions.
+"""The reference under any Hugging Face model with rotary positions or ALiBi.
 
 With all positions 0 a model's own RoPE is the identity (times its attention scaling, if it has one), so that the
-attention function receives queries and keys before rotation and can rotate them to their ranks itself.
+attention function receives queries and keys before rotation and can rotate them to their ranks itself. Models that
+call their own attention go token by token (`steps`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sinkwindow_reference.angles import exact_angles
 from sinkwindow_reference.attach import Plan, rank_attention_under
-from sinkwindow_reference.checks import call_ranges
+from sinkwindow_reference.checks import call_ranges, real_tokens
+from sinkwindow_reference.layers import OWN_ATTENTION, own_windows
 from sinkwindow_reference.retention import retained_lists
-from sinkwindow_reference.rope import rope_of
+from sinkwindow_reference.rope import ropes_of
+from sinkwindow_reference.steps import logits_by_steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +43,7 @@ def reference_logits(
     Each row runs alone and without its padding; a dropout of a model in training mode stays on.
 
     Args:
-        model: A causal language model with rotary positions.
+        model: A causal language model with rotary positions or ALiBi.
         input_ids: Tokens `[batch, columns]`.
         attention_mask: 1 for real tokens, 0 for padding on either side `[batch, columns]`; all real by default.
         num_sinks: S, first tokens of each row, never evicted [tokens].
@@ -47,7 +51,8 @@ def reference_logits(
         buffer: B, overgrowth before one batched eviction [tokens].
         evict: "token" (the product) or "call" (one eviction after each call).
         chunks: Lengths of the calls, padding included [columns]; they matter to `evict="call"` alone.
-        upcast: Attention in float64; False stays in the model's dtype (see `rank_attention`).
+        upcast: Attention in float64; False stays in the model's dtype (see `rank_attention`), and so do models that
+            call their own attention.
 
     Returns:
         Logits `[batch, columns, vocab]`, NaN at padding so that nobody reads it by mistake.
@@ -57,9 +62,9 @@ def reference_logits(
         ValueError: If a size is too small, a shape or the sum of `chunks` does not fit, a row has no token, or the
             model cannot run under the reference.
     """
-    mask = _real_tokens(input_ids, attention_mask)
+    mask = real_tokens(input_ids, attention_mask)
     calls = call_ranges(input_ids.shape[1], evict, chunks)
-    rope = rope_of(model)
+    ropes = ropes_of(model)
     rows = []
     for ids, real in zip(input_ids, mask, strict=True):
         lengths = [int(real[call.start : call.stop].sum()) for call in calls]
@@ -67,7 +72,11 @@ def reference_logits(
             int(real.sum()), num_sinks=num_sinks, window=window, buffer=buffer, evict=evict,
             chunks=[length for length in lengths if length],  # a call of padding alone feeds nothing
         )  # fmt: skip
-        logits = _row_logits(model, ids[real], Plan(lists, rope, upcast))
+        with exact_angles(model):
+            if model.config.model_type in OWN_ATTENTION:
+                logits = logits_by_steps(model, ids[real], lists, ropes)
+            else:
+                logits = _row_logits(model, ids[real], Plan(lists, ropes, own_windows(model.config), upcast))
         row = logits.new_full((len(ids), logits.shape[-1]), torch.nan)
         row[real] = logits
         rows.append(row)
@@ -80,20 +89,3 @@ def _row_logits(model: PreTrainedModel, ids: torch.Tensor, plan: Plan) -> torch.
         output = model(input_ids=ids[None], position_ids=torch.zeros_like(ids)[None], use_cache=False)
     logits: torch.Tensor = output.logits[0]
     return logits
-
-
-def _real_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return a bool mask `[batch, columns]`, checked against the tokens."""
-    if input_ids.ndim != 2 or not input_ids.numel():  # noqa: PLR2004 - batch and columns
-        raise ValueError(
-            f"input_ids must have the shape [batch, columns] and hold a token, got {tuple(input_ids.shape)}"
-        )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(mask.shape)}"
-        )
-    real = mask.to(input_ids.device).bool()
-    if not bool(real.any(dim=1).all()):
-        raise ValueError(f"attention_mask leaves no token in row {int((~real.any(dim=1)).nonzero()[0])}: drop the row")
-    return real

@@ -6,15 +6,16 @@ rotated back by as many ranks as they moved; rotations compose, so that is one m
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
 from sinkwindow_reference.checks import check_int
+from sinkwindow_reference.feed import feed
+from sinkwindow_reference.layers import own_windows
 from sinkwindow_reference.retention import RetainedList
-from sinkwindow_reference.rope import Rope, rope_of
+from sinkwindow_reference.rope import Rope, ropes_of
 from sinkwindow_reference.rotation import rotate
 
 if TYPE_CHECKING:
@@ -58,34 +59,29 @@ def stream_by_index_select(
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size is too small, the batch is not 1, or the prompt is empty.
+        ValueError: If a size is too small, the batch is not 1, the prompt is empty, or the model is refused.
     """
     check_int("max_new_tokens", max_new_tokens, at_least=0)
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.numel():  # noqa: PLR2004 - batch and tokens
         raise ValueError(
             f"input_ids must have the shape [1, tokens], got {tuple(input_ids.shape)}: give one row at a time"
         )
-    kept, cache, rope = RetainedList(num_sinks, window, buffer), DynamicCache(), rope_of(model)
+    kept, cache, ropes = RetainedList(num_sinks, window, buffer), DynamicCache(), ropes_of(model)
+    if any(own_windows(model.config)):
+        raise ValueError(
+            f"model of type {model.config.model_type!r} has layers with a window of their own: the loop has one list"
+        )
     prompt = input_ids.shape[1]
     token = input_ids[:, :1]
     for step in range(prompt + max(max_new_tokens, 1) - 1):
         kept.append(step)
-        logits = _step(model, token, len(kept.tokens) - 1, cache)
+        logits = feed(model, token, len(kept.tokens) - 1, cache)
         evicted = kept.evict_if_full()
         if evicted:
-            for layer in cache.layers:
+            for layer, rope in zip(cache.layers, ropes, strict=True):
                 _compress(layer, num_sinks, len(evicted), rope)
         yield logits
         token = input_ids[:, step + 1 : step + 2] if step + 1 < prompt else logits.argmax().view(1, 1)
-
-
-@torch.no_grad()
-def _step(model: PreTrainedModel, token: torch.Tensor, rank: int, cache: DynamicCache) -> torch.Tensor:
-    """Feed one token `[1, 1]` at its rank; returns its logits `[vocab]`."""
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
-    positions = torch.full_like(token, rank)
-    logits: torch.Tensor = model(input_ids=token, position_ids=positions, use_cache=True, **{name: cache}).logits
-    return logits[0, -1]
 
 
 def _compress(layer: Any, num_sinks: int, num_evicted: int, rope: Rope) -> None:

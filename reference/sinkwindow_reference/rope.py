@@ -1,4 +1,4 @@
-"""Read a model's rotary embedding: its frequencies and how it pairs the channels."""
+"""Read a model's rotary embeddings: the frequencies of each layer and how it pairs the channels."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sinkwindow_reference.layers import FULL, check_model, has_alibi, has_rope
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Families whose RoPE pairs the channels (2i, 2i + 1); all others pair (i, i + pairs). Tested one by one.
-INTERLEAVED = frozenset({"cohere", "ernie4_5", "glm", "glm4", "helium"})
-# Families that have frequencies and still cannot run under the reference.
-NO_ROPE_SOMEWHERE = "leaves RoPE out of some layers without saying which"
-REFUSED = {
-    **dict.fromkeys(("cohere2", "cohere2_moe", "exaone4", "exaone_moe", "llama4", "llama4_text"), NO_ROPE_SOMEWHERE),
-    "falcon": "calls its own attention rather than transformers' AttentionInterface",
-}
+INTERLEAVED = frozenset({"codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium"})
 
 
 class Rope(NamedTuple):
-    """What the reference needs to know to rotate as the model does.
+    """What the reference needs to know to rotate as a layer does.
 
     Attributes:
-        inv_freq: Angle per position of each pair of channels `[pairs]` [rad].
+        inv_freq: Angle per position of each pair of channels `[pairs]` [rad]; no pairs, no rotation.
         interleaved: The pairing of channels, see `rotate`.
     """
 
@@ -31,31 +27,48 @@ class Rope(NamedTuple):
     interleaved: bool
 
 
-def rope_of(model: PreTrainedModel) -> Rope:
-    """Return the rotary embedding of `model`.
+def ropes_of(model: PreTrainedModel) -> list[Rope]:
+    """Return the rotary embedding of each layer of `model`.
 
     Raises:
-        ValueError: If the model has no rotary module, several that differ, or a type that is refused.
+        ValueError: If the model is refused (`check_model`), has neither RoPE nor ALiBi, or rotary modules that differ.
     """
-    found = [_frequencies(m) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)]
-    kind = model.config.model_type
-    if not found:
+    config = model.config.get_text_config()
+    check_model(config)
+    types = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    return [
+        Rope(_layer_frequencies(model, types[layer], rotates=has_rope(config, layer)), config.model_type in INTERLEAVED)
+        for layer in range(config.num_hidden_layers)
+    ]
+
+
+def _layer_frequencies(model: PreTrainedModel, layer_type: str, *, rotates: bool) -> torch.Tensor:
+    """Return `[pairs]` for a layer, empty if it does not rotate."""
+    found = [freq for module in model.modules() if (freq := _frequencies(module, layer_type)) is not None]
+    if not found and not has_alibi(model.config):
         raise ValueError(
-            f"model of type {kind!r} has no module with inv_freq: only rotary position embeddings (RoPE) have ranks"
+            f"model of type {model.config.model_type!r} has no module with inv_freq: only rotary position embeddings "
+            "(RoPE) and ALiBi have ranks"
         )
-    if kind in REFUSED:
-        raise ValueError(f"model of type {kind!r} {REFUSED[kind]}: the reference cannot follow, take another model")
     if any(not torch.equal(found[0], other) for other in found):
         raise ValueError(
-            f"model of type {kind!r} has layers with different RoPE frequencies: the reference knows one per model"
+            f"model of type {model.config.model_type!r} has rotary modules with different frequencies: the reference "
+            "knows one for each type of layer"
         )
-    return Rope(found[0], kind in INTERLEAVED)
+    return found[0] if rotates else torch.zeros(0)
 
 
-def _frequencies(module: torch.nn.Module) -> torch.Tensor:
-    """Return `[pairs]`; dynamic rope types overwrite inv_freq after a long call but keep the original."""
-    original = getattr(module, "original_inv_freq", None)
-    chosen = original if isinstance(original, torch.Tensor) else module.inv_freq
-    if not isinstance(chosen, torch.Tensor):
-        raise TypeError(f"inv_freq of {type(module).__name__} must be a tensor, got {type(chosen).__name__}")
-    return chosen
+def _frequencies(module: torch.nn.Module, layer_type: str) -> torch.Tensor | None:
+    """Return a module's `[pairs]`, None if it is not a rotary one.
+
+    Dynamic rope types overwrite inv_freq after a long call but keep the original; Gemma 3 has one for each type of
+    layer; GPT-J and CodeGen keep a table of sines, whose angles are those of plain RoPE with base 10,000.
+    """
+    if hasattr(module, "embed_positions") and hasattr(module, "pos_embd_dim"):
+        width = int(module.pos_embd_dim)  # type: ignore[arg-type]  # nn.Module types its attributes as tensors
+        return torch.as_tensor(1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.int64) / width)))
+    for name in (f"{layer_type}_original_inv_freq", f"{layer_type}_inv_freq", "original_inv_freq", "inv_freq"):
+        chosen = getattr(module, name, None)
+        if isinstance(chosen, torch.Tensor):
+            return chosen
+    return None
