@@ -283,3 +283,15 @@ def stream(
 def worst(difference: Tensor) -> float:
     """Give the largest absolute value; infinity where something is no number, 0 where there is nothing."""
     return max(difference.abs().nan_to_num(nan=torch.inf).flatten().tolist(), default=0.0)
+
+
+def observe(cache: StreamingCache) -> tuple[Any, ...]:
+    """Give everything that can be seen of a cache."""
+    return (
+        cache.retained_tokens,
+        cache.seen_tokens,
+        cache.num_evictions,
+        cache.nbytes,
+        cache.get_seq_length(),
+        [cache.get_mask_sizes(3, layer) for layer in range(len(cache.layers))],
+    )

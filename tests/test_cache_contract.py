@@ -1,0 +1,236 @@
+"""What the cache promises to transformers and to its user, on every call, good or bad."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sinkwindow import Eviction, StreamingCache
+from sinkwindow_reference import reference_logits
+from strategies import (
+    BOTH,
+    EXACT,
+    ModelSpec,
+    Rule,
+    budget,
+    call,
+    model_specs,
+    observe,
+    padding_mask,
+    rules,
+    seeds,
+    splits,
+    stepwise,
+    stream,
+    tokens,
+    worst,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# -- promises to transformers ---------------------------------------------------------------------------------------
+
+
+@given(
+    spec=model_specs(), rule=rules(BOTH), seed=seeds(), batch=st.integers(1, 2), lengths=splits(), padded=st.booleans()
+)
+@budget(0.6)
+def test_as_many_keys_come_back_as_the_mask_was_promised(
+    spec: ModelSpec, rule: Rule, seed: int, batch: int, lengths: list[int], *, padded: bool
+) -> None:
+    """On every call and in every layer `update` returns the length that `get_mask_sizes` gave, offset 0."""
+    model, ids = spec.model(), tokens(seed, batch, sum(lengths))
+    mask = padding_mask(seed, batch, lengths, holes=True) if padded else None
+    cache, kept = rule.cache(model), []
+    update = cache.update
+
+    def spy(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        length, offset = cache.get_mask_sizes(keys.shape[2], layer)
+        result = update(keys, values, layer, *args, **kwargs)
+        assert [state.shape[2] for state in result] == [length, length]
+        assert (offset, cache.get_query_offset(layer)) == (0, length - keys.shape[2])
+        kept.append(layer)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "update", spy)
+        stream(model, cache, ids, lengths, mask)
+    assert kept == list(range(spec.layers)) * len(lengths)
+
+
+@given(rule=rules(BOTH), seed=seeds(), batch=st.integers(1, 3), lengths=splits())
+@budget(0.6)
+def test_the_sequence_length_counts_columns_for_ever(rule: Rule, seed: int, batch: int, lengths: list[int]) -> None:
+    """`get_seq_length` is what was fed, padding included, in every layer; there is no maximum."""
+    model, ids = ModelSpec().model(), tokens(seed, batch, sum(lengths))
+    cache = rule.cache(model)
+    assert cache.get_seq_length() == 0
+    for end, _ in stepwise(model, cache, ids, lengths, padding_mask(seed, batch, lengths, holes=True)):
+        assert [cache.get_seq_length(layer) for layer in range(2)] == [end, end]
+        assert cache.get_max_length() == -1
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+@given(spec=model_specs(), rule=rules(), seed=seeds(), batch=st.integers(1, 3), lengths=splits())
+@budget(0.6)
+def test_memory_is_flat_from_the_first_call_on(
+    spec: ModelSpec, rule: Rule, seed: int, batch: int, lengths: list[int]
+) -> None:
+    """`nbytes` is 0 before the first call and never changes after it, whatever the calls."""
+    model, ids = spec.model(), tokens(seed, batch, sum(lengths))
+    cache = rule.cache(model)
+    assert cache.nbytes == 0
+    sizes = {cache.nbytes for _ in stepwise(model, cache, ids, lengths)}
+    assert len(sizes) == 1
+    assert sizes.pop() >= _bytes_per_token(spec, 8) * batch * rule.capacity
+
+
+def test_memory_is_within_a_tenth_of_what_is_kept() -> None:
+    """With S=4, W=1020, B=64 the cache takes at most 1.10 times the bytes of S + W + B tokens, filled or not."""
+    rule, spec = Rule(4, 1020, 64), ModelSpec(kv_heads=2, max_positions=4096)
+    model, ids = spec.model(torch.float32), tokens(0, 1, 3300)
+    cache, allowed = rule.cache(model), 1.10 * _bytes_per_token(spec, 4) * (4 + 1020 + 64)
+    for _ in stepwise(model, cache, ids, [10, 2000, 1, 1, 1200, 1]):
+        assert 0.9 * allowed < cache.nbytes <= allowed
+        assert _tensor_bytes(cache) <= allowed
+
+
+def _bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
+    return 2 * spec.layers * spec.kv_heads * spec.head_dim * itemsize
+
+
+def _tensor_bytes(root: object) -> int:
+    """Count the bytes of all storages that can be reached from an object through our own objects."""
+    found: dict[int, int] = {}
+    todo, seen = [root], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, (list, tuple)):
+            todo += item
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif type(item).__module__.startswith("sinkwindow"):
+            names = [
+                *getattr(item, "__dict__", ()),
+                *(n for t in type(item).__mro__ for n in getattr(t, "__slots__", ())),
+            ]
+            todo += [getattr(item, name) for name in names if name != "__weakref__"]
+    return sum(found.values())
+
+
+# -- evictions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[1] * 460, [460], [300, *[1] * 160], [7] * 65 + [5]], ids=str)
+def test_evictions_are_told_as_they_happen(lengths: list[int]) -> None:
+    """With S=8, W=256, B=64: 329 -> 264 again and again, each time the 65 oldest after the sinks, in both rows."""
+    model = ModelSpec(layers=1, max_positions=512).model(torch.float32)
+    events: list[Eviction] = []
+    cache = StreamingCache(model, 8, 256, 64, on_evict=events.append)
+    stream(model, cache, tokens(0, 2, 460), lengths)
+    times = [(row, start) for start in (8, 73, 138) for row in (0, 1)]
+    assert sorted(events, key=lambda event: (event.tokens.start, event.row)) == [
+        Eviction(row, range(start, start + 65), 329, 264) for row, start in times
+    ]
+    assert cache.num_evictions == 6
+
+
+@given(rule=rules(BOTH), seed=seeds(), batch=st.integers(1, 3), lengths=splits(), padded=st.booleans())
+def test_events_add_up_to_what_is_gone(rule: Rule, seed: int, batch: int, lengths: list[int], *, padded: bool) -> None:
+    """The tokens of all events and the retained ones are all tokens, each once; events count and come in order."""
+    model, ids = ModelSpec(layers=1).model(), tokens(seed, batch, sum(lengths))
+    mask = padding_mask(seed, batch, lengths, holes=True) if padded else None
+    events: list[Eviction] = []
+    cache = rule.cache(model, on_evict=events.append)
+    for _ in stepwise(model, cache, ids, lengths, mask):
+        assert cache.num_evictions == len(events)
+        for row in range(batch):
+            gone = [token for event in events if event.row == row for token in event.tokens]
+            assert gone == sorted(gone)
+            assert sorted(gone + cache.retained_tokens[row]) == list(range(cache.seen_tokens[row]))
+    for event in events:
+        assert event.length_after == event.length_before - len(event.tokens) == rule.limit
+
+
+def test_a_callback_sees_the_cache_after_the_call() -> None:
+    """When `on_evict` is called the call has succeeded: the cache can be read, and an error there undoes nothing."""
+    rule, model, ids = Rule(1, 4, 1), ModelSpec().model(), tokens(0, 1, 30)
+    seen: list[int] = []
+
+    def react(event: Eviction) -> None:
+        seen.extend(cache.seen_tokens)
+        if len(seen) == 2:
+            raise RuntimeError(f"callback fails at {event}")
+
+    cache = rule.cache(model, on_evict=react)
+    expected = reference_logits(model, ids, **rule.arguments)
+    stream(model, cache, ids[:, :8], [8])
+    with pytest.raises(RuntimeError, match="callback fails"):
+        call(model, cache, ids[:, 8:10])
+    assert (seen, cache.seen_tokens) == ([8, 10], [10])
+    assert worst(call(model, cache, ids[:, 10:]) - expected[:, 10:]) < EXACT
+
+
+# -- reset ----------------------------------------------------------------------------------------------------------
+
+
+@given(spec=model_specs(), rule=rules(BOTH), seed=seeds(), first=splits(), second=splits())
+@budget(0.4)
+def test_reset_makes_a_cache_as_new(
+    spec: ModelSpec, rule: Rule, seed: int, first: list[int], second: list[int]
+) -> None:
+    """After `reset` a cache serves another text, in another batch size, bit for bit as a fresh one does."""
+    model, fresh, used = spec.model(), rule.cache(spec.model()), rule.cache(spec.model())
+    stream(model, used, tokens(seed, 2, sum(first)), first, padding_mask(seed, 2, first, holes=True))
+    used.reset()
+    assert observe(used) == observe(fresh)
+    ids = tokens(seed + 1, 1, sum(second))
+    assert torch.equal(stream(model, used, ids, second), stream(model, fresh, ids, second))
+    assert observe(used) == observe(fresh)
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_more_sinks_than_tokens_are_fewer_sinks_so_far() -> None:
+    """A prompt shorter than S is fine: the sinks fill up later."""
+    rule, model, ids = Rule(6, 3, 1), ModelSpec().model(), tokens(0, 1, 40)
+    expected = reference_logits(model, ids, **rule.arguments)
+    cache = rule.cache(model)
+    assert worst(stream(model, cache, ids, [2, 1, 1, 30, 6]) - expected) < EXACT
+    assert cache.retained_tokens[0][:6] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"num_sinks": -1}, ValueError, "num_sinks must be at least 0, got -1"),
+        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ({"window": True}, TypeError, "window must be an int, got True"),
+        ({"buffer": -3}, ValueError, "buffer must be at least 0, got -3"),
+        ({"buffer": 2.0}, TypeError, r"buffer must be an int, got 2\.0"),
+        ({"evict": "sometimes"}, ValueError, "evict must be .* got 'sometimes'"),
+        ({"on_evict": 3}, TypeError, "on_evict must be callable or None, got 3"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_and_leave_no_hook(
+    arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    """The error names the argument and its value, and the model has not been touched."""
+    model = ModelSpec(layers=3).model()
+    with pytest.raises(kind, match=message):
+        StreamingCache(model, **({"num_sinks": 1, "window": 4, "buffer": 1} | arguments))
+    assert not model.base_model._forward_pre_hooks
