@@ -1,0 +1,206 @@
+"""Nothing is half done: a call that dies or is refused leaves the cache as it was; interrupted moves are finished."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sinkwindow_reference import reference_logits
+from strategies import (
+    BOTH,
+    CACHE_NAME,
+    EXACT,
+    ModelSpec,
+    Rule,
+    budget,
+    call,
+    model_specs,
+    observe,
+    padding_mask,
+    rules,
+    seeds,
+    splits,
+    stream,
+    tokens,
+    worst,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from sinkwindow import StreamingCache
+
+STORAGE = "sinkwindow.storage"  # the module that moves what is cached
+
+
+@budget(0.5)
+@given(
+    spec=model_specs(),
+    rule=rules(BOTH),
+    seed=seeds(),
+    lengths=splits(most=60),
+    padded=st.booleans(),
+    where=st.integers(0, 10_000),
+    kind=st.sampled_from([RuntimeError, MemoryError, KeyboardInterrupt]),
+)
+def test_a_forward_that_dies_leaves_the_cache_as_it_was(
+    spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], where: int, kind: type[BaseException], *, padded: bool
+) -> None:
+    """Whatever call dies in whatever layer, of whatever cause: the cache is as before, and the call again is right."""
+    model, ids, fatal = spec.model(), tokens(seed, 2, sum(lengths)), where % len(lengths)
+    mask = padding_mask(seed, 2, lengths, holes=True) if padded else torch.ones_like(ids)
+    expected = reference_logits(model, ids, mask, chunks=lengths, **rule.arguments)
+    cache, end = rule.cache(model), sum(lengths[:fatal])
+    for stop, length in zip(_ends(lengths[:fatal]), lengths[:fatal], strict=True):
+        call(model, cache, ids[:, stop - length : stop], mask[:, :stop])
+    before = observe(cache)
+    with _dying_layer(model, where % spec.layers, kind):
+        call(model, cache, ids[:, end : end + lengths[fatal]], mask[:, : end + lengths[fatal]])
+    assert observe(cache) == before
+    for length in lengths[fatal:]:
+        real = mask[:, end : end + length].bool()
+        logits = call(model, cache, ids[:, end : end + length], mask[:, : end + length])
+        assert worst((logits - expected[:, end : end + length])[real]) < EXACT
+        end += length
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_another_call_of_the_model_after_a_death_is_a_stock_call(kind: type[BaseException]) -> None:
+    """A call across evictions that dies leaves no trace for the model's next call, which has no cache."""
+    model, ids = ModelSpec().model(), tokens(0, 1, 30)
+    stock = model(ids).logits
+    cache = Rule(1, 4, 1).cache(model)
+    with _dying_layer(model, 1, kind):
+        call(model, cache, ids)
+    assert torch.equal(model(ids).logits, stock)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("write", "fatal"), [("copy_", 0), ("copy_", 1), ("__setitem__", 0), ("__setitem__", 1)])
+def test_an_interrupted_move_of_a_decode_step_is_finished(write: str, fatal: int) -> None:
+    """A write that dies while windows or sinks move loses nothing: going on from where the cache stands is exact."""
+    assert _deaths([1] * 60, write, fatal) > 2
+
+
+@pytest.mark.parametrize("fatal", range(8))
+def test_an_interrupted_write_of_a_long_call_is_finished(fatal: int) -> None:
+    """The same where a call longer than the slots has run and its window is written back, in every single write."""
+    assert _deaths([20, 3, 40, 1, 1, 30, 9, 2, 25, 1], "copy_", fatal) > 2
+
+
+def _deaths(lengths: list[int], write: str, fatal: int) -> int:
+    """Stream with the `fatal`-th write of every call's moves dying, and check everything; returns the deaths.
+
+    If the cache has taken the call over all the same, the next one follows; if not, the same call comes again.
+    """
+    rule, model, ids = Rule(2, 5, 1), ModelSpec(max_positions=20).model(), tokens(0, 1, sum(lengths))
+    expected = reference_logits(model, ids, **rule.arguments)
+    cache, deaths = rule.cache(model), 0
+    for end, length in zip(_ends(lengths), lengths, strict=True):
+        part = ids[:, end - length : end]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, write, _dying_write(write, fatal))
+            died = _dies(lambda: call(model, cache, part))  # noqa: B023 - called at once
+        deaths += died
+        assert cache.get_seq_length() in (end, end - length)
+        if cache.get_seq_length() < end:
+            assert died
+            assert worst(call(model, cache, part) - expected[:, end - length : end]) < EXACT
+    assert cache.seen_tokens == [sum(lengths)]
+    return deaths
+
+
+def _ends(lengths: list[int]) -> list[int]:
+    return [sum(lengths[: index + 1]) for index in range(len(lengths))]
+
+
+@contextmanager
+def _dying_layer(model: PreTrainedModel, index: int, kind: type[BaseException]) -> Iterator[None]:
+    """Let a layer raise after it has updated the cache; what is in the block must die of it."""
+
+    def hook(*_: object) -> None:
+        raise kind("the machine stops")
+
+    handle = model.get_submodule(f"{model.base_model_prefix}.layers.{index}").register_forward_hook(hook)
+    try:
+        with pytest.raises(kind, match="the machine stops"):
+            yield
+    finally:
+        handle.remove()
+
+
+def _dying_write(name: str, fatal: int) -> Callable[..., object]:
+    """Make a tensor method whose call number `fatal` from the storage module dies; all others do their work."""
+    method, count = getattr(torch.Tensor, name), [0]
+
+    def write(target: Tensor, *args: Any, **kwargs: Any) -> object:
+        if sys._getframe(1).f_globals["__name__"] == STORAGE:
+            count[0] += 1
+            if count[0] == fatal + 1:
+                raise MemoryError("a write dies")
+        return method(target, *args, **kwargs)
+
+    return write
+
+
+def _dies(act: Callable[[], object]) -> bool:
+    try:
+        act()
+    except MemoryError:
+        return True
+    return False
+
+
+# -- bad calls ------------------------------------------------------------------------------------------------------
+
+
+def _bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[StreamingCache, PreTrainedModel], object]]]:
+    """Name what can be wrong with a call: the error, what it says, and the call."""
+    ids, embeddings = tokens(1, 2, 3), torch.zeros(2, 0, 16, dtype=torch.float64)
+    other, streaming = ModelSpec(heads=1).model(), ModelSpec(heads=4).model()
+    mask_4d = torch.zeros(2, 1, 3, 14, dtype=torch.float64)
+    return {
+        "another model": (RuntimeError, "the model it was made with", lambda c, _: call(other, c, ids)),
+        "another model in use": (ValueError, "made for another model", lambda c, _: call(streaming, c, ids)),
+        "a smaller batch": (ValueError, "batch size 1.*holds 2 rows", lambda c, m: call(m, c, ids[:1])),
+        "a larger batch": (ValueError, "batch size 4.*holds 2 rows", lambda c, m: call(m, c, ids.repeat(2, 1))),
+        "no columns": (ValueError, "at least one new token", lambda c, m: call(m, c, ids[:, :0])),
+        "no rows": (ValueError, "at least one new token", lambda c, m: call(m, c, ids[:0])),
+        "no embeddings": (
+            ValueError,
+            "at least one new token",
+            lambda c, m: m(inputs_embeds=embeddings, **{CACHE_NAME: c}),
+        ),
+        "a short mask": (
+            ValueError,
+            r"\(2, 2\).*11 columns.*\(2, 14\)",
+            lambda c, m: call(m, c, ids, torch.ones(2, 2)),
+        ),
+        "a long mask": (ValueError, r"\(2, 15\).*\(2, 14\)", lambda c, m: call(m, c, ids, torch.ones(2, 15))),
+        "a mask of one row": (ValueError, r"\(1, 14\).*\(2, 14\)", lambda c, m: call(m, c, ids, torch.ones(1, 14))),
+        "a 4D mask": (ValueError, "must be 2D", lambda c, m: call(m, c, ids, mask_4d)),
+    }
+
+
+@pytest.mark.parametrize("name", _bad_calls())
+def test_a_bad_call_is_refused_before_anything_changes(name: str) -> None:
+    """The error says what is wrong; the cache is as before, and the next good call is exact."""
+    kind, message, act = _bad_calls()[name]
+    rule, model, ids = Rule(1, 4, 1), ModelSpec().model(), tokens(0, 2, 30)
+    cache, elsewhere = rule.cache(model), rule.cache(ModelSpec(heads=4).model())
+    stream(model, cache, ids[:, :11], [11])
+    before = observe(cache), observe(elsewhere)
+    with pytest.raises(kind, match=message):
+        act(cache, model)
+    assert (observe(cache), observe(elsewhere)) == before
+    expected = reference_logits(model, ids, **rule.arguments)
+    assert worst(call(model, cache, ids[:, 11:]) - expected[:, 11:]) < EXACT
