@@ -148,8 +148,7 @@ class StreamingCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Count the columns fed so far, padding included: ``generate`` slices its inputs by it.
 
-        While a call is under way it is the model that asks, to make its masks: then it is the cached columns in front
-        of the call's, those of the layers that follow the stream's rule.
+        While a call is under way it is the model that asks, to make its masks: then it is the cached columns in front.
         """
         state = self._stream.state
         return state.columns if self._call is None else self._stream.pools[0].held(state.lanes)
@@ -352,7 +351,7 @@ class StreamingCache(Cache):
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if not 0 <= -tokens_to_remove <= self.get_seq_length():
             fed = self.get_seq_length()
-            msg = f"tokens_to_remove must be minus a number of columns, between 0 and the {fed} fed, got {tokens_to_remove}."
+            msg = f"tokens_to_remove must be between -{fed}, all columns fed, and 0, got {tokens_to_remove}."
             raise ValueError(msg)
         if tokens_to_remove:
             self._stream.crop(-tokens_to_remove)

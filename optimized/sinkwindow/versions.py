@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 from packaging.version import Version
+from transformers import GenerationMixin
 
-__all__ = ["NEWEST_TESTED", "OLDEST", "check_transformers"]
+__all__ = ["CACHE_ARGUMENT", "NEWEST_TESTED", "OLDEST", "check_transformers"]
+
+# What `generate` and `forward` call the cache: `cache` from transformers 5.24 on, `past_key_values` before.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 
 OLDEST = Version("5.0.0")  # AttentionInterface and the layered Cache as this package uses them
 NEWEST_TESTED = Version("5.24.0")
@@ -30,8 +39,8 @@ def check_transformers(version: str) -> None:
         raise ImportError(msg)
     if found.release[:2] > NEWEST_TESTED.release[:2]:
         warnings.warn(
-            f"transformers {version} is newer than {NEWEST_TESTED}, the newest that sinkwindow is tested on; if results "
-            f"look wrong, pip install 'transformers<={NEWEST_TESTED}' and compare.",
+            f"transformers {version} is newer than {NEWEST_TESTED}, the newest that sinkwindow is tested on; if "
+            f"results look wrong, pip install 'transformers<={NEWEST_TESTED}' and compare.",
             UserWarning,
             stacklevel=2,
         )
