@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.sessions import Session
 from sinkwindow_reference import rotate
-from sinkwindow_reference.rope import rope_of
+from sinkwindow_reference.rope import Rope, ropes_of
 
 
 class CompressedSession(Session):
@@ -98,7 +98,7 @@ class EagerEvictionSession(CompressedSession):
             message = f"eager_eviction with buffer {buffer} above window {window}: a call would evict its own tokens"
             raise LabError(message)
         try:
-            self._rope = rope_of(model)
+            self._ropes = ropes_of(model)
         except (TypeError, ValueError) as error:
             message = f"eager_eviction rotates keys itself: {error}"
             raise LabError(message) from error
@@ -111,15 +111,15 @@ class EagerEvictionSession(CompressedSession):
     def _cut_and_attend(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         if self.kept_tokens + ids.shape[1] > self._sinks + self._window:
             moved = self._keep(self._window - ids.shape[1])
-            for layer in self.cache.layers:
-                self._rotate_back(layer, moved)
+            for layer, rope in zip(self.cache.layers, self._ropes, strict=True):
+                _rotate_back(layer, rope, self._sinks, moved)
         return self._at_ranks(ids, last_only=last_only)
 
-    def _rotate_back(self, layer: Any, moved: int) -> None:
-        """Turns the keys behind the sinks to their new ranks; rotations add up, so the old angle need not be known."""
-        recent = layer.keys[:, :, self._sinks :]
-        ranks = torch.full((recent.shape[2],), -moved, device=recent.device)
-        frequencies = self._rope.inv_freq.to(recent.device)
-        wide = recent.to(torch.promote_types(recent.dtype, torch.float32))
-        turned = rotate(wide, ranks, frequencies, interleaved=self._rope.interleaved)
-        layer.keys = torch.cat((layer.keys[:, :, : self._sinks], turned.to(recent.dtype)), dim=2)
+
+def _rotate_back(layer: Any, rope: Rope, sinks: int, moved: int) -> None:
+    """Turns the keys behind the sinks to their new ranks; rotations add up, so the old angle need not be known."""
+    recent = layer.keys[:, :, sinks:]
+    ranks = torch.full((recent.shape[2],), -moved, device=recent.device)
+    wide = recent.to(torch.promote_types(recent.dtype, torch.float32))
+    turned = rotate(wide, ranks, rope.inv_freq.to(recent.device), interleaved=rope.interleaved)
+    layer.keys = torch.cat((layer.keys[:, :, :sinks], turned.to(recent.dtype)), dim=2)
