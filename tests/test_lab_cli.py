@@ -56,13 +56,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         ("recompute_264", "recompute", (None, 264, None)),
         ("stale_ranks_8_256", "stale_ranks", (8, 256, 64)),
         ("eager_eviction_8_256_32", "eager_eviction", (8, 256, 32)),
+        ("absolute_8_256", "absolute", (8, 256, 64)),
+        ("call_8_256", "call", (8, 256, 0)),
     ],
 )
 def test_names_are_configurations(name: str, kind: str, numbers: tuple[int | None, ...]) -> None:
     """The seed's buffer of 64 is the default of what streams; names are kept as given."""
     found = parse(name)
     assert (found.name, found.kind, (found.num_sinks, found.window, found.buffer)) == (name, kind, numbers)
-    assert found.ablation is (kind in {"stale_ranks", "eager_eviction"})
+    assert found.ablation is (kind in {"stale_ranks", "eager_eviction", "absolute"})
 
 
 @pytest.mark.parametrize("name", ["", "Baseline", "streaming", "streaming_8", "streaming_-1_8", "window_4_8", "x_1_2"])

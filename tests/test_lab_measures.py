@@ -24,7 +24,15 @@ from sinkwindow_reference import reference_logits
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NAMES = ("baseline", "streaming_2_6_3", "window_0_8", "recompute_8", "stale_ranks_2_6_3", "eager_eviction_2_6_0")
+NAMES = (
+    "baseline",
+    "streaming_2_6_3",
+    "window_0_8",
+    "recompute_8",
+    "stale_ranks_2_6_3",
+    "eager_eviction_2_6_0",
+    "absolute_2_6_3",
+)
 
 
 class FakeTime:
@@ -163,7 +171,17 @@ def test_call_lengths_do_not_matter(name: str) -> None:
         assert (logits_of(name, ids, sizes) - alone).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("name", ["streaming_2_60_3", "recompute_60", "stale_ranks_2_60_3", "eager_eviction_2_60_5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "streaming_2_60_3",
+        "recompute_60",
+        "stale_ranks_2_60_3",
+        "eager_eviction_2_60_5",
+        "call_2_60",
+        "absolute_2_60_3",
+    ],
+)
 def test_nothing_evicted_is_dense(name: str) -> None:
     """With room for everything all configurations are the baseline."""
     ids = random_ids(40)
@@ -204,6 +222,36 @@ def test_stale_ranks_retain_what_streaming_retains_and_differ() -> None:
     assert difference[:12].max() < 1e-6  # up to and with the query that sees S + W + B + 1 tokens
     assert difference[12:].max() > 1e-2
     right.close()
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_calls_see_themselves_whole(size: int) -> None:
+    """The seed's chunk-wise rule is the reference's, and the cache is cut to S + W after each call only."""
+    ids, sizes = random_ids(40), [size] * (40 // size) + [40 % size] * (40 % size > 0)
+    expected = reference_logits(tiny_model(), ids, num_sinks=2, window=6, evict="call", chunks=sizes)
+    assert (logits_of("call_2_6", ids, [size]) - expected).abs().max() < 1e-9
+
+
+def test_absolute_positions_retain_what_streaming_retains_and_differ() -> None:
+    """The keys of the right tokens, rotated by their places in the text: other distances to the sinks."""
+    ids = random_ids(40)
+    absolute, right = (open_session(parse(name), tiny_model()) for name in ("absolute_2_6_3", "streaming_2_6_3"))
+    found = absolute.feed(ids)
+    kept = absolute.cache.retained_tokens
+    absolute.close()
+    difference = (found - right.feed(ids)).abs().amax(dim=(0, 2))
+    assert kept == right.cache.retained_tokens
+    assert difference[:12].max() < 1e-6
+    assert difference[12:].max() > 1e-2
+    right.close()
+
+
+def test_absolute_positions_end_at_the_trained_length() -> None:
+    """What no longer fits is refused, with the length in the message."""
+    session = open_session(parse("absolute_2_6_3"), tiny_model())
+    with pytest.raises(LabError, match="512"):
+        session.feed(random_ids(513))
+    session.close()
 
 
 def test_closing_leaves_the_model_clean() -> None:

@@ -1,19 +1,19 @@
-"""Two mistakes, made on purpose and measured: they explain numbers that others have published.
+"""Three mistakes, made on purpose and measured: they explain numbers that others have published.
 
-Both run on the stock `DynamicCache` and compress it with `index_select`, as a hand-written loop would.
+Two run on the stock `DynamicCache` and compress it with `index_select`, as a hand-written loop would.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from sinkwindow.families import inspect_model
 from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.sessions import Session
-from sinkwindow_reference import rotate
-from sinkwindow_reference.rope import Rope, ropes_of
+from sinkwindow.lab.sessions import Session, StreamingSession
 
 
 class CompressedSession(Session):
@@ -98,10 +98,11 @@ class EagerEvictionSession(CompressedSession):
             message = f"eager_eviction with buffer {buffer} above window {window}: a call would evict its own tokens"
             raise LabError(message)
         try:
-            self._ropes = ropes_of(model)
-        except (TypeError, ValueError) as error:
+            kinds = inspect_model(model).kinds
+        except ValueError as error:
             message = f"eager_eviction rotates keys itself: {error}"
             raise LabError(message) from error
+        self._rotary = {layer: kind.rotary for kind in kinds for layer in kind.layers}
 
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         pieces = torch.split(ids, max(self._buffer, 1), dim=1)
@@ -111,15 +112,37 @@ class EagerEvictionSession(CompressedSession):
     def _cut_and_attend(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         if self.kept_tokens + ids.shape[1] > self._sinks + self._window:
             moved = self._keep(self._window - ids.shape[1])
-            for layer, rope in zip(self.cache.layers, self._ropes, strict=True):
-                _rotate_back(layer, rope, self._sinks, moved)
+            for number, layer in enumerate(self.cache.layers):
+                self._rotate_back(number, layer, moved)
         return self._at_ranks(ids, last_only=last_only)
 
+    def _rotate_back(self, number: int, layer: Any, moved: int) -> None:
+        """Turns the keys behind the sinks to their new ranks; rotations add up, so the old angle need not be known."""
+        sinks, recent = layer.keys[:, :, : self._sinks], layer.keys[:, :, self._sinks :]
+        layer.keys = torch.cat((sinks, self._rotary[number].move(recent, -moved)), dim=2)
 
-def _rotate_back(layer: Any, rope: Rope, sinks: int, moved: int) -> None:
-    """Turns the keys behind the sinks to their new ranks; rotations add up, so the old angle need not be known."""
-    recent = layer.keys[:, :, sinks:]
-    ranks = torch.full((recent.shape[2],), -moved, device=recent.device)
-    wide = recent.to(torch.promote_types(recent.dtype, torch.float32))
-    turned = rotate(wide, ranks, rope.inv_freq.to(recent.device), interleaved=rope.interleaved)
-    layer.keys = torch.cat((layer.keys[:, :, :sinks], turned.to(recent.dtype)), dim=2)
+
+class AbsoluteSession(StreamingSession):
+    """The right tokens at their original positions: sound while the whole text fits the trained positions only.
+
+    What the seed's author did in the end. The gap between sinks and window grows for ever, and with it the position.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
+        """Makes the cache; that original positions cannot stream is this session's point, not a surprise.
+
+        Args:
+            model: a causal language model in eval mode.
+            num_sinks: S [tokens].
+            window: W [tokens].
+            buffer: B [tokens].
+        """
+        with catch_warnings():
+            filterwarnings("ignore", message=".*positions.*", category=UserWarning)
+            super().__init__(model, num_sinks, window, buffer, positions="original")
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        try:
+            return super()._feed(ids, last_only=last_only)
+        except OverflowError as error:
+            raise LabError(str(error)) from error

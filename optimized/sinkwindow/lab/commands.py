@@ -150,6 +150,16 @@ def mechanics(
         typer.echo(line)
 
 
+@app.command()
+def configs() -> None:
+    """Lists how the names of configurations look and what they mean."""
+    from sinkwindow.lab.configurations import SHAPES
+
+    width = max(len(shape.example) for shape in SHAPES)
+    for shape in SHAPES:
+        typer.echo(f"{shape.example:<{width}}  {shape.meaning}")
+
+
 def _configuration(name: str | None, sinks: int, window: int, buffer: int) -> Configuration:
     from sinkwindow.lab import configurations
 

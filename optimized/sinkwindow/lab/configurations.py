@@ -5,9 +5,13 @@
 | `baseline` | dense attention over everything, a growing `DynamicCache` |
 | `streaming_S_W[_B]` | `StreamingCache`: S sinks, W recent tokens, buffer B (64 where left out) |
 | `window_0_W[_B]` | the same without sinks (B is 0 where left out) |
+| `call_S_W[_B]` | the seed's chunk-wise rule: a call sees itself whole, one eviction after it (B is 0 where left out) |
 | `recompute_W` | sliding window with re-computation: no cache, the last W tokens run again for every token |
 | `stale_ranks_S_W[_B]` | ablation: keys keep the rotation of the rank at which they were inserted |
 | `eager_eviction_S_W[_B]` | ablation: calls of B tokens, the cache cut to S + W *before* attention |
+| `absolute_S_W[_B]` | ablation: the right tokens at their original positions, refused beyond the trained length |
+
+B is 64 where an ablation leaves it out.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Literal
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.records import ConfigurationRecord
 
-Kind = Literal["baseline", "streaming", "window", "recompute", "stale_ranks", "eager_eviction"]
+Kind = Literal["baseline", "streaming", "window", "call", "recompute", "stale_ranks", "eager_eviction", "absolute"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,13 @@ SHAPES = (
         "the last W tokens, no sinks, positions are ranks in the cache",
     ),
     Shape(
+        "call",
+        r"call_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
+        "call_8_256",
+        0,
+        "the seed's chunk-wise rule: a call sees itself whole, the cache is cut to S + W after it",
+    ),
+    Shape(
         "recompute",
         r"recompute_(?P<window>\d+)",
         "recompute_264",
@@ -71,6 +82,14 @@ SHAPES = (
         "eager_eviction_8_256",
         64,
         "wrong on purpose: in calls of B tokens the cache is cut to S + W before attention, not after it",
+        ablation=True,
+    ),
+    Shape(
+        "absolute",
+        r"absolute_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
+        "absolute_8_256",
+        64,
+        "the tokens of streaming at their original positions: the text cannot outgrow the model's trained length",
         ablation=True,
     ),
 )

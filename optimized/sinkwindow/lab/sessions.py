@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,7 +102,7 @@ class DenseSession(Session):
 class StreamingSession(Session):
     """The product: `sinkwindow.StreamingCache`."""
 
-    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int, **options: Any) -> None:
         """Makes the cache.
 
         Args:
@@ -108,6 +110,7 @@ class StreamingSession(Session):
             num_sinks: S [tokens].
             window: W [tokens].
             buffer: B [tokens].
+            **options: further choices of `StreamingCache`, such as `evict="call"`.
 
         Raises:
             LabError: if the cache refuses the model or the numbers; its own message is kept.
@@ -117,7 +120,7 @@ class StreamingSession(Session):
         from sinkwindow import StreamingCache
 
         try:
-            self.cache = StreamingCache(model, num_sinks=num_sinks, window=window, buffer=buffer)
+            self.cache = StreamingCache(model, num_sinks=num_sinks, window=window, buffer=buffer, **options)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise LabError(str(error)) from error
 
@@ -201,13 +204,18 @@ def open_session(configuration: Configuration, model: PreTrainedModel) -> Sessio
     Raises:
         LabError: if the configuration does not work with this model.
     """
-    from sinkwindow.lab.ablations import EagerEvictionSession, StaleRanksSession
+    from sinkwindow.lab.ablations import AbsoluteSession, EagerEvictionSession, StaleRanksSession
 
     if configuration.kind == "baseline":
         return DenseSession(model)
     if configuration.kind == "recompute":
         return RecomputeSession(model, configuration.window or 1)
-    kinds = {"stale_ranks": StaleRanksSession, "eager_eviction": EagerEvictionSession}
+    kinds: dict[str, Callable[..., Session]] = {
+        "stale_ranks": StaleRanksSession,
+        "eager_eviction": EagerEvictionSession,
+        "absolute": AbsoluteSession,
+        "call": partial(StreamingSession, evict="call"),
+    }
     return kinds.get(configuration.kind, StreamingSession)(model, *configuration.limits)
 
 
