@@ -58,9 +58,11 @@ class PoolCall:
     _sinks: dict[int, KeyValue] = field(default_factory=dict)
     _bands: dict[torch.device, Band] = field(default_factory=dict)
     _done: set[int] = field(default_factory=set)
+    _needs_sinks: bool = False
 
     def __post_init__(self) -> None:
         """Slice all layers of a bank at once: a handful of views per call instead of a handful per layer."""
+        self._needs_sinks = not self.in_slots or self.banded is not None or any(True for _ in self._births())
         if not self.in_slots:
             return
         end, columns = self.pool.end, self.lanes[0].columns
@@ -82,7 +84,7 @@ class PoolCall:
             Keys and values, ``[batch, kv_heads, held + columns, ...]``.
         """
         fresh = KeyValue(key.detach(), value.detach())
-        if self._newborn_sinks() or not self.in_slots or self.banded is not None:
+        if self._needs_sinks:
             self._sinks[layer] = self._collect_sinks(layer, fresh)
         states = self._store(layer, fresh) if self.in_slots else self._keep_aside(layer, KeyValue(key, value))
         if self.banded is not None:
@@ -157,10 +159,6 @@ class PoolCall:
             naturals = torch.arange(lane.seen_after - count, lane.seen_after, device=device)
             shifts.append(lane.offsets(naturals) - lane.segments[-1].offset)
         return torch.stack(shifts)[:, None]
-
-    def _newborn_sinks(self) -> bool:
-        sinks = self.pool.retention.sinks
-        return any(sinks(lane.seen) < sinks(lane.seen_after) for lane in self.lanes)
 
     def _collect_sinks(self, layer: int, fresh: KeyValue) -> KeyValue:
         """Give the pristine sinks, those that this call brings included; slots of sinks yet to come are zeros.
