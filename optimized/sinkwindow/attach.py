@@ -51,6 +51,7 @@ Finalizer: TypeAlias = "weakref.finalize[[weakref.ref[PreTrainedModel], int], St
 def attach(decoder: PreTrainedModel, cache: StreamingCache) -> Finalizer:
     """Hook a decoder for a cache; the hooks go when the returned finalizer runs, at the latest with the cache."""
     if decoder not in _attachments:
+        _strip_copied_hooks(decoder)
         handles = [
             decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
             decoder.register_forward_hook(_after_forward, with_kwargs=True),
@@ -60,6 +61,15 @@ def attach(decoder: PreTrainedModel, cache: StreamingCache) -> Finalizer:
         _attachments[decoder] = _Attachment(handles)
     _attachments[decoder].users.add(id(cache))
     return weakref.finalize(cache, detach, weakref.ref(decoder), id(cache))
+
+
+def _strip_copied_hooks(decoder: PreTrainedModel) -> None:
+    """Take away the hooks that a copy of an attached model has inherited: no handle of theirs is left."""
+    ours = {_before_forward, _after_forward, _after_any_forward, _exact_angles}
+    for module in (decoder, *rotary_modules(decoder)):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # noqa: SLF001
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                del hooks[key]
 
 
 def detach(decoder_ref: weakref.ref[PreTrainedModel], user: int) -> None:

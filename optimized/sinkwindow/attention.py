@@ -132,16 +132,15 @@ class _Softmax:
     share: Tensor | None  # [heads]
 
     def __call__(self, products: Tensor, hidden: Tensor) -> Tensor:
-        """Turn dot products ``[batch, kv_heads, group, queries, keys]`` into weights of the same shape and dtype."""
+        """Turn dot products ``[batch, kv_heads, group, queries, keys]`` into weights of the same shape."""
         scores = products.mul_(self.scale)
         if self.cap is not None:
             scores = (scores / self.cap).tanh_().mul_(self.cap)
         scores.masked_fill_(hidden, float("-inf"))
-        wide = torch.promote_types(scores.dtype, torch.float32)
         if self.share is None:
-            return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
-        share = self.share.view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)
-        return torch.softmax(torch.cat((scores, share), dim=-1), dim=-1, dtype=wide)[..., :-1].to(scores.dtype)
+            return torch.softmax(scores, dim=-1)
+        share = self.share.to(scores.dtype).view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)
+        return torch.softmax(torch.cat((scores, share), dim=-1), dim=-1)[..., :-1]
 
 
 def _attend(
@@ -152,7 +151,8 @@ def _attend(
     if block.key_shift is not None:
         keys = layer.rotary.move(keys, block.key_shift)
     pinned = _scores(ranked[:, :, block.queries], layer.sink_keys)
-    weights = soft(torch.cat((pinned, _scores(query[:, :, block.queries], keys)), dim=-1), block.hidden)
+    window = _scores(query[:, :, block.queries], keys)
+    weights = soft(torch.cat((pinned, window), dim=-1), block.hidden).to(values.dtype)
     sinks = layer.sink_keys.shape[2]
     output = _weigh(weights[..., :sinks], layer.sink_values) + _weigh(weights[..., sinks:], values)
     return output.flatten(1, 2), weights.flatten(1, 2)
@@ -167,7 +167,12 @@ def _by_column(weights: Tensor, band: Band, block: Block, columns: int) -> Tenso
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """Multiply queries by keys, ``[batch, kv_heads, heads per kv_head, queries, keys]``."""
+    """Multiply queries by keys, ``[batch, kv_heads, heads per kv_head, queries, keys]``, in at least float32.
+
+    As the fused kernels do: a score of 20 kept in bfloat16 would be off by 0.06, and float16 could overflow.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(wide), key.to(wide)
     batch, heads, queries, width = query.shape
     kv_heads, keys = key.shape[1:3]
     group = heads // kv_heads

@@ -246,8 +246,10 @@ class StreamingCache(Cache):
 
     def _read(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> Inputs:
         self.rollback()
-        if decoder is not self._decoder_ref():
-            msg = "This StreamingCache was made for another model; make a StreamingCache(model, ...) for this one."
+        if decoder is not self._decoder_ref() or not self._finalizer.alive:
+            msg = (
+                "This StreamingCache was made for another model, or is detached; make a new one for the model you call."
+            )
             raise ValueError(msg)
         inputs = read_inputs(kwargs, self._stream.state.columns, self._stream.state.batch)
         self._check_room(inputs)
