@@ -127,11 +127,7 @@ class StreamingCache(Cache):
         return sum(pool.nbytes for pool in self._stream.pools)
 
     def __repr__(self) -> str:
-        rule = self.retention
-        return (
-            f"StreamingCache(num_sinks={rule.num_sinks}, window={rule.window}, buffer={rule.buffer}, "
-            f"evict={rule.evict!r}, seen={self.seen_tokens}, evictions={self.num_evictions})"
-        )
+        return f"StreamingCache({self.retention}, seen={self.seen_tokens}, evictions={self.num_evictions})"
 
     # -- what transformers asks ---------------------------------------------------------------------------------------
 
@@ -292,8 +288,7 @@ class StreamingCache(Cache):
 
     def rollback(self) -> None:
         """Drop a call that did not complete; the cache is as it was after the last complete one."""
-        decoder = self._decoder_ref()
-        if self._call is not None and decoder is not None:
+        if self._call is not None and (decoder := self._decoder_ref()) is not None:
             close_call(decoder)
         self._call = None
         self._stream.complete()
