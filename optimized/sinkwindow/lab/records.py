@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 BosPolicy = Literal["none", "add"]
-SCHEMA = 1
+Documents = Literal["concat", "apart"]
+SCHEMA = 2
 
 
 class Record(BaseModel):
@@ -35,6 +36,14 @@ class ModelRecord(Record):
     device: str
     max_positions: int | None
     attention: str
+
+
+class TokenizerRecord(Record):
+    """What made token ids of the text; `sha256` is of the vocabulary, words with their ids."""
+
+    kind: str
+    vocabulary: int
+    sha256: str
 
 
 class CorpusRecord(Record):
@@ -80,7 +89,10 @@ class ConfigurationRecord(Record):
 
 
 class PerplexityRecord(Record):
-    """Stateful perplexity: tokens 1 .. n-1 of a text, each scored once, in natural logarithms."""
+    """Stateful perplexity: all tokens but the first of each text, each scored once, in natural logarithms.
+
+    `perplexity` is exp of the mean over all targets, never a mean of means. `block` is the number of tokens per call.
+    """
 
     configuration: str
     corpus: str
@@ -98,11 +110,14 @@ class PerplexityRecord(Record):
     evictions: int
     kept_tokens: int
     cache_bytes: int
+    documents: Documents = "concat"
+    scored_texts: int = 1
+    tokenizer: TokenizerRecord | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens fed per second [tok/s], logits and losses included."""
-        return (self.tokens - 1) / self.seconds
+        return self.targets / self.seconds
 
 
 class MemoryRecord(Record):

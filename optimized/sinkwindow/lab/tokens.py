@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.pieces import Pieces, encode_start
+from sinkwindow.lab.records import BosPolicy, Documents, TokenizerRecord
 
 if TYPE_CHECKING:
     from sinkwindow.lab.corpora import Corpus
-    from sinkwindow.lab.records import BosPolicy
 
-CHARACTERS_PER_TOKEN = 8  # more than any tokenizer here needs; a longer slice is taken when it turns out too short
-MARGIN = 256  # tokens beside the cut of a slice that are thrown away: they may depend on what follows
+LEAST = 2  # a perplexity needs a token and a target
 
 
 @dataclass(frozen=True)
@@ -24,23 +26,41 @@ class TokenText:
 
     Attributes:
         corpus: the corpus' name.
-        ids: [1, tokens], on the CPU.
-        bos: whether a BOS token was put in front.
-        text_bytes: UTF-8 bytes of the text behind the targets, that is of tokens 1 .. n-1 [bytes].
+        ids: [1, tokens], on the CPU; documents that are read apart lie one behind the other.
+        bos: whether a BOS token was put in front of each document.
+        text_bytes: UTF-8 bytes of the text behind the targets [bytes].
+        documents: whether the documents are read as one text or each from a fresh start.
+        lengths: tokens of each text that is read from a fresh start; empty means one text [tokens].
+        tokenizer: what made the ids.
     """
 
     corpus: str
     ids: torch.Tensor
     bos: BosPolicy
     text_bytes: int
+    documents: Documents = "concat"
+    lengths: tuple[int, ...] = ()
+    tokenizer: TokenizerRecord | None = None
 
     @property
     def sha256(self) -> str:
         """Digest of the token ids (little-endian int64): equal means the same targets."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
 
+    @property
+    def texts(self) -> tuple[torch.Tensor, ...]:
+        """What is read from a fresh start, each [1, tokens]."""
+        return torch.split(self.ids, list(self.lengths), dim=1) if self.lengths else (self.ids,)
 
-def encode(corpus: Corpus, tokenizer: Any, *, tokens: int, bos: BosPolicy = "none") -> TokenText:
+    @property
+    def targets(self) -> torch.Tensor:
+        """[targets], the tokens that are scored, in order."""
+        return torch.cat([text[0, 1:] for text in self.texts])
+
+
+def encode(
+    corpus: Corpus, tokenizer: Any, *, tokens: int, bos: BosPolicy = "none", documents: Documents = "concat"
+) -> TokenText:
     """Tokenises the beginning of a corpus.
 
     Special tokens are never added by the tokenizer; BOS is this function's business alone, so that it cannot come
@@ -50,7 +70,9 @@ def encode(corpus: Corpus, tokenizer: Any, *, tokens: int, bos: BosPolicy = "non
         corpus: the text.
         tokenizer: a Hugging Face tokenizer.
         tokens: how many token ids to return, BOS included; fewer if the text ends before [tokens].
-        bos: `add` puts the tokenizer's BOS token in front, `none` does not.
+        bos: `add` puts the tokenizer's BOS token in front of every text that is read from a fresh start.
+        documents: `concat` reads all documents as one text; `apart` reads each from a fresh start, and leaves out
+            those of a single token, which have no target.
 
     Returns:
         The token ids and what they stand for.
@@ -58,16 +80,35 @@ def encode(corpus: Corpus, tokenizer: Any, *, tokens: int, bos: BosPolicy = "non
     Raises:
         LabError: if fewer than two tokens come out, `tokens` is below 2, or BOS is asked for and there is none.
     """
-    if tokens < 2:  # noqa: PLR2004 - a perplexity needs a token and a target
+    if tokens < LEAST:
         message = f"tokens={tokens} leaves nothing to predict: ask for 2 or more"
         raise LabError(message)
     prefix = _prefix(tokenizer, bos)
-    text = corpus.text
-    ids = _encode_enough(tokenizer, text, tokens - len(prefix))
-    if len(prefix) + len(ids) < 2:  # noqa: PLR2004
-        message = f"corpus {corpus.name!r} has {len(ids)} token(s): a perplexity needs at least 2"
+    texts = (corpus.text,) if documents == "concat" else corpus.documents
+    rows, sizes = [], 0
+    for ids, size in _encoded(texts, tokenizer, tokens, prefix):
+        rows.append(ids)
+        sizes += size
+    if not rows:
+        message = f"corpus {corpus.name!r} has no text of 2 tokens or more: a perplexity needs at least 2"
         raise LabError(message)
-    return TokenText(corpus.name, torch.tensor([prefix + ids]), bos, _target_bytes(tokenizer, ids, len(prefix)))
+    lengths = () if documents == "concat" else tuple(map(len, rows))
+    joined = torch.from_numpy(np.concatenate(rows))[None]
+    return TokenText(corpus.name, joined, bos, sizes, documents, lengths, describe_tokenizer(tokenizer))
+
+
+def describe_tokenizer(tokenizer: Any) -> TokenizerRecord:
+    """What identifies a tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+        Its class, size and the digest of its vocabulary.
+    """
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    digest = hashlib.sha256("\0".join(f"{word}\0{index}" for word, index in words).encode("utf-8", "surrogatepass"))
+    return TokenizerRecord(kind=type(tokenizer).__name__, vocabulary=len(words), sha256=digest.hexdigest())
 
 
 def _prefix(tokenizer: Any, bos: BosPolicy) -> list[int]:
@@ -79,19 +120,24 @@ def _prefix(tokenizer: Any, bos: BosPolicy) -> list[int]:
     return [tokenizer.bos_token_id]
 
 
-def _encode_enough(tokenizer: Any, text: str, wanted: int) -> list[int]:
-    """The first `wanted` ids, from a slice of the text that is long enough: a long text is not tokenised in vain."""
-    length = (wanted + MARGIN) * CHARACTERS_PER_TOKEN
-    while True:
-        # verbose=False: a text longer than the model's trained length is the point here, not a mistake.
-        ids: list[int] = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
-        if length >= len(text) or len(ids) >= wanted + MARGIN:
-            return ids[:wanted]
-        length *= 2
+def _encoded(
+    texts: tuple[str, ...], tokenizer: Any, tokens: int, prefix: list[int]
+) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.int64]], int]]:
+    """Ids of each text that has a target, BOS in front, and the bytes behind its targets, up to `tokens` in all."""
+    for text in texts:
+        if tokens < LEAST:
+            return
+        found = encode_start(tokenizer, text, tokens - len(prefix))
+        ids = np.concatenate((np.asarray(prefix, dtype=np.int64), found.ids))
+        if len(ids) >= LEAST:
+            tokens -= len(ids)
+            yield ids, _target_bytes(tokenizer, text, found, with_first=bool(prefix))
 
 
-def _target_bytes(tokenizer: Any, ids: list[int], prefix: int) -> int:
-    """Bytes that the targets stand for; the first text token is a target only behind a BOS."""
-    targets = ids if prefix else ids[1:]
-    text: str = tokenizer.decode(targets, clean_up_tokenization_spaces=False)
-    return len(text.encode("utf-8", errors="replace"))
+def _target_bytes(tokenizer: Any, text: str, found: Pieces, *, with_first: bool) -> int:
+    """UTF-8 bytes that the targets stand for; the first text token is a target only behind a BOS."""
+    if found.ends is None:
+        behind: str = tokenizer.decode(found.ids[0 if with_first else 1 :].tolist(), clean_up_tokenization_spaces=False)
+    else:
+        behind = text[0 if with_first else int(found.ends[0]) : int(found.ends[-1])]
+    return len(behind.encode("utf-8", errors="replace"))

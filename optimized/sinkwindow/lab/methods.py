@@ -1,0 +1,121 @@
+"""Two ways through a text: token by token, and in long calls. Same losses, other speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+
+from sinkwindow.lab import files, perplexity
+from sinkwindow.lab.configurations import Configuration
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.models import LoadedModel
+from sinkwindow.lab.perplexity import Perplexity
+from sinkwindow.lab.progress import Reporter
+from sinkwindow.lab.tokens import TokenText
+
+Method = Literal["token", "blocks"]
+METHODS: dict[str, tuple[Method, ...]] = {"token": ("token",), "blocks": ("blocks",), "both": ("token", "blocks")}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One text read by one or two methods."""
+
+    found: dict[Method, Perplexity]
+
+    @property
+    def main(self) -> Perplexity:
+        """The last one measured: by blocks where both were asked for."""
+        return list(self.found.values())[-1]
+
+    @property
+    def speed_ratio(self) -> float | None:
+        """Time of token by token over time of blocks; None unless both were measured."""
+        if len(self.found) < 2:  # noqa: PLR2004 - both
+            return None
+        return self.found["token"].record.seconds / self.found["blocks"].record.seconds
+
+    @property
+    def largest_difference(self) -> float | None:
+        """Largest difference of a target's loss between the two; None unless both were measured."""
+        if len(self.found) < 2:  # noqa: PLR2004 - both
+            return None
+        return float((self.found["token"].nll - self.found["blocks"].nll).abs().max())
+
+
+def methods(name: str) -> tuple[Method, ...]:
+    """Reads the option `--method`.
+
+    Args:
+        name: `token`, `blocks` or `both`.
+
+    Returns:
+        The methods in the order in which they run.
+
+    Raises:
+        LabError: if it is another name.
+    """
+    if name not in METHODS:
+        message = f"--method {name} is unknown; choose token, blocks or both"
+        raise LabError(message)
+    return METHODS[name]
+
+
+def score(
+    configuration: Configuration,
+    loaded: LoadedModel,
+    text: TokenText,
+    chosen: tuple[Method, ...],
+    *,
+    block: int,
+    reporter: Reporter,
+) -> Scores:
+    """Scores a text by each method.
+
+    Args:
+        configuration: how to remember.
+        loaded: the model.
+        text: what to read.
+        chosen: the methods.
+        block: tokens per call of the method `blocks` [tokens].
+        reporter: told about progress.
+
+    Returns:
+        What each method found.
+
+    Raises:
+        LabError: if the configuration does not fit the model, or an option is out of range.
+    """
+    found: dict[Method, Perplexity] = {}
+    for method in chosen:
+        reporter.begin(f"PPL {configuration.name}, {text.corpus}, {method}", len(text.targets))
+        found[method] = perplexity.measure(
+            configuration,
+            loaded.model,
+            text,
+            block=1 if method == "token" else block,
+            on_block=reporter.advance,
+        )
+    return Scores(found)
+
+
+def save_losses(path: Path, scores: Scores, text: TokenText, **metadata: str) -> None:
+    """Writes every target's loss: `nll_token`, `nll_blocks`, `targets` (ids) and `lengths` (tokens of each text).
+
+    Args:
+        path: a safetensors file.
+        scores: the losses.
+        text: what was read.
+        **metadata: strings to put into the file's head, such as the records as JSON.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    tensors = {f"nll_{method}": one.nll for method, one in scores.found.items()}
+    tensors["targets"] = text.targets.contiguous()
+    tensors["lengths"] = torch.tensor([one.shape[1] for one in text.texts])
+    files.write_bytes(path, save(tensors, metadata=metadata))
