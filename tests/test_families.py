@@ -1,0 +1,163 @@
+"""Every family that is said to stream does, exactly; every other is refused by name and reason.
+
+`bound` is 1e-9 in float64, and 1e-4 for the families (and back-ends) whose own mathematics has float32 inside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from families import FAMILIES, FLOAT32_ISLAND, REFUSED, build, table
+from sinkwindow import StreamingCache, UnsupportedModelError, supports
+from sinkwindow_reference import reference_logits, retained_after
+from strategies import (
+    BOTH,
+    Rule,
+    budget,
+    call,
+    padding_mask,
+    real_per_call,
+    rules,
+    seeds,
+    splits,
+    stepwise,
+    stream,
+    tokens,
+    worst,
+)
+
+SUPPORT = Path(__file__).parents[1] / "docs" / "support.md"
+# transformers makes angles and norms in float32: this near a stock model comes to exact mathematics.
+STOCK = 3e-5
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@families
+@given(rule=rules(BOTH), seed=seeds(), lengths=splits(most=70))
+@budget(0.05)
+def test_the_family_streams_as_the_reference_says(family: str, rule: Rule, seed: int, lengths: list[int]) -> None:
+    """Logits within the bound and the same tokens retained, after every call of drawn splits, in both modes."""
+    model, ids = build(family), tokens(seed, 1, sum(lengths))
+    expected = reference_logits(model, ids, chunks=lengths, **rule.arguments)
+    cache = rule.cache(model)
+    for step, (end, logits) in enumerate(stepwise(model, cache, ids, lengths)):
+        assert worst(logits - expected[:, end - lengths[step] : end]) < FAMILIES[family].bound
+        assert cache.retained_tokens == [retained_after(end, chunks=lengths[: step + 1], **rule.arguments)]
+
+
+@families
+@given(rule=rules(), seed=seeds(), lengths=splits(most=70), holes=st.booleans())
+@budget(0.05)
+def test_padded_rows_of_the_family_are_rows_alone(
+    family: str, rule: Rule, seed: int, lengths: list[int], *, holes: bool
+) -> None:
+    """Real columns within the bound, nothing NaN, and each row retains what it would alone."""
+    model, ids = build(family), tokens(seed, 2, sum(lengths))
+    mask = padding_mask(seed, 2, lengths, holes=holes)
+    expected = reference_logits(model, ids, mask, **rule.arguments)
+    cache = rule.cache(model)
+    logits = stream(model, cache, ids, lengths, mask)
+    assert worst((logits - expected)[mask.bool()]) < FAMILIES[family].bound
+    for row, real in enumerate(mask):
+        calls = real_per_call(real, lengths)
+        assert cache.retained_tokens[row] == retained_after(sum(calls), **rule.arguments)
+
+
+@families
+def test_with_everything_kept_the_reference_is_the_stock_model(family: str) -> None:
+    """Layout, windows, caps and learned sinks are read right; and a short window is another thing."""
+    model, ids = build(family), tokens(1, 2, 24)
+    with torch.no_grad():
+        stock = model(ids).logits
+    size = float(stock.abs().max())
+    assert worst(reference_logits(model, ids, num_sinks=2, window=30) - stock) < STOCK * size
+    assert worst(reference_logits(model, ids, num_sinks=1, window=3) - stock) > 1e-2 * size
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # from transformers
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from torch, on the way to it
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(name, attention) for name, family in FAMILIES.items() for attention in family.attention[1:]],
+)
+def test_back_ends_agree(family: str, attention: str) -> None:
+    """Every back-end that the family has gives the reference's logits, padded rows included.
+
+    The reference replaces the back-end, but for families that call their own attention: stock Falcon with ALiBi gives
+    other logits under eager than under sdpa. flex_attention runs uncompiled: its CPU kernels know no float64.
+    """
+    rule, lengths, ids = Rule(2, 6, 3), [9, 30, 1, 1, 1, 20], tokens(2, 2, 62)
+    mask = padding_mask(5, 2, lengths, holes=False)
+    model = build(family, attention)
+    expected = reference_logits(model, ids, mask, **rule.arguments)
+    with torch.compiler.set_stance("force_eager"):
+        logits = stream(model, rule.cache(model), ids, lengths, mask)
+    assert worst((logits - expected)[mask.bool()]) < FLOAT32_ISLAND
+
+
+@families
+def test_supports_answers_without_side_effects(family: str) -> None:
+    """It says yes without a reason, and hangs no hook on the model."""
+    model = build(family)
+    answer = supports(model)
+    assert (bool(answer), answer.reason) == (True, "")
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt2", "absolute position"),
+        ("opt", "absolute position"),
+        ("deepseek_v3", "MLA"),
+        ("t5", "encoder-decoder"),
+        ("mamba", "state"),
+    ],
+)
+def test_other_families_are_refused_by_name_and_reason(family: str, reason: str) -> None:
+    """`supports` and the constructor give the same words, before anything of the model changes."""
+    model = build(family)
+    before = model.config.to_dict()
+    with pytest.raises(UnsupportedModelError, match=rf"'{family}'.*{reason}") as error:
+        StreamingCache(model)
+    assert (bool(supports(model)), supports(model).reason) == (False, str(error.value))
+    assert model.config.to_dict() == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", [name for name, family in REFUSED.items() if family.model_type != "t5"])
+def test_the_reference_refuses_them_too(family: str) -> None:
+    """Better no reference than a wrong one."""
+    with pytest.raises(ValueError, match=rf"model of type '{family}' .*the rule does not fit"):
+        reference_logits(build(family), tokens(0, 1, 4), num_sinks=1, window=3)
+
+
+def test_an_own_window_outlives_the_rule() -> None:
+    """A layer with a window of its own sees exactly that many tokens, also where the rule keeps fewer or more."""
+    model = build("gemma3_text")
+    ids = tokens(3, 1, 60)
+    for rule in (Rule(1, 2), Rule(4, 30, 8)):
+        logits = stream(model, rule.cache(model), ids, [20, 40])
+        assert worst(logits - reference_logits(model, ids, **rule.arguments)) < 1e-9
+
+
+def test_a_model_whose_layers_all_slide_must_hold_the_list() -> None:
+    """Mistral's window would hide the sinks of a longer list: refused with both numbers; one token fewer is fine."""
+    model: Any = build("mistral")
+    with pytest.raises(ValueError, match=r"= 65 exceeds the model's own sliding window of 64"):
+        StreamingCache(model, 4, 56, 4)
+    rule, ids = Rule(4, 55, 4), tokens(4, 1, 150)
+    logits = call(model, rule.cache(model), ids)
+    assert worst(logits - reference_logits(model, ids, **rule.arguments)) < 1e-9
+
+
+def test_the_support_table_is_current() -> None:
+    """docs/support.md is what `python tests/families.py` prints, and it names 25 families or more."""
+    assert SUPPORT.read_text(encoding="utf-8") == table()
+    assert len({family.model_type for family in FAMILIES.values()}) >= 25
