@@ -40,7 +40,8 @@ def _original(model: Any) -> StreamingCache:
 
 def _by_hand(model: Any, ids: Tensor) -> Tensor:
     """Feed token by token at natural positions, evicting from a stock cache by index."""
-    cache, logits = DynamicCache(), []
+    cache: Any = DynamicCache()
+    logits = []
     for token in range(ids.shape[1]):
         logits.append(_feed(model, cache, ids[:, token : token + 1], position_ids=torch.tensor([[token]])))
         length = cache.layers[0].keys.shape[2]
