@@ -245,8 +245,10 @@ class Stream:
         if len(lanes) > 1:
             lanes = tuple(lanes[row] for row in chosen)
             self._history.select(chosen)
-        share = self.state.num_evictions * len(chosen) // self.state.batch
-        self._transact(moves, replace(self.state, lanes=lanes, batch=len(chosen), num_evictions=share))
+        count = self._count_evictions([row.evicted for row in moves[0][1].rows], len(chosen))
+        if count is None:  # evicting by call, rows differ by their own calls only: each has its share
+            count = self.state.num_evictions * len(chosen) // self.state.batch
+        self._transact(moves, replace(self.state, lanes=lanes, batch=len(chosen), num_evictions=count))
 
     # -- going back ---------------------------------------------------------------------------------------------------
 
@@ -317,11 +319,15 @@ class Stream:
 
     def _evictions_at(self, target: _Target) -> int:
         """Count the evictions up to where a roll-back goes, all rows together."""
-        after = target.evicted[0]
-        rows = (self.state.batch or 1) // len(after)
-        by_token = sum(count // (self.rule.buffer + 1) for count in after) * rows
-        counted = by_token if self.rule.evict == "token" else None
-        return self._history.num_evictions_at(target.column, counted, after, rows)
+        after, batch = target.evicted[0], self.state.batch or 1
+        counted = self._count_evictions(after, batch)
+        return self._history.num_evictions_at(target.column, counted, after, batch // len(after))
+
+    def _count_evictions(self, evicted: list[int], batch: int) -> int | None:
+        """Count the evictions, all rows together, that led to so many evicted tokens; ``None`` evicting by call."""
+        if self.rule.evict == "call":
+            return None
+        return sum(count // (self.rule.buffer + 1) for count in evicted) * (batch // len(evicted))
 
     # -- copies -------------------------------------------------------------------------------------------------------
 
