@@ -2,7 +2,8 @@
 
 * before the decoder runs, the cache plans the call and rewrites ``position_ids`` and ``attention_mask``;
 * after it ran, the cache takes the call over; after it failed, the cache forgets it;
-* in float64 the rotary module's angles, which transformers makes in float32, are made again in float64.
+* the rotary module's angles, which transformers makes in float32, are made again in float64: everywhere for a float64
+  model, for a float32 one beyond the positions that a list can fill, where a float32 angle is no longer as good.
 
 The hooks are plain functions without state: they act on calls that carry a ``StreamingCache`` and return at once for
 all others, survive pickling and copying of the model, and are removed with the last cache that uses the model.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from sinkwindow.attention import ATTENTION_NAME, call_under_way, enter_call, leave_call
+from sinkwindow.attention import ATTENTION_NAME, enter_call, exact_from, leave_call
 from sinkwindow.families import frequencies, rotary_modules
 from sinkwindow.split import Pieces, run_ahead
 
@@ -86,10 +87,10 @@ def detach(decoder_ref: weakref.ref[PreTrainedModel], user: int) -> None:
         del _attachments[decoder]
 
 
-def open_call(decoder: PreTrainedModel, banded: dict[int, BandedLayer] | None) -> None:
+def open_call(decoder: PreTrainedModel, banded: dict[int, BandedLayer] | None, exact_from: int) -> None:
     """Let a streaming call begin: with a band, the decoder's attention steps back for as long as the call lasts."""
     implementation = decoder.config._attn_implementation  # noqa: SLF001
-    enter_call(banded, weights=implementation == "eager")
+    enter_call(banded, weights=implementation == "eager", exact_from=exact_from)
     if banded is not None:
         _attachments[decoder].lent = implementation
         decoder.config._attn_implementation = ATTENTION_NAME  # noqa: SLF001
@@ -163,17 +164,21 @@ def _after_any_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _exact_angles(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Sharpen a float64 model's cosines and sines to float64 angles; other dtypes keep their numbers bit for bit."""
-    if not call_under_way():
-        return None
+    """Sharpen cosines and sines to float64 angles, where float32 ones are worse than those of a rank.
+
+    Below that, float32 models keep their own numbers bit for bit; half dtypes do everywhere, whose rounding of cosines
+    outweighs any angle's.
+    """
+    start = exact_from()
     named = _named(module, args, kwargs)
-    if named["x"].dtype != torch.float64:
-        return None
-    layer_type = named.get("layer_type")
-    angles = named["position_ids"][..., None].double() * frequencies(module, layer_type).double()
+    if start is None or named["x"].dtype not in (torch.float32, torch.float64) or named["x"].device.type == "mps":
+        return None  # mps has no float64
+    positions, layer_type = named["position_ids"], named.get("layer_type")
+    angles = positions[..., None].double() * frequencies(module, layer_type).double()
     scale = float(getattr(module, f"{layer_type}_attention_scaling", getattr(module, "attention_scaling", 1.0)))
     exact = (angles.cos() * scale, angles.sin() * scale)
-    return tuple(_sharpen(table, exact) for table in output)
+    near = positions[..., None] < (start if named["x"].dtype == torch.float32 else 0)
+    return tuple(torch.where(near, table, _sharpen(table, exact)).to(named["x"].dtype) for table in output)
 
 
 def _sharpen(table: Tensor, exact: tuple[Tensor, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sinkwindow.band import Band, Block
     from sinkwindow.rotation import Rotary
 
-__all__ = ["ATTENTION_NAME", "BandedLayer", "banded_attention", "call_under_way", "enter_call", "leave_call"]
+__all__ = ["ATTENTION_NAME", "BandedLayer", "banded_attention", "enter_call", "exact_from", "leave_call"]
 
 ATTENTION_NAME = "sinkwindow"
 
@@ -43,23 +43,31 @@ class BandedLayer:
 
 @dataclass(frozen=True, slots=True)
 class _OpenCall:
-    """A streaming call in this thread: its layers as the cache meets them, and whether weights are asked for."""
+    """A streaming call in this thread.
+
+    Attributes:
+        layers: Filled as the cache meets them.
+        weights: Whether attention weights are asked for.
+        exact_from: Position from which angles are made in float64.
+    """
 
     layers: dict[int, BandedLayer]
     weights: bool
+    exact_from: int
 
 
 _open_call: ContextVar[_OpenCall | None] = ContextVar("sinkwindow_call", default=None)
 
 
-def enter_call(layers: dict[int, BandedLayer] | None, *, weights: bool = False) -> None:
+def enter_call(layers: dict[int, BandedLayer] | None, *, weights: bool, exact_from: int) -> None:
     """Open a streaming call in this thread.
 
     Args:
         layers: Fills up as the cache is updated; ``None`` for a call without a band.
         weights: Whether attention weights are returned, as the eager attention does.
+        exact_from: Positions from which the model's float32 angles are not good enough.
     """
-    _open_call.set(_OpenCall({} if layers is None else layers, weights))
+    _open_call.set(_OpenCall({} if layers is None else layers, weights, exact_from))
 
 
 def leave_call() -> None:
@@ -67,9 +75,10 @@ def leave_call() -> None:
     _open_call.set(None)
 
 
-def call_under_way() -> bool:
-    """Say whether a streaming call is open in this thread."""
-    return _open_call.get() is not None
+def exact_from() -> int | None:
+    """Give the position from which the open call's angles are made in float64, ``None`` if no call is open."""
+    call = _open_call.get()
+    return None if call is None else call.exact_from
 
 
 def banded_attention(

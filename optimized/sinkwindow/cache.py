@@ -22,6 +22,7 @@ from sinkwindow.plan import check_lengths, check_original_positions, padding_mas
 from sinkwindow.retention import EvictMode, Retention
 from sinkwindow.storage import SlotPool
 from sinkwindow.stream import Stream
+from sinkwindow.versions import HAS_QUERY_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,12 +143,10 @@ class StreamingCache(Cache):
         return self._stream.state.batch or -1
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
-        """Count the columns fed so far, padding included: ``generate`` slices its inputs by it.
-
-        While a call is under way it is the model that asks, to make its masks: then it is the cached columns in front.
-        """
-        state = self._stream.state
-        return state.columns if self._call is None else self._stream.pools[0].held(state.lanes)
+        """Count the columns fed so far, padding included: ``generate`` slices its inputs by it."""
+        if self._call is not None and not HAS_QUERY_OFFSET and self._stream.splits:
+            return self.get_query_offset()  # there, a model that attends by itself asks for its cached columns here
+        return self._stream.state.columns
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Give the number of keys that a call returns and the column that the first one stands for.
@@ -157,9 +156,9 @@ class StreamingCache(Cache):
             layer_idx: Index of the decoder layer.
         """
         columns = query_length.shape[0] if isinstance(query_length, Tensor) else int(query_length)
-        lanes = self._stream.state.lanes
-        held = self._stream.pools[self._pool_of[layer_idx]].held(lanes)
-        return held + columns, self.get_query_offset() - held
+        held = self._stream.pools[self._pool_of[layer_idx]].held(self._stream.state.lanes)
+        first_query = self.get_query_offset() if HAS_QUERY_OFFSET else self.get_seq_length()
+        return held + columns, first_query - held
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Give the column of a call's first query, counted as in ``get_mask_sizes``."""
@@ -218,7 +217,7 @@ class StreamingCache(Cache):
         inputs = self._read(decoder, kwargs)
         call = self._stream.begin(inputs)
         self._call = call
-        open_call(decoder, call.banded)
+        open_call(decoder, call.banded, self.retention.capacity)
         positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
         changes: dict[str, Tensor | None] = {
             "position_ids": positions,

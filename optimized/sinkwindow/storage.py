@@ -124,6 +124,7 @@ class SlotPool:
     recording: bool = False
     _overwritten: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _floors: list[int] = field(default_factory=list)
+    _under_way: Move | None = None
 
     @property
     def size(self) -> int:
@@ -155,12 +156,19 @@ class SlotPool:
         return bool(self.banks) and self.held(lanes) + fresh <= self.size
 
     def apply(self, move: Move) -> None:
-        """Carry a move out; carrying it out again changes nothing."""
+        """Carry a move out; carrying it out again changes nothing, so an interrupted one is finished by ``recover``."""
+        self._under_way = move
         for target, source in move.writes:
             target.copy_(source)
         if move.writes:
             self.forget_overwritten()
         self.banks, self.rows, self.end = move.banks, move.rows, move.end
+        self._under_way = None
+
+    def recover(self) -> None:
+        """Finish a move that was interrupted."""
+        if self._under_way is not None:
+            self.apply(self._under_way)
 
     # -- before a call ------------------------------------------------------------------------------------------------
 

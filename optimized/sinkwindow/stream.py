@@ -16,6 +16,7 @@ from sinkwindow.history import History, Past
 from sinkwindow.lanes import Lane, LaneCall
 from sinkwindow.plan import first_cut, lane_call, needs_band, pool_call, rebased, rows_agree
 from sinkwindow.storage import Move, Row, SlotPool
+from sinkwindow.versions import HAS_QUERY_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,7 +168,10 @@ class Stream:
         """Say whether the model's own masks cannot describe a call; models that attend by themselves have none."""
         if self.splits:
             return False
-        uneven = len(self.pools) > 1 and not rows_agree(self.pools, self.state.lanes)
+        one_mask = (
+            HAS_QUERY_OFFSET and len(self.pools) == 1
+        )  # a 2D mask then speaks of the cached columns of all layers
+        uneven = not one_mask and not rows_agree(self.pools, self.state.lanes)
         return uneven or any(lane.padded for lane in lanes) or any(needs_band(pool, lanes) for pool in self.pools)
 
     def commit(self, call: StreamCall) -> list[Eviction]:
@@ -192,6 +196,8 @@ class Stream:
 
     def complete(self) -> None:
         """Finish a change that was interrupted."""
+        for pool in self.pools:
+            pool.recover()
         if self._unfinished is not None:
             moves, state = self._unfinished
             for pool, move in moves:
