@@ -114,7 +114,7 @@ class Stream:
 
     def per_row(self, lanes: list[T]) -> list[T]:
         """Repeat what all rows share."""
-        return lanes if len(lanes) > 1 else lanes * (self.state.batch or 1)
+        return lanes * self.state.batch if self.state.batch is not None and len(lanes) == 1 else lanes
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -204,6 +204,10 @@ class Stream:
                 pool.apply(move)
             self.state = state
             self._unfinished = None
+        if self.state.batch is None and len(self.state.lanes) > 1:  # the first call failed, and with it its batch size
+            self.state = replace(self.state, lanes=(Lane(),))
+            for pool in self.pools:
+                pool.rows = [Row()]
 
     def reset(self) -> None:
         """Forget everything."""
