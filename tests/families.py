@@ -89,6 +89,7 @@ OWN: Final[dict[str, Any]] = {"attention": ("sdpa", "eager")}  # Falcon chooses 
 # MPT and BLOOM cast scores to float32 whatever their dtype, where a float64 mask becomes -inf and padding NaN.
 EAGER: Final[dict[str, Any]] = {"attention": ("eager",), "bound": FLOAT32_ISLAND, "dtype": torch.float32}
 # Eager attention has its softmax in float32 whatever the model's dtype.
+NO_FLEX: Final[dict[str, Any]] = {"attention": ("sdpa", "eager")}  # transformers refuses it
 NO_SDPA: Final[dict[str, Any]] = {"attention": ("eager", "flex_attention"), "bound": FLOAT32_ISLAND}
 FAMILIES: Final[dict[str, Family]] = {
     "llama": _family("llama", "Llama", GQA),
@@ -127,8 +128,8 @@ FAMILIES: Final[dict[str, Family]] = {
         {**GQA, "sliding_window": None, "original_max_position_embeddings": 48, "rope_parameters": LONGROPE},
         "RoPE, longrope",
     ),
-    "stablelm": _family("stablelm", "StableLM", GQA, PARTIAL),
-    "persimmon": _family("persimmon", "Persimmon", BASE, PARTIAL),
+    "stablelm": _family("stablelm", "StableLM", GQA, PARTIAL, **NO_FLEX),
+    "persimmon": _family("persimmon", "Persimmon", BASE, PARTIAL, **NO_FLEX),
     "nemotron": _family("nemotron", "Nemotron", GQA, PARTIAL),
     "falcon": _family("falcon", "Falcon", {**FALCON, "alibi": False}, **OWN),
     "falcon_alibi": _family(

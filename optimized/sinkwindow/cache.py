@@ -16,7 +16,7 @@ from sinkwindow.attach import attach, close_call, open_call
 from sinkwindow.attention import ATTENTION_NAME, banded_attention
 from sinkwindow.choices import OnOverflow, Positions, check_choices
 from sinkwindow.families import inspect_model
-from sinkwindow.inputs import read_inputs
+from sinkwindow.inputs import check_padding_is_leading, read_inputs
 from sinkwindow.layer_view import views_of
 from sinkwindow.plan import check_lengths, check_original_positions, padding_mask, position_bound, rows_agree, rule_of
 from sinkwindow.retention import EvictMode, Retention
@@ -89,6 +89,7 @@ class StreamingCache(Cache):
         super().__init__(layers=views_of(facts))
         self.retention = retention
         self._on_evict = on_evict
+        self._counts_columns = facts.counts_columns
         self._positions: Positions = positions
         self._on_overflow: OnOverflow = on_overflow
         self._last_position = facts.trained_length if positions == "original" else None
@@ -247,6 +248,8 @@ class StreamingCache(Cache):
             )
             raise ValueError(msg)
         inputs = read_inputs(kwargs, self._stream.state.columns, self._stream.state.batch)
+        if self._counts_columns:
+            check_padding_is_leading(inputs, self.seen_tokens)
         self._check_room(inputs)
         return inputs
 

@@ -69,11 +69,13 @@ class Family:
         interleaved: Whether RoPE pairs channels ``(2 i, 2 i + 1)`` rather than halves.
         rotates: Says which layers have RoPE; the others know no positions, or ALiBi, which follows the keys' order.
         own_attention: Whether the model bypasses ``AttentionInterface``: a call is then split where it evicts.
+        counts_columns: Whether its ALiBi counts columns, padding included: then there must be none between tokens.
     """
 
     interleaved: bool = False
     rotates: Callable[[PreTrainedConfig, int], bool] = _all_layers
     own_attention: bool = False
+    counts_columns: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -88,7 +90,7 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family(rotates=_no_layers, own_attention=True),
     "cohere2": Family(interleaved=True, rotates=_sliding_layers),
     "falcon": Family(rotates=_unless_alibi, own_attention=True),
-    "mpt": Family(rotates=_no_layers, own_attention=True),
+    "mpt": Family(rotates=_no_layers, own_attention=True, counts_columns=True),
     "smollm3": Family(rotates=_marked_layers),
 }
 
@@ -134,6 +136,7 @@ class ModelFacts:
         num_layers: Decoder layers that hold keys and values.
         kinds: The layers by kind; the first one follows the stream's rule.
         own_attention: See ``Family``.
+        counts_columns: See ``Family``.
         trained_length: Positions that the model was trained on [tokens]; ``None`` where it knows none.
         length_dependent: Whether positions must stay below it: frequencies depend on the largest, or there is a table.
         has_table: Whether positions index a table of that length.
@@ -144,6 +147,7 @@ class ModelFacts:
     num_layers: int
     kinds: list[LayerKind]
     own_attention: bool
+    counts_columns: bool
     trained_length: int | None
     length_dependent: bool
     has_table: bool
@@ -187,6 +191,7 @@ def inspect_model(model: nn.Module) -> ModelFacts:
         num_layers=config.num_hidden_layers,
         kinds=kinds,
         own_attention=family.own_attention,
+        counts_columns=family.counts_columns,
         trained_length=_trained_length(config),
         length_dependent=bool(_rope_types(decoder) & LENGTH_DEPENDENT_ROPE) or _has_table(decoder),
         has_table=_has_table(decoder),

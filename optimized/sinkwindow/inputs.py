@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "read_inputs"]
+__all__ = ["Inputs", "check_padding_is_leading", "read_inputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,27 @@ def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None) ->
     mask = _new_columns(kwargs.get("attention_mask"), rows, columns, seen_columns)
     real = None if mask is None or bool(mask.all()) else _real_columns(mask)
     return Inputs(rows, columns, tokens.device, real)
+
+
+def check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
+    """Refuse padding between a row's tokens, for models that count it.
+
+    Args:
+        inputs: The call.
+        seen: Real tokens of each row before it, or of all rows.
+
+    Raises:
+        ValueError: A row has padding after its first token.
+    """
+    for index, real in enumerate(inputs.real or []):
+        before = seen[index if len(seen) > 1 else 0]
+        leading = real is None or (before == 0 and real == list(range(inputs.columns - len(real), inputs.columns)))
+        if not leading:
+            msg = (
+                f"attention_mask pads row {index} after its first token, and this model's ALiBi counts padding as "
+                "distance; pad on the left of the first call only."
+            )
+            raise ValueError(msg)
 
 
 def _new_columns(mask: object, rows: int, columns: int, seen_columns: int) -> Tensor | None:

@@ -306,8 +306,9 @@ class Stream:
     def _cut(self, pool: SlotPool, lanes: Sequence[Lane], target: _Target, index: int) -> Move:
         pool.restore_overwritten()
         rows = [replace(row, evicted=count) for row, count in zip(pool.rows, target.evicted[index], strict=True)]
-        if len(set(target.removed)) == 1:
-            return Move([], pool.banks, rows, pool.end - target.removed[0])
+        end = pool.end - target.removed[0]
+        if len(set(target.removed)) == 1 and end >= max(map(pool.length, lanes, rows)):
+            return Move([], pool.banks, rows, end)
         return pool.relocation(lanes, rows, target.removed)
 
     def _target(self, columns: int) -> _Target | None:
