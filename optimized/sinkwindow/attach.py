@@ -177,8 +177,11 @@ def _exact_angles(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     angles = positions[..., None].double() * frequencies(module, layer_type).double()
     scale = float(getattr(module, f"{layer_type}_attention_scaling", getattr(module, "attention_scaling", 1.0)))
     exact = (angles.cos() * scale, angles.sin() * scale)
-    near = positions[..., None] < (start if named["x"].dtype == torch.float32 else 0)
-    return tuple(torch.where(near, table, _sharpen(table, exact)).to(named["x"].dtype) for table in output)
+    sharp = tuple(_sharpen(table, exact) for table in output)
+    if named["x"].dtype == torch.float64:
+        return sharp
+    near = positions[..., None] < start
+    return tuple(torch.where(near, *pair).to(named["x"].dtype) for pair in zip(output, sharp, strict=True))
 
 
 def _sharpen(table: Tensor, exact: tuple[Tensor, Tensor]) -> Tensor:

@@ -350,14 +350,14 @@ class StreamingCache(Cache):
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if not 0 <= -tokens_to_remove <= self.get_seq_length():
             fed = self.get_seq_length()
-            msg = f"tokens_to_remove must be between -{fed}, all columns fed, and 0, got {tokens_to_remove}."
+            msg = f"tokens_to_remove must be minus a number between 0 and the {fed} fed, got {tokens_to_remove}."
             raise ValueError(msg)
         if tokens_to_remove:
             self._stream.crop(-tokens_to_remove)
         self._stream.forget_past()
 
     def activate_past_recording(self) -> None:
-        """Keep what calls evict until ``crop`` is called, up to 128 tokens, so that drafts can be rolled back."""
+        """Keep up to 128 tokens that calls evict until ``crop``; a call too long for the slots begins the record anew."""
         for view in self.layers:
             cast("Any", view).activate_past_recording()
         self._stream.record_past()

@@ -282,7 +282,8 @@ class Stream:
             )
             raise ValueError(msg)
         lanes = tuple(
-            replace(lane, seen=lane.seen - gone) for lane, gone in zip(self.state.lanes, target.removed, strict=True)
+            Lane(lane.seen - gone, min(lane.offset, evicted))  # no position below a rank
+            for lane, gone, evicted in zip(self.state.lanes, target.removed, target.evicted[0], strict=True)
         )
         moves = [(pool, self._cut(pool, lanes, target, index)) for index, pool in enumerate(self.pools)]
         count = self._evictions_at(target)

@@ -1,0 +1,129 @@
+"""Taking tokens back: exact while what they evicted is still there, an error before any change when it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sinkwindow_reference import reference_logits, retained_after
+from strategies import (
+    BOTH,
+    EXACT,
+    ModelSpec,
+    Rule,
+    budget,
+    call,
+    model_specs,
+    rules,
+    seeds,
+    splits,
+    stream,
+    tokens,
+    worst,
+)
+
+DRAFTS = 128  # evicted tokens that `activate_past_recording` keeps
+
+
+@given(spec=model_specs(), rule=rules(), seed=seeds(), lengths=splits(most=60), data=st.data())
+@budget(0.5)
+def test_crop_then_refill_is_never_having_gone_there(
+    spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], data: st.DataObject
+) -> None:
+    """After a crop that `can_crop` allows, other tokens in the place of the old ones give the reference's logits."""
+    model, ids = spec.model(), tokens(seed, 2, sum(lengths) + 12)
+    cache = rule.cache(model)
+    stream(model, cache, ids, lengths)
+    # Not every number below an allowed one is: taking back everything needs nothing that was evicted.
+    allowed = [columns for columns in range(sum(lengths) + 1) if cache.can_crop(columns)]
+    columns = data.draw(st.sampled_from(allowed), label="columns")
+    cache.crop(-columns)
+    kept = sum(lengths) - columns
+    assert cache.retained_tokens == [retained_after(kept, **rule.arguments)] * 2
+    assert (cache.seen_tokens, cache.get_seq_length()) == ([kept] * 2, kept)
+    fresh = torch.cat([ids[:, :kept], tokens(seed + 1, 2, 12)], dim=1)
+    logits = torch.cat([call(model, cache, fresh[:, kept : kept + 9]), call(model, cache, fresh[:, kept + 9 :])], dim=1)
+    assert worst(logits - reference_logits(model, fresh, **rule.arguments)[:, kept:]) < EXACT
+
+
+@given(spec=model_specs(), rule=rules(BOTH), seed=seeds(), lengths=splits(most=60), columns=st.integers(1, 60))
+@budget(0.5)
+def test_can_crop_is_exact(spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], columns: int) -> None:
+    """`crop` does what `can_crop` says: it works, or it raises and the cache goes on as if nobody had asked."""
+    model, ids = spec.model(), tokens(seed, 1, sum(lengths) + 9)
+    cache = rule.cache(model)
+    stream(model, cache, ids, lengths)
+    before = (cache.retained_tokens, cache.seen_tokens, cache.num_evictions, cache.get_seq_length())
+    if columns <= sum(lengths) and cache.can_crop(columns):
+        cache.crop(-columns)
+        assert cache.get_seq_length() == sum(lengths) - columns
+        return
+    assert not cache.can_crop(columns)
+    with pytest.raises(ValueError, match=r"cannot be taken back|between 0 and"):
+        cache.crop(-columns)
+    assert (cache.retained_tokens, cache.seen_tokens, cache.num_evictions, cache.get_seq_length()) == before
+    expected = reference_logits(model, ids, chunks=[*lengths, 9], **rule.arguments)
+    assert worst(call(model, cache, ids[:, -9:]) - expected[:, -9:]) < EXACT
+
+
+@given(rule=rules(), seed=seeds(), first=st.integers(1, 40), second=st.integers(1, 20), data=st.data())
+@budget(0.2)
+def test_crops_add_up(rule: Rule, seed: int, first: int, second: int, data: st.DataObject) -> None:
+    """Taking back a columns and then b is taking back a + b, where both ways are open."""
+    model, ids = ModelSpec().model(), tokens(seed, 1, first + second)
+    once, twice = rule.cache(model), rule.cache(model)
+    for cache in (once, twice):
+        cache.activate_past_recording()
+        stream(model, cache, ids, [first, second])
+    total = data.draw(st.integers(0, second), label="total")
+    part = data.draw(st.integers(0, total), label="part")
+    once.crop(-total)
+    twice.crop(-part)
+    if twice.can_crop(total - part):
+        twice.crop(part - total)
+        assert twice.retained_tokens == once.retained_tokens
+        assert twice.num_evictions == once.num_evictions
+        assert worst(call(model, twice, ids[:, :5]) - call(model, once, ids[:, :5])) < EXACT
+
+
+@pytest.mark.parametrize("calls", [[DRAFTS], [1] * DRAFTS, [1, 7] * 16])
+def test_recorded_drafts_can_be_rolled_back(calls: list[int]) -> None:
+    """With `activate_past_recording` up to 128 tokens of one call, or of many short ones, can be taken back."""
+    rule, model, ids = Rule(2, 6, 3), ModelSpec().model(), tokens(1, 1, 40 + DRAFTS)
+    cache = rule.cache(model)
+    call(model, cache, ids[:, :40])
+    cache.activate_past_recording()
+    stream(model, cache, ids[:, 40:], calls)
+    assert cache.can_crop(DRAFTS)
+    cache.crop(-DRAFTS)
+    other = torch.cat([ids[:, :40], tokens(2, 1, 30)], dim=1)
+    assert worst(call(model, cache, other[:, 40:]) - reference_logits(model, other, **rule.arguments)[:, 40:]) < EXACT
+
+
+@pytest.mark.parametrize("columns", [1, -51, -1000])
+def test_impossible_crops_are_named(columns: int) -> None:
+    """Keeping a number of tokens (the old meaning) and removing more than was fed are errors with both numbers."""
+    rule, model, ids = Rule(2, 6, 3), ModelSpec().model(), tokens(1, 1, 50)
+    cache = rule.cache(model)
+    call(model, cache, ids)
+    with pytest.raises(ValueError, match=rf"between 0 and the 50 fed, got {columns}"):
+        cache.crop(columns)
+    assert cache.retained_tokens == [retained_after(50, **rule.arguments)]
+
+
+def test_the_padding_of_a_batch_is_taken_back_row_by_row() -> None:
+    """A crop over padding takes fewer tokens off a row that had padding there, and each row goes on as if alone."""
+    rule, model, ids = Rule(2, 6, 3), ModelSpec().model(), tokens(1, 2, 42)
+    mask = torch.ones_like(ids)
+    mask[0, 20:26] = 0
+    cache = rule.cache(model)
+    cache.activate_past_recording()
+    stream(model, cache, ids[:, :32], [20, 12], mask[:, :32])
+    cache.crop(-8)  # into the padding
+    assert cache.seen_tokens == [20, 24]
+    kept = torch.cat([ids[:, :24], ids[:, 32:]], dim=1)
+    kept_mask = torch.cat([mask[:, :24], mask[:, 32:]], dim=1)
+    expected = reference_logits(model, kept, kept_mask, **rule.arguments)[:, 24:]
+    assert worst(call(model, cache, kept[:, 24:]) - expected) < EXACT
