@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import nox
@@ -103,3 +104,77 @@ def nightly(session: nox.Session) -> None:
     """Runs the properties with many more and always new examples."""
     install_project(session, "test")
     session.run("pytest", *PARALLEL, *session.posargs, env={**ONE_THREAD, "HYPOTHESIS_PROFILE": "nightly"})
+
+
+def started() -> str:
+    """Touches a stamp; result files that are newer belong to the run that follows."""
+    stamp = Path(".asv", "started")
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.touch()
+    return str(stamp)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Runs every benchmark once, fails if one does or none ran; `nox -s bench -- HEAD~5..HEAD` measures a history."""
+    install_project(session, "bench")
+    session.run("asv", "machine", "--yes", silent=True)
+    session.run("asv", "check", "--python=same")
+    head = str(session.run("git", "rev-parse", "HEAD", external=True, silent=True)).strip()
+    history = bool(session.posargs) and not session.posargs[0].startswith("-")
+    here = ["--python=same", "--set-commit-hash", head, "--quick", "--show-stderr"]
+    stamp = started()
+    # asv gives 2 where a benchmark failed; the gate says which ones.
+    session.run("asv", "run", *([] if history else here), *session.posargs, env=ONE_THREAD, success_codes=[0, 2])
+    selected = session.posargs[1:2] if session.posargs[:1] in (["--bench"], ["-b"]) else []
+    session.run(
+        "python",
+        "asv_benches/gate.py",
+        *("--newer-than", stamp, "--complete", head),
+        *(("--selected", selected[0]) if selected else ()),
+    )
+
+
+@nox.session(default=False)
+def bench_html(session: nox.Session) -> None:
+    """Publishes what was measured as pages in .asv/html and opens them; `-- --no-preview` only writes them."""
+    install_group(session, "bench")
+    session.run("asv", "publish", "--no-pull")
+    if session.interactive and "--no-preview" not in session.posargs:
+        session.run("asv", "preview", "--browser")
+
+
+@nox.session(default=False)
+def microbench(session: nox.Session) -> None:
+    """Times the parts of a step with pytest-benchmark, saves them and compares them with those saved before."""
+    install_project(session, "microbench")
+    saved = Path(".benchmarks")
+    compare = ["--benchmark-compare"] if any(saved.glob("*/*.json")) else []
+    save = ["--benchmark-autosave", "--benchmark-storage", f"file://{saved}"]
+    found = ["-o", "python_files=bench_*.py", "benchmarks"]  # a name of their own: no other session times anything
+    session.run("pytest", *found, *save, *compare, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Compares two commits on this machine's GPU as the workflow does: `nox -s gpu -- origin/main HEAD`."""
+    install_project(session, "bench")
+    session.run("python", "-c", "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no GPU here')")
+    session.run("asv", "machine", "--yes", silent=True)
+    session.run("python", "asv_benches/compare.py", "--gpu", *(session.posargs or ("origin/main", "HEAD")))
+
+
+@nox.session(default=False)
+def planted_regressions(session: nox.Session) -> None:
+    """Makes a scratch clone slower, larger and wrong, and shows that the gate sees it; writes docs/benchmarks.md."""
+    install_project(session, "bench")
+    session.run("asv", "machine", "--yes", silent=True)
+    session.run("python", "asv_benches/planted.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def bench_site(session: nox.Session) -> None:
+    """Publishes a few measured commits and looks at every graph in a headless Chromium (apt install chromium)."""
+    install_project(session, "test", "bench")
+    session.run("asv", "machine", "--yes", silent=True)
+    session.run("pytest", "benchmarks/check_site.py", *session.posargs, env=ONE_THREAD)

@@ -1,0 +1,119 @@
+"""Time per output token and time to the first token, of a whole model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from .common import (
+    DEVICES,
+    LIMITS,
+    STREAMED,
+    checked_configuration,
+    filled,
+    lab,
+    model_for,
+    per_token_clock,
+    sample_tokens,
+    shown_as,
+    without_gpu,
+)
+
+
+def token_ids(model: Any, columns: int, rows: int = 1) -> Any:
+    """Draws token ids `[rows, columns]` on the model's device."""
+    import torch  # noqa: PLC0415 - `bench_import` and skipped combinations must not wait for it
+
+    random = torch.Generator().manual_seed(columns)
+    return torch.randint(0, model.config.vocab_size, (rows, columns), generator=random).to(model.device)
+
+
+class Decode:
+    """Shared by the benchmarks of time per output token."""
+
+    number = 1  # a call changes the cache
+    repeat = (3, 10, 5.0)
+    warmup_time = 0
+    timeout = 300
+
+    def open(self, configuration: str, device: str, streamed: int, batch: int = 1, dtype: str | None = None) -> None:
+        """Fills the cache, in the first sample only, and feeds the token that warms up model and device."""
+        self.steps = filled(configuration, device, streamed, batch, dtype)
+        self.steps.rewind(streamed * LIMITS[configuration])
+        self.session = self.steps.session
+        self.tokens = sample_tokens(configuration)
+        self.timer = per_token_clock(self.tokens, device)
+        self.token = token_ids(self.session.model, 1, batch)
+        self.session.feed(self.token, last_only=True)
+
+    def generate(self) -> None:
+        """Generates one sample's tokens, greedily, as `lab.speed` does."""
+        token = self.token
+        for _ in range(self.tokens):
+            token = self.session.feed(token, last_only=True).argmax(dim=-1)
+
+
+class OutputToken(Decode):
+    """Time per output token, after so many tokens."""
+
+    params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252", "streaming_4_1020"], STREAMED, DEVICES]
+    param_names: ClassVar = ["configuration", "streamed [limits]", "device"]
+    skip_params: ClassVar = without_gpu(params)
+
+    def setup(self, configuration: str, streamed: int, device: str) -> None:
+        """Fills the cache."""
+        self.open(configuration, device, streamed)
+
+    @shown_as("Time per output token (TPOT)")
+    def time_token(self, *_: object) -> None:
+        """Times decode steps."""
+        self.generate()
+
+
+class BatchedOutputToken(Decode):
+    """Time per output token of all rows together, by batch size and dtype."""
+
+    params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252"], [1, 8], ["float32", "bfloat16"], DEVICES]
+    param_names: ClassVar = ["configuration", "batch [rows]", "dtype", "device"]
+    skip_params: ClassVar = without_gpu(params)
+
+    def setup(self, configuration: str, batch: int, dtype: str, device: str) -> None:
+        """Fills the cache to ten limits."""
+        self.open(configuration, device, 10, batch, dtype)
+
+    @shown_as("Time per output token (TPOT), by batch and dtype")
+    def time_token(self, *_: object) -> None:
+        """Times decode steps."""
+        self.generate()
+
+
+class FirstToken:
+    """Time to the first token: a prompt in one call, which streaming evicts from as it goes."""
+
+    params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252", "streaming_4_1020"], [64, 1536], DEVICES]
+    param_names: ClassVar = ["configuration", "prompt [tokens]", "device"]
+    skip_params: ClassVar = without_gpu(params)
+    number = 1  # a session has one first token
+    repeat = (3, 10, 5.0)
+    warmup_time = 0
+    timeout = 300
+
+    def setup(self, configuration: str, prompt: int, device: str) -> None:
+        """Opens a fresh session for every sample, after one that warms up model and device."""
+        model = model_for(device)
+        checked = checked_configuration(configuration)
+        self.ids = token_ids(model, prompt)
+        self.timer = per_token_clock(1, device)
+        warm_up = lab("sessions").open_session(checked, model)
+        warm_up.feed(self.ids, last_only=True)
+        warm_up.close()
+        self.session = lab("sessions").open_session(checked, model)
+
+    def teardown(self, *_: object) -> None:
+        """Takes the cache off the model."""
+        if hasattr(self, "session"):
+            self.session.close()
+
+    @shown_as("Time to the first token (TTFT)")
+    def time_first_token(self, *_: object) -> None:
+        """Times the prefill and one argmax."""
+        self.session.feed(self.ids, last_only=True).argmax(dim=-1)

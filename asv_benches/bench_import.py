@@ -1,0 +1,27 @@
+"""Import time, beside what it cannot be below: torch, and the parts of transformers that any cache needs."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .common import shown_as
+
+STATEMENTS = {
+    "torch and transformers' Cache": "from transformers import AttentionInterface, Cache",
+    "sinkwindow": "import sinkwindow",
+}
+
+
+class Import:
+    """In a fresh interpreter each time."""
+
+    params: ClassVar = [list(STATEMENTS)]
+    param_names: ClassVar = ["what"]
+    number = 1
+    repeat = 3
+    timeout = 300
+
+    @shown_as("Import time")
+    def timeraw_import(self, what: str) -> str:
+        """Gives asv the statement to time."""
+        return STATEMENTS[what]

@@ -1,0 +1,45 @@
+"""Bytes: what the cache allocates, exactly, and what a generation adds to the process or to the GPU at its peak."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .bench_decode import token_ids
+from .common import DEVICES, STREAMED, checked_configuration, filled, lab, model_for, shown_as, without_gpu
+
+PROMPT = 2048  # [tokens]
+NEW_TOKENS = 64  # [tokens]
+
+
+class CacheBytes:
+    """Allocated, not only filled; the same on every machine."""
+
+    params: ClassVar = [["baseline", "streaming_4_252", "streaming_4_1020"], STREAMED[1::2]]
+    param_names: ClassVar = ["configuration", "streamed [limits]"]
+    timeout = 300
+
+    @shown_as("Cache bytes", unit="bytes")
+    def track_bytes(self, configuration: str, streamed: int) -> int:
+        """Counts the bytes of keys and values after so many tokens."""
+        return int(filled(configuration, "cpu", streamed).session.cache_bytes)
+
+
+class PeakMemory:
+    """Growth during a prefill and some tokens: resident memory of the process, or the GPU allocator's peak."""
+
+    params: ClassVar = [["baseline", "streaming_4_252", "streaming_4_1020"], DEVICES]
+    param_names: ClassVar = ["configuration", "device"]
+    skip_params: ClassVar = without_gpu(params)
+    timeout = 300
+
+    def setup(self, configuration: str, device: str) -> None:
+        """Builds a model whose cache outweighs everything else that grows."""
+        self.configuration = checked_configuration(configuration)
+        self.model = model_for(device, shape="smollm2-135m-heads" if device == "cpu" else None)
+
+    @shown_as("Peak memory above the weights", unit="bytes")
+    def track_peak(self, *_: object) -> int:
+        """Generates, warmed up, as the tables do."""
+        ids = token_ids(self.model, PROMPT)
+        memory = lab("speed").measure_round(self.configuration, self.model, ids, NEW_TOKENS).memory
+        return int(memory.peak_bytes - memory.before_bytes)

@@ -1,0 +1,144 @@
+"""Reads what asv has saved and tells "failed" and "nothing ran" apart, which asv's exit code does not.
+
+`python asv_benches/gate.py --newer-than STAMP` looks at every result file written since the stamp file was touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OK, NOTHING_RAN, FAILED, MISSING = 0, 3, 4, 5  # 1 is asv's own "slower", 2 a usage error
+NOT_RESULTS = {"machine.json", "benchmarks.json"}
+GPU = "'cuda'"  # as asv writes a parameter
+
+
+@dataclass
+class Findings:
+    """What became of every number of one or more runs."""
+
+    measured: int = 0
+    skipped: int = 0
+    failed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def code(self) -> int:
+        """The exit status: the worst finding."""
+        if self.failed:
+            return FAILED
+        if not self.measured:
+            return NOTHING_RAN
+        return MISSING if self.missing else OK
+
+    def text(self) -> str:
+        """The findings, one line each."""
+        lines = [f"{self.measured} measured, {self.skipped} skipped, {len(self.failed)} failed"]
+        lines += [f"failed: {name}" for name in self.failed]
+        lines += [f"missing: {name}" for name in self.missing]
+        if not self.measured:
+            lines.append("nothing ran: no number was measured")
+        return "\n".join(lines)
+
+
+def combinations(params: list[list[str]]) -> list[tuple[str, ...]]:
+    """Lists parameter combinations in asv's order; one empty combination where there are no parameters."""
+    return list(itertools.product(*params))
+
+
+def inspect(benchmarks: dict[str, Any], results: dict[str, Any], *, gpu: bool, history: bool, into: Findings) -> None:
+    """Sorts the numbers of one run.
+
+    Args:
+        benchmarks: asv's `benchmarks.json`.
+        results: one of asv's result files.
+        gpu: whether the machine has a GPU; without one, combinations on it may be skipped.
+        history: whether the commit may be older than its benchmarks, so that anything may be skipped.
+        into: where to count.
+    """
+    columns: list[str] = results["result_columns"]
+    commit = str(results.get("commit_hash", ""))[:8]
+    for name, benchmark in benchmarks.items():
+        if not isinstance(benchmark, dict):  # the file's own version number
+            continue
+        entry = results["results"].get(name)
+        if entry is None:
+            if not history:
+                into.missing.append(f"{commit} {name}")
+            continue
+        values = dict(zip(columns, entry, strict=False)).get("result")
+        chosen = combinations(benchmark["params"])
+        for combination, value in zip(chosen, values or [None] * len(chosen), strict=True):
+            where = f"{commit} {name}({', '.join(combination)})"
+            if value is None:
+                into.failed.append(where)
+            elif not math.isnan(value):
+                into.measured += 1
+            elif history or (GPU in combination and not gpu):
+                into.skipped += 1
+            else:
+                into.missing.append(where)
+
+
+def result_files(folder: Path, stamp: Path | None) -> list[Path]:
+    """Lists the result files written after the stamp, of all machines."""
+    files = [path for path in folder.glob("*/*.json") if path.name not in NOT_RESULTS]
+    if stamp is not None:
+        files = [path for path in files if path.stat().st_mtime_ns >= stamp.stat().st_mtime_ns]
+    return sorted(files)
+
+
+def judge(
+    folder: Path, stamp: Path | None, *, gpu: bool = False, complete: str | None = None, selected: str = ""
+) -> Findings:
+    """Looks at everything that was written since the stamp.
+
+    Args:
+        folder: asv's results.
+        stamp: a file touched before the run; None takes all results.
+        gpu: see `inspect`.
+        complete: the one commit whose benchmarks must all have run; others are history. None: all commits.
+        selected: expect only benchmarks whose name matches this expression.
+
+    Returns:
+        The findings.
+    """
+    findings = Findings()
+    index = folder / "benchmarks.json"
+    files = result_files(folder, stamp)
+    if not index.is_file() or not files:
+        return findings
+    benchmarks = json.loads(index.read_text(encoding="utf-8"))
+    expected = {name: one for name, one in benchmarks.items() if re.search(selected, name)}
+    for file in files:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        history = complete is not None and results["commit_hash"] != complete
+        inspect(expected, results, gpu=gpu, history=history, into=findings)
+    return findings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the findings and gives the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path(".asv/results"))
+    parser.add_argument("--newer-than", type=Path, metavar="STAMP")
+    parser.add_argument("--selected", default="", help="expect only benchmarks whose name matches this expression")
+    parser.add_argument("--gpu", action="store_true", help="there is a GPU: nothing may be skipped for want of one")
+    parser.add_argument("--complete", help="full hash of the one commit that may lack nothing; all by default")
+    options = parser.parse_args(arguments)
+    findings = judge(
+        options.results, options.newer_than, gpu=options.gpu, complete=options.complete, selected=options.selected
+    )
+    sys.stdout.write(findings.text() + "\n")
+    return findings.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The parts of a decode step, all layers of one token: a cache of 1,024 tokens unless the name says otherwise.
+
+`nox -s microbench` saves each run and compares it with the one before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import torch
+
+from sinkwindow.lab.micro import AttentionSteps, BareAttention, geometry
+from sinkwindow.rotation import Rotary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+LENGTH: Final = 1024  # [tokens]
+FULL: Final = 4 * LENGTH  # streamed before, so that evictions are under way [tokens]
+PROMPT: Final = 512  # a call that crosses several evictions [tokens]
+NAMES: Final = {"streaming": "streaming_4_1020", "dynamic_cache": "baseline"}
+
+
+@pytest.mark.benchmark(group="attention and update, one token")
+def test_step_bare_sdpa(timed: Callable[..., None], model: PreTrainedModel) -> None:
+    """The floor: ready-made contiguous keys and values, no cache."""
+    timed(BareAttention(model, LENGTH).step)
+
+
+@pytest.mark.benchmark(group="attention and update, one token")
+@pytest.mark.parametrize("name", NAMES)
+def test_step(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps], name: str) -> None:
+    """A cache's whole step."""
+    seen = FULL if name == "streaming" else LENGTH - 1
+    steps = full_cache(NAMES[name], seen)
+    timed(steps.step, lambda: steps.rewind(seen))
+
+
+@pytest.mark.benchmark(group="update, one token")
+@pytest.mark.parametrize("name", NAMES)
+def test_update(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps], name: str) -> None:
+    """The same without attention."""
+    seen = FULL if name == "streaming" else LENGTH - 1
+    steps = full_cache(NAMES[name], seen)
+    timed(steps.update, lambda: steps.rewind(seen))
+
+
+@pytest.mark.benchmark(group="update, one token")
+def test_update_with_eviction(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps]) -> None:
+    """Without a buffer every token evicts: sinks are rotated and placed in each round."""
+    timed(full_cache("streaming_4_1020_0", FULL).update)
+
+
+@pytest.mark.benchmark(group="rebase")
+def test_rebase(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps]) -> None:
+    """The window moved to the front and rotated back to ranks, as when positions near their bound."""
+    stream = full_cache("streaming_4_1020", FULL).cache._stream  # noqa: SLF001 - the part, not the whole
+    (pool,) = stream.pools
+    lanes = [type(lane)(lane.seen, row.evicted) for lane, row in zip(stream.state.lanes, pool.rows, strict=True)]
+    rows, banks, end = pool.rows, pool.banks, pool.end
+
+    def restore() -> None:
+        pool.rows, pool.banks, pool.end = rows, banks, end
+
+    timed(lambda: pool.apply(pool.relocation(lanes)), restore)
+
+
+@pytest.mark.benchmark(group="rotation")
+@pytest.mark.parametrize("tokens", [4, LENGTH])
+def test_rotation(timed: Callable[..., None], model: PreTrainedModel, tokens: int) -> None:
+    """Keys of all layers moved by some positions: the sinks alone, and a whole window."""
+    sizes = geometry(model)
+    frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+    shape = (sizes.layers, 1, sizes.kv_heads, tokens, sizes.head_dim)
+    keys = torch.randn(shape, device=model.device, dtype=model.dtype)
+    timed(lambda: Rotary(frequencies).move(keys, 65))
+
+
+@pytest.mark.benchmark(group="attention of a 512-token call")
+def test_exact_attention(
+    timed: Callable[..., None], model: PreTrainedModel, full_cache: Callable[[str, int], AttentionSteps]
+) -> None:
+    """The banded attention across evictions, cache work included."""
+    steps = full_cache("streaming_4_1020", FULL)
+    timed(lambda: steps.long_call(PROMPT), rounds=5)
+    assert geometry(model).layers == steps.sizes.layers
+
+
+@pytest.mark.benchmark(group="attention of a 512-token call")
+def test_dense_attention(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps]) -> None:
+    """The same call through SDPA on a `DynamicCache` of the same length, causal."""
+    steps = full_cache("baseline", LENGTH)
+    timed(lambda: steps.long_call(PROMPT), lambda: steps.rewind(LENGTH), rounds=5)

@@ -1,0 +1,117 @@
+"""Models with random weights and real shapes: their speed and memory are those of the real ones, nothing is loaded.
+
+What such a model says means nothing, so none of them has a perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sinkwindow.lab.errors import LabError
+
+
+def _llama(**sizes: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes))
+
+
+def _tiny() -> PreTrainedModel:
+    """Two layers: for tests of the measuring itself."""
+    return _llama(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.2,  # large: attention must matter, or every cache would pass a check
+    )
+
+
+def _medium() -> PreTrainedModel:
+    """Eight layers, some milliseconds a token on one core: long streams are affordable."""
+    return _llama(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=0.06,
+    )
+
+
+def _heads_of_smollm2() -> PreTrainedModel:
+    """Layers, heads and head size of SmolLM2-135M with hardly anything around them: for attention alone."""
+    return _llama(
+        vocab_size=64,
+        hidden_size=72,
+        intermediate_size=72,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+    )
+
+
+def _pythia_2_8b() -> PreTrainedModel:
+    """EleutherAI/pythia-2.8b, layer by layer."""
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=50304,
+            hidden_size=2560,
+            intermediate_size=10240,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+            max_position_embeddings=2048,
+            use_parallel_residual=True,
+        )
+    )
+
+
+SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
+    "tiny": _tiny,
+    "medium": _medium,
+    "smollm2-135m-heads": _heads_of_smollm2,
+    "pythia-2.8b": _pythia_2_8b,
+}
+
+
+def random_model(
+    shape: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """Builds a model with random weights.
+
+    Args:
+        shape: a key of `SHAPES`.
+        device: where to build it; large shapes are drawn there, not moved there.
+        dtype: of the weights.
+        seed: of the weights.
+
+    Returns:
+        The model in eval mode, without gradients.
+
+    Raises:
+        LabError: if the shape is unknown.
+    """
+    if shape not in SHAPES:
+        message = f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}"
+        raise LabError(message)
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = SHAPES[shape]()
+    finally:
+        torch.set_default_dtype(before)
+    model.requires_grad_(requires_grad=False)
+    model.train(mode=False)
+    return model
