@@ -37,10 +37,19 @@ CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
 
 @dataclass(slots=True)
 class _Attachment:
-    """The hooks of one decoder, the caches that need them, and the attention whose place a call has borrowed."""
+    """The hooks of one decoder, the caches that need them, and what belongs to the call under way.
+
+    Attributes:
+        handles: Of the hooks.
+        users: Caches that are attached.
+        owner: The one whose call is under way.
+        lent: The decoder's own attention, whose place the call has borrowed.
+        pieces: What has run of a call that came split.
+    """
 
     handles: list[RemovableHandle]
     users: set[int] = field(default_factory=set)
+    owner: int | None = None
     lent: str | None = None
     pieces: Pieces | None = None
 
@@ -80,17 +89,21 @@ def detach(decoder_ref: weakref.ref[PreTrainedModel], user: int) -> None:
     if decoder is None or attachment is None:
         return
     attachment.users.discard(user)
-    close_call(decoder)
+    if attachment.owner == user:
+        close_call(decoder)
     if not attachment.users:
         for handle in attachment.handles:
             handle.remove()
         del _attachments[decoder]
 
 
-def open_call(decoder: PreTrainedModel, banded: dict[int, BandedLayer] | None, exact_from: int) -> None:
+def open_call(
+    decoder: PreTrainedModel, cache: StreamingCache, banded: dict[int, BandedLayer] | None, exact_from: int
+) -> None:
     """Let a streaming call begin: with a band, the decoder's attention steps back for as long as the call lasts."""
     implementation = decoder.config._attn_implementation  # noqa: SLF001
     enter_call(banded, weights=implementation == "eager", exact_from=exact_from)
+    _attachments[decoder].owner = id(cache)
     if banded is not None:
         _attachments[decoder].lent = implementation
         decoder.config._attn_implementation = ATTENTION_NAME  # noqa: SLF001
@@ -100,6 +113,8 @@ def close_call(decoder: PreTrainedModel) -> None:
     """Put the decoder's own attention back, if a call has borrowed its place."""
     leave_call()
     attachment = _attachments.get(decoder)
+    if attachment is not None:
+        attachment.owner = None
     if attachment is not None and attachment.lent is not None:
         decoder.config._attn_implementation = attachment.lent  # noqa: SLF001
         attachment.lent = None

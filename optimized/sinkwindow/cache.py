@@ -218,7 +218,7 @@ class StreamingCache(Cache):
         inputs = self._read(decoder, kwargs)
         call = self._stream.begin(inputs)
         self._call = call
-        open_call(decoder, call.banded, self.retention.capacity)
+        open_call(decoder, self, call.banded, self.retention.capacity)
         positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
         changes: dict[str, Tensor | None] = {
             "position_ids": positions,
@@ -357,7 +357,7 @@ class StreamingCache(Cache):
         self._stream.forget_past()
 
     def activate_past_recording(self) -> None:
-        """Keep up to 128 tokens that calls evict until ``crop``; a call too long for the slots begins the record anew."""
+        """Keep up to 128 evicted tokens until ``crop``; a call too long for the slots begins the record anew."""
         for view in self.layers:
             cast("Any", view).activate_past_recording()
         self._stream.record_past()
