@@ -16,6 +16,7 @@ from sinkwindow.lab.cli import main
 from sinkwindow.lab.configurations import parse, parse_list, streaming
 from sinkwindow.lab.errors import LabError, require
 from sinkwindow.lab.mechanics import log
+from sinkwindow.lab.report import Report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,8 +115,11 @@ def test_tables_writes_both_files(
     status, out, err = run(
         capsys, "tables", "--model", folder, *texts, "--configs", names, "--quick", "--out", tmp_path / "new" / "r"
     )
-    assert (status, out.count("paper_tables")) == (0, 2), err
-    report = records.Report.model_validate_json((tmp_path / "new/r/paper_tables.json").read_text(encoding="utf-8"))
+    assert (status, [line.split("/")[-1] for line in out.splitlines()]) == (
+        0,
+        ["paper_tables.json", "paper_tables.md", "report.html"],
+    ), err
+    report = Report.model_validate_json((tmp_path / "new/r/paper_tables.json").read_text(encoding="utf-8"))
     assert (tmp_path / "new/r/paper_tables.md").read_text(encoding="utf-8") == tables.render(report)
     rows = {row.configuration.name: row for row in report.experiments[0].rows}
     assert list(rows) == names.split(",")

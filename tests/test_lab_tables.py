@@ -11,17 +11,18 @@ from lab_tiny import generation, score
 from sinkwindow.lab import experiments, files, records, tables
 from sinkwindow.lab.configurations import parse
 from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.report import Report
 from sinkwindow.lab.timing import spread
 
 
-def make_report(*, quick: bool = False, plays: float = 20.125) -> records.Report:
+def make_report(*, quick: bool = False, plays: float = 20.125) -> Report:
     """A report of three rows: measured in full, cut short, and an ablation."""
     rows = [
         _row("baseline", plays, [1.0, 1.25, 1.5], attention=2.5),
         _row("recompute_8", None, [1.0, 1.5], attention=None),
         _row("stale_ranks_2_6", 177.5, None, attention=None),
     ]
-    return records.Report(
+    return Report(
         quick=quick,
         bos="none",
         machine=records.MachineRecord(
@@ -136,7 +137,7 @@ def test_no_number_was_typed() -> None:
     assert measured <= known, "a table shows a number that is in no record"
 
 
-def _numbers(report: records.Report) -> list[float]:
+def _numbers(report: Report) -> list[float]:
     """All measured numbers of a report, derived ones included."""
     rows = [row for one in report.experiments for row in one.rows]
     found = [getattr(one, name) for row in rows for one in row.perplexities for name in type(one).model_fields]
@@ -178,7 +179,7 @@ def test_legend_explains_the_memory_column() -> None:
 def test_records_survive_json() -> None:
     """A page can be rendered again from its JSON file, to the letter."""
     report = make_report()
-    again = records.Report.model_validate_json(report.model_dump_json())
+    again = Report.model_validate_json(report.model_dump_json())
     assert again == report
     assert tables.render(again) == tables.render(report)
 
@@ -192,7 +193,7 @@ def test_tables_refuse_ragged_rows() -> None:
 def test_plans_count_their_measurements() -> None:
     """Two experiments; re-computation is not scored, ablations are not timed."""
     rows = [parse(name) for name in ("baseline", "recompute_8", "stale_ranks_2_6")]
-    assert experiments.count_measurements(experiments.QUICK, rows, corpora=2) == 2 * (2 * 2 + 2 * 2)
+    assert experiments.count_measurements(experiments.QUICK, rows, 2, ("experiments",)) == 2 * (2 * 2 + 2 * 2)
 
 
 def test_quick_and_full_are_the_seeds_experiments() -> None:

@@ -31,6 +31,7 @@ Sinks = Annotated[int, typer.Option(help="S, first tokens that stay.")]
 Window = Annotated[int, typer.Option(help="W, most recent tokens that survive an eviction.")]
 Buffer = Annotated[int, typer.Option(help="B, tokens above S + W before an eviction.")]
 Config = Annotated[str | None, typer.Option(help="A configuration by name, such as baseline; instead of S, W and B.")]
+PARTS = "experiments, mistakes, sinks, sizes, along, steps, where, recall"
 CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a text, jsonl or parquet file"
 
 
@@ -42,15 +43,19 @@ def tables(
     dtype: Dtype = "float32",
     configs: Annotated[str | None, typer.Option(help="Rows, separated by commas.")] = None,
     bos: Bos = "none",
-    out: Annotated[Path, typer.Option(help="Folder for paper_tables.md and .json.")] = Path("results"),
+    out: Annotated[Path, typer.Option(help="Folder for the report and for finished measurements.")] = Path("results"),
+    only: Annotated[str | None, typer.Option(help=f"Parts, separated by commas: {PARTS}.")] = None,
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="The same rows over far fewer tokens.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The same questions over far fewer tokens.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has finished.")] = False,
 ) -> None:
-    """Measures the two experiments and writes them as Markdown and JSON."""
-    from sinkwindow.lab import configurations, corpora, experiments, files, models
-    from sinkwindow.lab import tables as rendering
+    """Measures experiments and studies, and writes them as JSON, Markdown, pictures and one HTML page."""
+    from sinkwindow.lab import configurations, corpora, experiments, files, models, output
     from sinkwindow.lab.progress import Bars
+    from sinkwindow.lab.store import Store
+    from sinkwindow.lab.studies.collect import chosen_parts
 
+    parts = chosen_parts(only)
     rows = configurations.parse_list(configs or experiments.DEFAULT_CONFIGURATIONS)
     policy = _bos(bos)
     folder = files.output_folder(out)
@@ -58,11 +63,26 @@ def tables(
     _check_names([text.name for text in texts])
     loaded = models.load_model(model, device=device, dtype=dtype)
     plan = experiments.QUICK if quick else experiments.FULL
-    with Bars(experiments.count_measurements(plan, rows, len(texts))) as bars:
-        report = experiments.run(loaded, texts, rows, plan, bos=policy, reporter=bars)
-    files.write_text(folder / "paper_tables.json", report.model_dump_json(indent=1) + "\n")
-    files.write_text(folder / "paper_tables.md", rendering.render(report))
-    typer.echo(f"wrote {folder / 'paper_tables.md'} and {folder / 'paper_tables.json'}")
+    store = Store(folder / "measurements", fresh=fresh)
+    with Bars(experiments.count_measurements(plan, rows, len(texts), parts)) as bars:
+        report = experiments.run(loaded, texts, rows, plan, bos=policy, reporter=bars, parts=parts, store=store)
+    for path in output.write_report(report, folder):
+        typer.echo(f"wrote {path}")
+    if store.reused:
+        typer.echo(f"note: {store.reused} measurements were there from before; --fresh measures again", err=True)
+
+
+@app.command()
+def render(
+    source: Annotated[Path, typer.Argument(help="A paper_tables.json.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pages; left out: the file's own.")] = None,
+) -> None:
+    """Writes the pages of an earlier run again, from its JSON."""
+    from sinkwindow.lab import files, output
+
+    report = output.read_report(source)
+    for path in output.write_report(report, files.output_folder(out or source.parent)):
+        typer.echo(f"wrote {path}")
 
 
 @app.command()

@@ -44,6 +44,19 @@ def describe(device: torch.device) -> MachineRecord:
     )
 
 
+def fingerprint(device: torch.device) -> str:
+    """What a measured time depends on besides the code: the processor and the number of threads.
+
+    Args:
+        device: where the model runs.
+
+    Returns:
+        One line.
+    """
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{_cpu()}, {_cores()} cores, {torch.get_num_threads()} threads, {place}"
+
+
 def _cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 BosPolicy = Literal["none", "add"]
 Documents = Literal["concat", "apart"]
-SCHEMA = 2
 
 
 class Record(BaseModel):
@@ -238,15 +237,3 @@ class ExperimentRecord(Record):
     prompt_tokens: int
     generated_tokens: int
     rows: list[RowRecord]
-
-
-class Report(Record):
-    """Everything that one run of `sinkwindow tables` measured."""
-
-    schema_version: int = SCHEMA
-    quick: bool
-    bos: BosPolicy
-    machine: MachineRecord
-    model: ModelRecord
-    corpora: list[CorpusRecord]
-    experiments: list[ExperimentRecord]

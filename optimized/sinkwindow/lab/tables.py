@@ -1,32 +1,33 @@
-"""Markdown of a report: pure functions of its records, so that no number in a table was ever typed."""
+"""The page of a report: pure functions of its records, so that no number in a table was ever typed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from sinkwindow.lab.page import Block, Bullets, Heading, Table, Text, html_page, markdown, markdown_table
 from sinkwindow.lab.records import (
-    ConfigurationRecord,
     CorpusRecord,
     ExperimentRecord,
     GenerationRecord,
     MachineRecord,
     PerplexityRecord,
-    Report,
     RowRecord,
     SpeedRecord,
 )
+from sinkwindow.lab.report import Report
+from sinkwindow.lab.study_tables import meaning, shown_name, study_blocks
 from sinkwindow.lab.timing import spread
+
+__all__ = ["markdown_table", "page", "render", "render_html"]
 
 NOT_MEASURED = "-"
 FACTS = ("Total Time (s)", "Avg Attn (ms)", "TTFT (s)", "TPOT (ms)", "Throughput (tok/s)", "Peak Mem (GB)")
 WORDS = (
-    "- **PPL**: exp of the mean loss over all targets, each scored once, the text read once from its start.",
-    "- **Total Time**: prefill and generation. **Throughput**: new tokens over that time.",
-    "- **Avg Attn**: cache work plus attention of one token, all layers, the mean over places of the generation.",
-    "  It is measured in a run of its own, the device idle around each part.",
-    "- **TTFT**: prefill and the first token. **TPOT**: (last - first) / (tokens - 1), the first token excluded.",
-    f"- **{NOT_MEASURED}**: not measured. The speed of an ablation is of no interest.",
-    "  Re-computation runs its window for every token: scoring a text with it is left to `sinkwindow perplexity`.",
+    "**PPL**: exp of the mean loss over all targets, each scored once, the text read once from its start.",
+    "**Total Time**: prefill and generation. **Throughput**: new tokens over that time.",
+    "**Avg Attn**: cache work plus attention of one token, all layers, averaged over a generation of its own.",
+    "**TTFT**: prefill and the first token. **TPOT**: (last - first) / (tokens - 1), the first token excluded.",
+    f"**{NOT_MEASURED}**: not measured. The speed of an ablation is of no interest, re-computation is slow to score.",
 )
 MEMORY = {
     "cpu": "exact weight bytes plus the growth of the process's resident set during the run, sampled (CPU)",
@@ -35,58 +36,65 @@ MEMORY = {
 
 
 def render(report: Report) -> str:
+    """The whole page as Markdown.
+
+    Args:
+        report: what was measured.
+
+    Returns:
+        Markdown; its pictures lie in `figures/`.
+    """
+    return markdown(page(report))
+
+
+def render_html(report: Report) -> str:
+    """The whole page as one self-contained HTML file, pictures included.
+
+    Args:
+        report: what was measured.
+
+    Returns:
+        HTML.
+    """
+    return html_page(f"Paper tables, {report.model.name}", page(report))
+
+
+def page(report: Report) -> list[Block]:
     """The whole page.
 
     Args:
         report: what was measured.
 
     Returns:
-        Markdown.
+        Its blocks.
     """
-    parts = ["# Paper tables", _lead(report), "## What ran", _head(report)]
+    names = [corpus.name for corpus in report.corpora]
+    blocks: list[Block] = [Heading(1, "Paper tables"), *_lead(report), Heading(2, "What ran"), _head(report)]
     for experiment in report.experiments:
-        names = [corpus.name for corpus in report.corpora]
-        parts += [f"## {_title(experiment)}", _main_table(experiment, names), _short_runs(experiment)]
-    parts += ["## What the words mean", _legend(report), "## Behind the tables"]
+        blocks += [Heading(2, _title(experiment)), _main_table(experiment, names), *_short_runs(experiment)]
+    if report.experiments:
+        blocks += [Heading(2, "What the words mean"), _legend(report)]
+    blocks += study_blocks(report.studies, names)
+    if report.experiments:
+        blocks.append(Heading(2, "Behind the tables"))
     for experiment in report.experiments:
-        parts += [f"### {_title(experiment)}", _score_table(experiment), _speed_table(experiment)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        blocks.append(Heading(3, f"Behind {_title(experiment)}"))
+        blocks += [*_score_table(experiment), *_speed_table(experiment)]
+    return blocks
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned right.
-
-    Args:
-        header: titles.
-        rows: cells, as many per row as titles.
-
-    Returns:
-        The table's lines.
-
-    Raises:
-        ValueError: if a row has another number of cells.
-    """
-    if any(len(row) != len(header) for row in rows):
-        message = f"every row needs {len(header)} cells, one per title"
-        raise ValueError(message)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, rule, *rows)
-    )
-
-
-def _lead(report: Report) -> str:
+def _lead(report: Report) -> list[Block]:
     gone = "Evicted text is gone: streaming bounds memory and keeps text fluent, but nothing evicted can be recalled."
     if not report.quick:
-        return gone
-    return f"{gone}\n\n**A quick run**: the same configurations over far fewer tokens, as each title says."
+        return [Text(gone)]
+    return [Text(gone), Text("**A quick run**: the same questions over far fewer tokens, as each title says.")]
 
 
-def _head(report: Report) -> str:
+def _head(report: Report) -> Table:
     rows = [("Model", _model(report)), *(("Corpus", _corpus(one)) for one in report.corpora)]
     bos = "added in front of each text" if report.bos == "add" else "none added"
     rows += [("BOS", bos), *_machine(report.machine)]
-    return markdown_table(("", "value"), rows).replace("---:", "---")
+    return Table(("", "value"), tuple(rows), facts=True)
 
 
 def _model(report: Report) -> str:
@@ -121,16 +129,15 @@ def _title(experiment: ExperimentRecord) -> str:
     return f"{name}: PPL over {experiment.perplexity_tokens:,} tokens, {lengths}"
 
 
-def _main_table(experiment: ExperimentRecord, corpora: Sequence[str]) -> str:
-    header = ["Configuration", *(f"PPL {name}" for name in corpora), *FACTS]
+def _main_table(experiment: ExperimentRecord, corpora: Sequence[str]) -> Table:
     rows = [
-        [_name(row), *(_perplexity(row, name) for name in corpora), *_facts(row, experiment)] for row in experiment.rows
+        (_name(row), *(_perplexity(row, name) for name in corpora), *_facts(row, experiment)) for row in experiment.rows
     ]
-    return markdown_table(header, rows)
+    return Table(("Configuration", *(f"PPL {name}" for name in corpora), *FACTS), tuple(rows))
 
 
 def _name(row: RowRecord) -> str:
-    return f"{row.configuration.name} (ablation)" if row.configuration.ablation else row.configuration.name
+    return shown_name(row.configuration)
 
 
 def _perplexity(row: RowRecord, corpus: str) -> str:
@@ -149,7 +156,7 @@ def _facts(row: RowRecord, experiment: ExperimentRecord) -> list[str]:
     return [total, attention, *times, throughput, f"{row.speed.peak_gb:.3f}"]
 
 
-def _short_runs(experiment: ExperimentRecord) -> str:
+def _short_runs(experiment: ExperimentRecord) -> list[Text]:
     """Says which rows generated fewer tokens than the title promises."""
     short = [
         f"{row.configuration.name} generated {row.speed.rounds[0].generated_tokens:,} tokens only: its TPOT is per "
@@ -159,47 +166,43 @@ def _short_runs(experiment: ExperimentRecord) -> str:
     ]
     targets = sorted({(one.corpus, one.targets) for row in experiment.rows for one in row.perplexities})
     scored = ", ".join(f"{count:,} of {corpus}" for corpus, count in targets)
-    return "\n\n".join([*short, f"Targets scored, the same in every row: {scored}."] if targets else short)
+    return [Text(one) for one in short] + (
+        [Text(f"Targets scored, the same in every row: {scored}.")] if targets else []
+    )
 
 
-def _legend(report: Report) -> str:
+def _legend(report: Report) -> Bullets:
     seen = {row.configuration.name: row.configuration for one in report.experiments for row in one.rows}
     kinds = sorted({row.speed.rounds[0].memory.device for one in report.experiments for row in one.rows if row.speed})
-    lines = [f"- **{one.name}**: {one.meaning}{_limits(one)}." for one in seen.values()]
-    lines += [*WORDS, *(f"- **Peak Mem**: {MEMORY[kind]}; 1 GB = 10^9 bytes." for kind in kinds)]
-    return "\n".join(lines)
+    lines = [meaning(one) for one in seen.values()]
+    lines += [*WORDS, *(f"**Peak Mem**: {MEMORY[kind]}; 1 GB = 10^9 bytes." for kind in kinds)]
+    return Bullets(tuple(lines))
 
 
-def _limits(one: ConfigurationRecord) -> str:
-    named = (("S", one.num_sinks), ("W", one.window), ("B", one.buffer))
-    shown = ", ".join(f"{name}={value}" for name, value in named if value is not None)
-    return f" ({shown})" if shown else ""
-
-
-def _score_table(experiment: ExperimentRecord) -> str:
+def _score_table(experiment: ExperimentRecord) -> list[Block]:
     header = (
         "Configuration", "Corpus", "Tokens", "Targets", "NLL", "Std. error", "Bits/byte", "tok/s", "Evictions", "Kept",
     )  # fmt: skip
-    rows = [_score_row(row, one) for row in experiment.rows for one in row.perplexities]
-    return markdown_table(header, rows) if rows else ""
+    rows = tuple(_score_row(row, one) for row in experiment.rows for one in row.perplexities)
+    return [Table(header, rows)] if rows else []
 
 
-def _score_row(row: RowRecord, one: PerplexityRecord) -> list[str]:
+def _score_row(row: RowRecord, one: PerplexityRecord) -> tuple[str, ...]:
     counts = [f"{one.tokens:,}", f"{one.targets:,}"]
     losses = [f"{one.mean_nll:.4f}", f"{one.standard_error:.4f}", f"{one.bits_per_byte:.4f}"]
     memory = [f"{one.evictions:,}", f"{one.kept_tokens:,}"]
-    return [_name(row), one.corpus, *counts, *losses, f"{one.tokens_per_second:.1f}", *memory]
+    return (_name(row), one.corpus, *counts, *losses, f"{one.tokens_per_second:.1f}", *memory)
 
 
-def _speed_table(experiment: ExperimentRecord) -> str:
+def _speed_table(experiment: ExperimentRecord) -> list[Block]:
     header = ("Configuration", "Rounds", "Step median (ms)", "Quartiles (ms)", "Cache (MB)", "Kept", "Evictions")
-    rows = [_speed_row(row, row.speed) for row in experiment.rows if row.speed]
-    return markdown_table(header, rows) if rows else ""
+    rows = tuple(_speed_row(row, row.speed) for row in experiment.rows if row.speed)
+    return [Table(header, rows)] if rows else []
 
 
-def _speed_row(row: RowRecord, speed: SpeedRecord) -> list[str]:
+def _speed_row(row: RowRecord, speed: SpeedRecord) -> tuple[str, ...]:
     steps = spread([step for one in speed.rounds for step in one.step_ms])
     last: GenerationRecord = speed.rounds[-1]
     quartiles = f"{steps.lower:.2f} .. {steps.upper:.2f}"
     sizes = [f"{last.cache_bytes / 1e6:.2f}", f"{last.kept_tokens:,}", f"{last.evictions:,}"]
-    return [_name(row), str(len(speed.rounds)), f"{steps.median:.2f}", quartiles, *sizes]
+    return (_name(row), str(len(speed.rounds)), f"{steps.median:.2f}", quartiles, *sizes)

@@ -1,0 +1,70 @@
+"""The files of a report: JSON, Markdown with its pictures, and one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sinkwindow.lab import tables
+from sinkwindow.lab.canvas import standalone
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.files import output_folder, write_text
+from sinkwindow.lab.page import Figure
+from sinkwindow.lab.report import Report
+
+JSON = "paper_tables.json"
+MARKDOWN = "paper_tables.md"
+HTML = "report.html"
+FIGURES = "figures"
+
+
+def write_report(report: Report, folder: Path) -> Iterator[Path]:
+    """Writes all files of a report.
+
+    Args:
+        report: what was measured.
+        folder: an existing folder.
+
+    Yields:
+        Each file that was written, the JSON first: the others can be made from it.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    yield _write(folder / JSON, report.model_dump_json(indent=1) + "\n")
+    pictures = output_folder(folder / FIGURES)
+    for block in tables.page(report):
+        if isinstance(block, Figure):
+            yield _write(pictures / f"{block.name}.svg", standalone(block.draw()))
+    yield _write(folder / MARKDOWN, tables.render(report))
+    yield _write(folder / HTML, tables.render_html(report))
+
+
+def read_report(path: Path) -> Report:
+    """Reads a report.
+
+    Args:
+        path: its JSON.
+
+    Returns:
+        The report.
+
+    Raises:
+        LabError: if there is no such file, or it is not a report of this version.
+    """
+    try:
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"{path} cannot be read: give the {JSON} of an earlier run"
+        raise LabError(message) from error
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        message = f"{path} is not a report of this version (at {place or 'its start'}): measure again"
+        raise LabError(message) from error
+
+
+def _write(path: Path, text: str) -> Path:
+    write_text(path, text)
+    return path

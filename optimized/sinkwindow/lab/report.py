@@ -1,0 +1,21 @@
+"""Everything that one run of `sinkwindow tables` measured, as one JSON file."""
+
+from __future__ import annotations
+
+from sinkwindow.lab.records import BosPolicy, CorpusRecord, ExperimentRecord, MachineRecord, ModelRecord, Record
+from sinkwindow.lab.study_records import Studies
+
+SCHEMA = 2
+
+
+class Report(Record):
+    """What ran, where, and what it found; parts that were not asked for are empty or None."""
+
+    schema_version: int = SCHEMA
+    quick: bool
+    bos: BosPolicy
+    machine: MachineRecord
+    model: ModelRecord
+    corpora: list[CorpusRecord]
+    experiments: list[ExperimentRecord]
+    studies: Studies = Studies()

@@ -1,0 +1,92 @@
+"""All studies by name: which one to run, and how many measurements that will be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from sinkwindow.lab.bench import Bench
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.studies import recall, scores, steps, where
+from sinkwindow.lab.studies.plans import StudyPlan
+from sinkwindow.lab.study_records import Studies
+
+COLLECTORS: dict[str, Callable[[Bench, StudyPlan], Any]] = {
+    "mistakes": lambda bench, plan: scores.mistakes(bench, plan.mistakes, plan.mistakes_tokens),
+    "sinks": lambda bench, plan: scores.sinks(bench, plan.sinks, plan.sinks_cache, plan.sinks_tokens),
+    "sizes": lambda bench, plan: scores.sizes(bench, plan.sizes, plan.sizes_tokens),
+    "along": lambda bench, plan: scores.along(bench, plan.along, plan.along_tokens, plan.along_bin),
+    "steps": lambda bench, plan: steps.steps(
+        bench,
+        places=plan.places,
+        cache=plan.step_cache,
+        sizes=plan.step_sizes,
+        repeats=plan.step_repeats,
+        recompute_repeats=plan.recompute_repeats,
+    ),
+    "where": lambda bench, plan: where.where(bench, plan.where, plan.sizes_tokens),
+    "recall": lambda bench, plan: recall.recall(bench, plan.recall, plan.recall_seeds, plan.recall_lines),
+}
+PARTS = ("experiments", *COLLECTORS)
+
+
+def chosen_parts(names: str | None) -> tuple[str, ...]:
+    """Reads the option `--only`.
+
+    Args:
+        names: separated by commas; None is everything.
+
+    Returns:
+        The parts, in the order of the page.
+
+    Raises:
+        LabError: if a name is unknown or there is none.
+    """
+    if names is None:
+        return PARTS
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in PARTS]
+    if unknown or not wanted:
+        message = f"--only {names!r} names no part of the tables; parts are {', '.join(PARTS)}"
+        raise LabError(message)
+    return tuple(part for part in PARTS if part in wanted)
+
+
+def count_measurements(plan: StudyPlan, parts: Collection[str], corpora: int) -> int:
+    """How many measurements `collect` will report, finished ones included.
+
+    Args:
+        plan: how much is measured.
+        parts: which studies.
+        corpora: number of texts.
+
+    Returns:
+        Their number.
+    """
+    counts = {
+        "mistakes": corpora * len(plan.mistakes),
+        "sinks": corpora * (1 + len(plan.sinks)),
+        "sizes": corpora * (1 + len(plan.sizes)),
+        "along": len(plan.along),
+        "steps": 3 + 2 * len(plan.step_sizes),
+        "where": 2 * corpora * len(plan.where),
+        "recall": len(plan.recall) * len(plan.recall_seeds),
+    }
+    return sum(counts[part] for part in parts if part in counts)
+
+
+def collect(bench: Bench, plan: StudyPlan, parts: Collection[str]) -> Studies:
+    """Runs the studies.
+
+    Args:
+        bench: model, texts, and where finished measurements are kept.
+        plan: how much is measured.
+        parts: which studies.
+
+    Returns:
+        What they found; the others are None.
+
+    Raises:
+        LabError: if a text is too short or a configuration does not fit the model.
+    """
+    return Studies(**{name: run(bench, plan) for name, run in COLLECTORS.items() if name in parts})

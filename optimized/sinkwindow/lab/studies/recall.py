@@ -1,0 +1,132 @@
+"""Recall: facts inside the window are found, evicted ones are not.
+
+The right answer is fed after every question, as StreamEval does. An answer counts when each of its tokens was the
+model's first choice: exactly when greedy decoding would have given it to the last digit. So one pass over the text
+in long calls asks all questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sinkwindow.lab.bench import Bench, described, digest_of
+from sinkwindow.lab.configurations import Configuration, parse
+from sinkwindow.lab.perplexity import BLOCK
+from sinkwindow.lab.records import Record
+from sinkwindow.lab.sessions import open_session
+from sinkwindow.lab.store import code_version
+from sinkwindow.lab.studies.lines import Answer, Lines, in_tokens, make_lines
+from sinkwindow.lab.study_records import RecallPoint, RecallStudy
+
+CODE = ("sessions", "configurations", "studies.recall", "studies.lines")
+SHOWN = 400  # characters of the first text that the report quotes
+
+
+class Hits(Record):
+    """For each question of a text whether it was answered."""
+
+    found: list[bool]
+
+
+@dataclass(frozen=True)
+class _Page:
+    """A text in tokens."""
+
+    lines: Lines
+    ids: torch.Tensor
+    answers: list[Answer]
+
+
+def recall(bench: Bench, names: Sequence[str], seeds: Sequence[int], distances: Sequence[int]) -> RecallStudy:
+    """Asks each configuration all questions of several texts.
+
+    Args:
+        bench: model and texts; the first one gives the ordinary lines.
+        names: the configurations.
+        seeds: one text each.
+        distances: ordinary lines between a fact and its question [lines].
+
+    Returns:
+        Answers by distance.
+
+    Raises:
+        LabError: if the text has too few lines, or the tokenizer does not tell where its tokens lie.
+    """
+    corpus = bench.corpora[0]
+    filler = [line.strip() for line in corpus.text.splitlines() if line.strip()]
+    pages = [_page(bench, make_lines(filler, distances, seed=seed)) for seed in seeds]
+    rows = [parse(name) for name in names]
+    points = [point for row in rows for point in _points(row, pages, [_hits(bench, row, page) for page in pages])]
+    return RecallStudy(
+        seeds=list(seeds),
+        corpus=corpus.name,
+        tokens=sum(page.ids.shape[1] for page in pages),
+        example=_example(pages[0].lines),
+        configurations=[row.record() for row in rows],
+        points=points,
+    )
+
+
+def _page(bench: Bench, lines: Lines) -> _Page:
+    ids, answers = in_tokens(lines, bench.loaded.tokenizer)
+    return _Page(lines, torch.tensor([ids]), answers)
+
+
+def _hits(bench: Bench, row: Configuration, page: _Page) -> list[bool]:
+    bench.reporter.begin(f"recall: {row.name}", page.ids.shape[1])
+    key = {**bench.origin, **described(row), "text": digest_of(page.ids), "code": code_version(*CODE)}
+    return bench.store.record(f"recall-{row.name}", key, Hits, lambda: _ask(bench, row, page)).found
+
+
+def _ask(bench: Bench, row: Configuration, page: _Page) -> Hits:
+    session = open_session(row, bench.loaded.model)
+    choices = []
+    try:
+        for piece in torch.split(page.ids.to(bench.loaded.model.device), BLOCK, dim=1):
+            choices.append(session.feed(piece)[0].argmax(dim=-1).cpu())
+            bench.reporter.advance(piece.shape[1])
+    finally:
+        session.close()
+    return Hits(found=answered(torch.cat(choices), page.ids[0], page.answers))
+
+
+def answered(choices: torch.Tensor, ids: torch.Tensor, answers: Sequence[Answer]) -> list[bool]:
+    """Which questions were answered to the last token.
+
+    Args:
+        choices: [tokens], the model's first choice after each token.
+        ids: [tokens], the text.
+        answers: where its answers are.
+
+    Returns:
+        One truth value per answer.
+    """
+    return [all(int(choices[place - 1]) == int(ids[place]) for place in one.places) for one in answers]
+
+
+def _points(row: Configuration, pages: Sequence[_Page], hits: Sequence[Sequence[bool]]) -> list[RecallPoint]:
+    """Answers gathered by distance, near ones first."""
+    pairs = [pair for page, own in zip(pages, hits, strict=True) for pair in zip(page.answers, own, strict=True)]
+    points = []
+    for lines_back in sorted({answer.lines_back for answer, _ in pairs}):
+        group = [(answer, hit) for answer, hit in pairs if answer.lines_back == lines_back]
+        points.append(
+            RecallPoint(
+                configuration=row.name,
+                lines_back=lines_back,
+                nearest_tokens=min(answer.tokens_back for answer, _ in group),
+                farthest_tokens=max(answer.tokens_back for answer, _ in group),
+                asked=len(group),
+                found=sum(hit for _, hit in group),
+            )
+        )
+    return points
+
+
+def _example(lines: Lines) -> str:
+    """The first fact and what follows it."""
+    start = lines.text.rfind("\n", 0, lines.questions[0].fact_end) + 1
+    return lines.text[start : min(start + SHOWN, lines.questions[0].end + 1)]

@@ -1,0 +1,129 @@
+"""Studies that are tables of perplexities: mistakes, numbers of sinks, sizes of cache; and the loss along a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sinkwindow.lab.bench import Bench
+from sinkwindow.lab.configurations import Configuration, parse
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.study_records import AlongStudy, Curve, ScoreStudy
+
+
+def mistakes(bench: Bench, names: Sequence[str], tokens: int) -> ScoreStudy:
+    """The right rule beside what others measured: stale positions, eager evictions, whole calls, no sinks.
+
+    Args:
+        bench: model and texts.
+        names: the rows.
+        tokens: text to read [tokens].
+
+    Returns:
+        One score per row and text.
+    """
+    return score_study(bench, "mistakes", [parse(name) for name in names], tokens)
+
+
+def sinks(bench: Bench, counts: Sequence[int], cache: int, tokens: int) -> ScoreStudy:
+    """How many sinks it takes, at one size of cache (the paper's table 2), evicting at every token.
+
+    Args:
+        bench: model and texts.
+        counts: numbers of sinks.
+        cache: S + W [tokens].
+        tokens: text to read [tokens].
+
+    Returns:
+        The dense model first, then one row per number.
+    """
+    rows = [_streaming(count, cache) for count in counts]
+    return score_study(bench, "sinks", [parse("baseline"), *rows], tokens)
+
+
+def sizes(bench: Bench, caches: Sequence[int], tokens: int) -> ScoreStudy:
+    """What a larger cache buys, with four sinks (the paper's table 6), evicting at every token.
+
+    Args:
+        bench: model and texts.
+        caches: values of S + W [tokens].
+        tokens: text to read [tokens].
+
+    Returns:
+        The dense model first, then one row per size.
+    """
+    rows = [_streaming(4, cache) for cache in caches]
+    return score_study(bench, "sizes", [parse("baseline"), *rows], tokens)
+
+
+def score_study(bench: Bench, label: str, rows: Sequence[Configuration], tokens: int) -> ScoreStudy:
+    """Scores each configuration on each text.
+
+    Args:
+        bench: model and texts.
+        label: the study's name, for the progress bar.
+        rows: the configurations.
+        tokens: text to read [tokens].
+
+    Returns:
+        The scores.
+    """
+    scores = [bench.score(label, row, corpus, tokens) for corpus in bench.corpora for row in rows]
+    return ScoreStudy(tokens=tokens, configurations=[row.record() for row in rows], scores=scores)
+
+
+def along(bench: Bench, names: Sequence[str], tokens: int, bin_tokens: int) -> AlongStudy:
+    """Loss along the first text, far past the model's trained length where the text allows (the paper's figure 5).
+
+    Args:
+        bench: model and texts.
+        names: the configurations.
+        tokens: text to read [tokens].
+        bin_tokens: targets per point [tokens].
+
+    Returns:
+        One curve per configuration.
+
+    Raises:
+        LabError: if a point would have no target.
+    """
+    text = bench.text(bench.corpora[0], tokens)
+    rows = [parse(name) for name in names]
+    found = [bench.losses("along the text", row, text) for row in rows]
+    return AlongStudy(
+        corpus=text.corpus,
+        tokens=text.ids.shape[1],
+        bin_tokens=bin_tokens,
+        trained_length=bench.loaded.record.max_positions,
+        configurations=[row.record() for row in rows],
+        curves=[
+            Curve(configuration=row.name, mean_nll=bin_means(one.nll, bin_tokens))
+            for row, one in zip(rows, found, strict=True)
+        ],
+        scores=[one.record for one in found],
+    )
+
+
+def bin_means(nll: torch.Tensor, bin_tokens: int) -> list[float]:
+    """Means of consecutive stretches.
+
+    Args:
+        nll: [targets].
+        bin_tokens: targets per stretch [tokens].
+
+    Returns:
+        One mean per stretch, the last one of what is left.
+
+    Raises:
+        LabError: if `bin_tokens` is below 1.
+    """
+    if bin_tokens < 1:
+        message = f"bin_tokens={bin_tokens} must be 1 or more"
+        raise LabError(message)
+    return [float(part.mean()) for part in torch.split(nll, bin_tokens)]
+
+
+def _streaming(sinks: int, cache: int) -> Configuration:
+    """S sinks in a cache of S + W, B = 0; without sinks it is a window by its own name."""
+    return parse(f"streaming_{sinks}_{cache - sinks}_0" if sinks else f"window_0_{cache}")

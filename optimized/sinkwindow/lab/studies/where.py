@@ -1,0 +1,113 @@
+"""Where the loss sits: by how long ago the target's 4-gram occurred last.
+
+Token by token, streaming equals the dense model nearly everywhere; it loses where the text repeats something from
+beyond its window. A 4-gram that occurred before can be copied by a model that still sees it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sinkwindow.lab.bench import Bench
+from sinkwindow.lab.configurations import Configuration, parse
+from sinkwindow.lab.corpora import Corpus
+from sinkwindow.lab.study_records import DistanceBin, WhereCurve, WhereStudy
+
+NGRAM = 4
+EDGES = (64, 256, 1024)  # last distances of the bins; behind the last one comes everything farther [tokens]
+
+
+def where(bench: Bench, names: Sequence[str], tokens: int) -> WhereStudy:
+    """Compares streaming with the dense model, target by target.
+
+    Args:
+        bench: model and texts.
+        names: streaming configurations.
+        tokens: text to read; shared with another study, nothing is measured again [tokens].
+
+    Returns:
+        Differences by distance, per configuration and text.
+    """
+    rows = [parse(name) for name in names]
+    curves = [_curve(bench, row, corpus, tokens) for row in rows for corpus in bench.corpora]
+    return WhereStudy(ngram=NGRAM, tokens=tokens, configurations=[row.record() for row in rows], curves=curves)
+
+
+def _curve(bench: Bench, row: Configuration, corpus: Corpus, tokens: int) -> WhereCurve:
+    text = bench.text(corpus, tokens)
+    dense = bench.losses("where", parse("baseline"), text).nll
+    streaming = bench.losses("where", row, text).nll
+    first = sum(row.limits) + 1  # the query of token S + W + B still sees all; target i follows token i
+    difference = (streaming - dense)[first:]
+    distances = last_occurrence(text.ids[0].tolist(), NGRAM)[1:][first:]
+    return WhereCurve(
+        configuration=row.name,
+        corpus=corpus.name,
+        mean_difference=float(difference.mean()) if len(difference) else 0.0,
+        bins=distance_bins(difference, distances),
+    )
+
+
+def last_occurrence(ids: Sequence[int], ngram: int) -> list[int | None]:
+    """How long ago each token's n-gram occurred last.
+
+    Args:
+        ids: token ids.
+        ngram: tokens of an n-gram, the token itself the last one.
+
+    Returns:
+        Distances between the two last tokens; None for what never occurred before.
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    found: list[int | None] = []
+    for place in range(len(ids)):
+        gram = tuple(ids[place + 1 - ngram : place + 1]) if place + 1 >= ngram else ()
+        last = seen.get(gram) if gram else None
+        found.append(None if last is None else place - last)
+        if gram:
+            seen[gram] = place
+    return found
+
+
+def distance_bins(difference: torch.Tensor, distances: Sequence[int | None]) -> list[DistanceBin]:
+    """Mean differences by distance.
+
+    Args:
+        difference: [targets], loss of one configuration minus another's.
+        distances: one per target.
+
+    Returns:
+        Bins from near to far, then what never occurred before; empty ones are left out.
+    """
+    bounds: list[tuple[int | None, int | None]] = [(1, EDGES[0])]
+    bounds += [(low + 1, high) for low, high in itertools.pairwise(EDGES)]
+    bounds += [(EDGES[-1] + 1, None), (None, None)]
+    made = [_bin(difference, distances, nearest, farthest) for nearest, farthest in bounds]
+    return [one for one in made if one is not None]
+
+
+def _bin(
+    difference: torch.Tensor, distances: Sequence[int | None], nearest: int | None, farthest: int | None
+) -> DistanceBin | None:
+    chosen = torch.tensor([_inside(one, nearest, farthest) for one in distances], dtype=torch.bool)
+    values = difference[chosen]
+    if not len(values):
+        return None
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return DistanceBin(
+        nearest=nearest,
+        farthest=farthest,
+        targets=len(values),
+        mean_difference=float(values.mean()),
+        standard_error=error,
+    )
+
+
+def _inside(distance: int | None, nearest: int | None, farthest: int | None) -> bool:
+    if distance is None or nearest is None:
+        return distance is None and nearest is None
+    return nearest <= distance and (farthest is None or distance <= farthest)
