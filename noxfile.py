@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -52,11 +53,16 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Checks rules and formatting with ruff: `nox -s lint -- --fix` repairs what it can."""
+    """Checks rules and formatting with ruff, workflows with zizmor and actionlint: `-- --fix` repairs what it can."""
     install_group(session, "lint")
     session.run("ruff", "--version")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
+    session.run("zizmor", "--offline", "--no-progress", ".github/workflows")
+    if shutil.which("actionlint") is None:  # on no package index that serves every machine; the workflow installs it
+        session.warn("actionlint is not installed here: the workflows were checked by zizmor alone")
+    else:
+        session.run("actionlint", external=True)
 
 
 @nox.session
@@ -96,7 +102,14 @@ def compat(session: nox.Session, transformers: str) -> None:
     install_project(session, "test")
     session.install(f"transformers=={transformers}")
     session.run("python", "-c", VERSIONS)
-    session.run("pytest", *PARALLEL, "--ignore-glob=tests/test_lab_*", *session.posargs, env=ONE_THREAD)
+    session.run(
+        "pytest",
+        *PARALLEL,
+        "--ignore-glob=tests/test_lab_*",
+        "--ignore=tests/test_benchmarks.py",
+        *session.posargs,
+        env=ONE_THREAD,
+    )
 
 
 @nox.session(default=False)
@@ -157,11 +170,16 @@ def microbench(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """Compares two commits on this machine's GPU as the workflow does: `nox -s gpu -- origin/main HEAD`."""
+    """Compares commits on a GPU: `nox -s gpu -- origin/main HEAD`; with one argument measures it: `-- HEAD^!`."""
     install_project(session, "bench")
     session.run("python", "-c", "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no GPU here')")
     session.run("asv", "machine", "--yes", silent=True)
-    session.run("python", "asv_benches/compare.py", "--gpu", *(session.posargs or ("origin/main", "HEAD")))
+    if len(session.posargs) == 1:
+        stamp = started()
+        session.run("asv", "run", "--show-stderr", *session.posargs, success_codes=[0, 2])
+        session.run("python", "asv_benches/gate.py", "--newer-than", stamp, "--gpu")
+    else:
+        session.run("python", "asv_benches/compare.py", "--gpu", *(session.posargs or ("origin/main", "HEAD")))
 
 
 @nox.session(default=False)
@@ -174,7 +192,26 @@ def planted_regressions(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench_site(session: nox.Session) -> None:
-    """Publishes a few measured commits and looks at every graph in a headless Chromium (apt install chromium)."""
-    install_project(session, "test", "bench")
-    session.run("asv", "machine", "--yes", silent=True)
-    session.run("pytest", "benchmarks/check_site.py", *session.posargs, env=ONE_THREAD)
+    """Publishes what was measured and looks at every graph in a headless Chromium (apt install chromium-driver)."""
+    install_group(session, "bench_site")
+    session.run("pytest", "benchmarks/check_site.py", *session.posargs)
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """Builds dist/*.tar.gz and dist/*.whl and checks what a package index would show of them."""
+    install_group(session, "build")
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", *map(str, Path("dist").iterdir()))
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Builds the pages in build/site from README.md and docs/; a link that leads nowhere is an error."""
+    install_group(session, "docs")
+    pages = Path("build", "docs")
+    shutil.rmtree(pages, ignore_errors=True)
+    shutil.copytree("docs", pages / "docs")
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
+        shutil.copy(name, pages / name)
+    session.run("mkdocs", "build", "--strict", *session.posargs)

@@ -1,0 +1,189 @@
+"""Plants regressions in a scratch clone and shows that the gate of pull requests sees each, and nothing else.
+
+`nox -s planted_regressions` writes the table into docs/benchmarks.md, between its markers. Every commit is built into
+asv's own environment, as in a pull request; only the benchmarks that the plants are about run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+DOCUMENT: Final = Path("docs", "benchmarks.md")
+MARKERS: Final = ("<!-- planted: begin -->", "<!-- planted: end -->")
+PLANTED_IN: Final = Path("optimized", "sinkwindow", "__init__.py")
+TIMED: Final = "CacheWork|bench_decode.OutputToken"  # the times that the plants are about
+FACTOR: Final = 1.25  # a shared machine's; a runner of its own takes 1.15
+GIT: Final = ("git", "-c", "user.name=planted", "-c", "user.email=planted@localhost", "-c", "commit.gpgsign=false")
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A change of the package, appended to its `__init__`, and what the gate must say.
+
+    Attributes:
+        name: for the table.
+        code: what is appended.
+        seen_in: a benchmark that must be reported as worse, an expression; empty where none may be.
+    """
+
+    name: str
+    code: str
+    seen_in: str
+
+
+PLANTS: Final = (
+    Plant("nothing but a comment", "# the same program", ""),
+    Plant(
+        "slower: every layer's update waits 1 ms",
+        """
+import time as _time
+_update = StreamingCache.update
+def _late(self, *args, **kwargs):
+    _time.sleep(1e-3)
+    return _update(self, *args, **kwargs)
+StreamingCache.update = _late
+""",
+        r"CacheWork\.time_update",
+    ),
+    Plant(
+        "larger: as many free slots as tokens",
+        """
+from sinkwindow import storage as _storage
+_storage.SLACK_SHARE = 1
+""",
+        r"CacheBytes\.track_bytes",
+    ),
+    Plant(
+        "wrong: keys stay where they were first rotated",
+        """
+from sinkwindow.rotation import Rotary as _Rotary
+_Rotary.move = lambda self, states, distance: states
+""",
+        r"Perplexity\.track_perplexity",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the gate said about a plant."""
+
+    plant: Plant
+    code: int
+    worse: tuple[str, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether the gate passed what it must pass, and failed for the right reason what it must fail."""
+        if not self.plant.seen_in:
+            return self.code == 0
+        return self.code != 0 and any(re.search(self.plant.seen_in, line) for line in self.worse)
+
+
+def worse_lines(output: str) -> tuple[str, ...]:
+    """Finds the rows of asv's table that speak of a regression (`+`) or of a new failure (`!`)."""
+    rows = (line.strip() for line in output.splitlines())
+    return tuple(row for row in rows if re.match(r"\|\s*[+!]\s*\|", row))
+
+
+def git(clone: Path, *arguments: str) -> str:
+    """Runs git in the clone; returns what it prints."""
+    run = subprocess.run([*GIT, *arguments], cwd=clone, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+def plant_commit(clone: Path, plant: Plant, number: int) -> str:
+    """Commits a plant on a branch of its own, from the base.
+
+    Args:
+        clone: the scratch clone.
+        plant: what to append.
+        number: for the branch's name.
+
+    Returns:
+        The commit.
+    """
+    git(clone, "checkout", "-q", "-B", f"planted-{number}", "base")
+    file = clone / PLANTED_IN
+    file.write_text(file.read_text(encoding="utf-8") + f"\n{plant.code}\n", encoding="utf-8")
+    git(clone, "commit", "-q", "-a", "-m", plant.name)
+    return git(clone, "rev-parse", "HEAD")
+
+
+def judge(clone: Path, plant: Plant, number: int) -> Outcome:
+    """Runs the gate of pull requests on base and plant."""
+    head = plant_commit(clone, plant, number)
+    git(clone, "checkout", "-q", "main")  # the gate and the benchmarks are the base's
+    command = [sys.executable, "asv_benches/compare.py", "--factor", str(FACTOR), "--bench", TIMED, "base", head]
+    run = subprocess.run(command, cwd=clone, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(f"== {plant.name}: exit {run.returncode}\n{run.stdout}", flush=True)
+    return Outcome(plant, run.returncode, worse_lines(run.stdout))
+
+
+def cell(text: str) -> str:
+    """Names a row's benchmark with the values of both commits."""
+    columns = [column.strip() for column in text.strip("|").split("|")]
+    return f"`{columns[-1]}`: {columns[1]} to {columns[2]}"
+
+
+def table(outcomes: list[Outcome], commit: str) -> str:
+    """Renders the outcomes, three worse figures each."""
+    lines = [
+        f"Written by `nox -s planted_regressions` at commit {commit[:8]}, factor {FACTOR} for times.",
+        "",
+        "| planted | exit status | reported as worse |",
+        "|---|---|---|",
+    ]
+    for one in outcomes:
+        first = sorted(one.worse, key=lambda row: re.search(one.plant.seen_in or "$", row) is None)[:3]
+        more = f"; {len(one.worse) - 3} more" if len(one.worse) > len(first) else ""
+        lines.append(f"| {one.plant.name} | {one.code} | {'; '.join(map(cell, first)) or 'nothing'}{more} |")
+    return "\n".join(lines)
+
+
+def write(document: Path, text: str) -> None:
+    """Puts the table between the document's markers.
+
+    Raises:
+        ValueError: if the document has no markers.
+    """
+    old = document.read_text(encoding="utf-8")
+    begin, end = MARKERS
+    if begin not in old or end not in old:
+        message = f"{document} has no {begin} and {end}: put them where the table belongs"
+        raise ValueError(message)
+    head, tail = old.partition(begin)[0], old.partition(end)[2]
+    document.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Judges all plants, writes the table, and fails if the gate was wrong about one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md alone")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="planted-") as folder:
+        clone = Path(folder, "clone")
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+        git(clone, "checkout", "-q", "-B", "main")
+        git(clone, "branch", "base")
+        commit = git(clone, "rev-parse", "HEAD")
+        outcomes = [judge(clone, plant, number) for number, plant in enumerate(PLANTS)]
+    rendered = table(outcomes, commit)
+    print(rendered)
+    if not options.no_write:
+        write(ROOT / DOCUMENT, rendered)
+    wrong = [one.plant.name for one in outcomes if not one.right]
+    print(f"the gate was wrong about: {', '.join(wrong)}" if wrong else "the gate was right about all of them")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The published pages in a headless Chromium: each benchmark has a graph, and each graph has points.
+
+`nox -s bench` measures, `nox -s bench_site` publishes and looks; screenshots are left in .asv/screenshots.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import math
+import subprocess
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+SCREENSHOTS: Final = ROOT / ".asv" / "screenshots"
+FLAGS: Final = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1000",
+)
+# What flot has drawn, counted where it drew it.
+POINTS: Final = """
+const plot = $('#main-graph').data('plot');
+return plot ? plot.getData().map(series => series.data.filter(point => point[1] !== null).length) : [];
+"""
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def _measured() -> list[str]:
+    """Names of the benchmarks with at least one number in the saved results."""
+    names = set()
+    for file in (ROOT / ".asv" / "results").glob("*/*.json"):
+        if file.name == "machine.json":
+            continue
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        at = saved["result_columns"].index("result")
+        for name, entry in saved["results"].items():
+            if any(value is not None and not math.isnan(value) for value in entry[at] or []):
+                names.add(name)
+    return sorted(names)
+
+
+MEASURED: Final = _measured()
+
+
+def test_something_was_measured() -> None:
+    """Without results the other tests would have nothing to look at."""
+    assert MEASURED, "no results in .asv/results: run nox -s bench first"
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    """The published pages, served on this machine."""
+    subprocess.run(["asv", "publish", "--no-pull"], cwd=ROOT, check=True)
+    handler = functools.partial(_Quiet, directory=str(ROOT / ".asv" / "html"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """Debian's Chromium with an empty profile."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    yield driver
+    driver.quit()
+
+
+def _points(driver: Any) -> list[int]:
+    counts: list[int] = driver.execute_script(POINTS)
+    return counts
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_graph_has_points(name: str, site: str, browser: webdriver.Chrome) -> None:
+    """The page of a benchmark draws a line with at least one point."""
+    browser.get("about:blank")  # a change of the fragment alone would not load the page again
+    browser.get(f"{site}#{name}")
+    WebDriverWait(browser, 30).until(lambda driver: sum(_points(driver)) > 0)
+    browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+
+
+def test_overview_shows_all_benchmarks(site: str, browser: webdriver.Chrome) -> None:
+    """The first page names every benchmark."""
+    browser.get("about:blank")
+    browser.get(site)
+    links = "return [...document.querySelectorAll('#summarygrid-display a')].map(a => a.getAttribute('href'))"
+
+    def shown(driver: webdriver.Chrome) -> bool:
+        hrefs = " ".join(filter(None, driver.execute_script(links)))
+        return all(name in hrefs for name in MEASURED)
+
+    WebDriverWait(browser, 30).until(shown)
+    browser.save_screenshot(str(SCREENSHOTS / "overview.png"))
