@@ -16,14 +16,13 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import torch
-from torch import Tensor, nn
-
-from sinkwindow.attention import ATTENTION_NAME, enter_call, exact_from, leave_call
-from sinkwindow.families import frequencies, rotary_modules
+from sinkwindow.angles import sharpen
+from sinkwindow.attention import ATTENTION_NAME, enter_call, leave_call
+from sinkwindow.families import rotary_modules
 from sinkwindow.split import Pieces, run_ahead
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
@@ -179,32 +178,4 @@ def _after_any_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _exact_angles(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Sharpen cosines and sines to float64 angles, where float32 ones are worse than those of a rank.
-
-    Below that, float32 models keep their own numbers bit for bit; half dtypes do everywhere, whose rounding of cosines
-    outweighs any angle's.
-    """
-    start = exact_from()
-    named = _named(module, args, kwargs)
-    if start is None or named["x"].dtype not in (torch.float32, torch.float64) or named["x"].device.type == "mps":
-        return None  # mps has no float64
-    positions, layer_type = named["position_ids"], named.get("layer_type")
-    angles = positions[..., None].double() * frequencies(module, layer_type).double()
-    scale = float(getattr(module, f"{layer_type}_attention_scaling", getattr(module, "attention_scaling", 1.0)))
-    exact = (angles.cos() * scale, angles.sin() * scale)
-    sharp = tuple(_sharpen(table, exact) for table in output)
-    if named["x"].dtype == torch.float64:
-        return sharp
-    near = positions[..., None] < start
-    return tuple(torch.where(near, *pair).to(named["x"].dtype) for pair in zip(output, sharp, strict=True))
-
-
-def _sharpen(table: Tensor, exact: tuple[Tensor, Tensor]) -> Tensor:
-    """Find what a table holds, cosines or sines, halves or pairs side by side or neither, and give it exactly."""
-    layouts = [
-        layout
-        for angle in exact
-        for layout in (torch.cat((angle, angle), dim=-1), angle.repeat_interleave(2, dim=-1), angle)
-        if layout.shape == table.shape
-    ]
-    return min(layouts, key=lambda layout: float((layout - table).abs().max()), default=table)
+    return sharpen(module, _named(module, args, kwargs), output)

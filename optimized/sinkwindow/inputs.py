@@ -65,8 +65,9 @@ def check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
     """
     for index, real in enumerate(inputs.real or []):
         before = seen[index if len(seen) > 1 else 0]
-        leading = real is None or (before == 0 and real == list(range(inputs.columns - len(real), inputs.columns)))
-        if not leading:
+        if real is None or len(real) == inputs.columns:
+            continue
+        if before or real != list(range(inputs.columns - len(real), inputs.columns)):
             msg = (
                 f"attention_mask pads row {index} after its first token, and this model's ALiBi counts padding as "
                 "distance; pad on the left of the first call only."

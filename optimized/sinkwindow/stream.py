@@ -114,7 +114,9 @@ class Stream:
 
     def per_row(self, lanes: list[T]) -> list[T]:
         """Repeat what all rows share."""
-        return lanes * self.state.batch if self.state.batch is not None and len(lanes) == 1 else lanes
+        if self.state.batch is None:
+            return lanes[:1]
+        return lanes * self.state.batch if len(lanes) == 1 else lanes
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
