@@ -9,6 +9,8 @@ import functools
 import http.server
 import json
 import math
+import re
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -35,6 +38,21 @@ FLAGS: Final = (
     "--disable-sync",
     "--window-size=1400,1000",
 )
+# asv's pages load these from content networks, by these names; the test must not depend on them, so that npm brings the
+# same releases (stupidtable, which sorts a table's columns, in the only one that is there).
+LIBRARIES: Final = {
+    "jquery-3.3.1.min.js": ("jquery@3.3.1", "dist/jquery.min.js"),
+    "jquery.flot.min.js": ("flot@0.8.3", "jquery.flot.js"),
+    "jquery.flot.time.min.js": ("flot@0.8.3", "jquery.flot.time.js"),
+    "jquery.flot.selection.min.js": ("flot@0.8.3", "jquery.flot.selection.js"),
+    "jquery.flot.categories.min.js": ("flot@0.8.3", "jquery.flot.categories.js"),
+    "jquery.flot.orderBars.js": ("flot-orderbars@1.0.0", "js/jquery.flot.orderBars.js"),
+    "stupidtable.min.js": ("stupid-table-plugin@1.1.3", "stupidtable.js"),
+    "md5.min.js": ("blueimp-md5@2.19.0", "js/md5.min.js"),
+    "bootstrap.min.js": ("bootstrap@3.1.1", "dist/js/bootstrap.min.js"),
+    "bootstrap.min.css": ("bootstrap@3.1.1", "dist/css/bootstrap.min.css"),
+}
+REMOTE: Final = re.compile(r'(src|href)="https://[^"]*/([^"/]+)"(?: integrity="[^"]*")?')
 # What flot has drawn, counted where it drew it.
 POINTS: Final = """
 const plot = $('#main-graph').data('plot');
@@ -69,11 +87,26 @@ def test_something_was_measured() -> None:
     assert MEASURED, "no results in .asv/results: run nox -s bench first"
 
 
+def _make_local(html: Path, store: Path) -> None:
+    """Lets the pages load their libraries from beside them."""
+    packages = sorted({package for package, _ in LIBRARIES.values()})
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(store), *packages]
+    subprocess.run(install, check=True)
+    for name, (package, file) in LIBRARIES.items():
+        shutil.copy(store / "node_modules" / package.rpartition("@")[0] / file, html / name)
+    index = html / "index.html"
+    page, changed = REMOTE.subn(r'\1="\2"', index.read_text(encoding="utf-8"))
+    assert changed >= len(LIBRARIES), "asv's page names other libraries now: bring LIBRARIES up to date"
+    index.write_text(page, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
-def site() -> Iterator[str]:
-    """The published pages, served on this machine."""
-    subprocess.run(["asv", "publish", "--no-pull"], cwd=ROOT, check=True)
-    handler = functools.partial(_Quiet, directory=str(ROOT / ".asv" / "html"))
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The published pages, served on this machine, complete in themselves."""
+    html = tmp_path_factory.mktemp("html")
+    subprocess.run(["asv", "publish", "--no-pull", "--html-dir", str(html)], cwd=ROOT, check=True)
+    _make_local(html, tmp_path_factory.mktemp("npm"))
+    handler = functools.partial(_Quiet, directory=str(html))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
@@ -103,7 +136,7 @@ def test_graph_has_points(name: str, site: str, browser: webdriver.Chrome) -> No
     """The page of a benchmark draws a line with at least one point."""
     browser.get("about:blank")  # a change of the fragment alone would not load the page again
     browser.get(f"{site}#{name}")
-    WebDriverWait(browser, 30).until(lambda driver: sum(_points(driver)) > 0)
+    WebDriverWait(browser, 30, ignored_exceptions=[JavascriptException]).until(lambda one: sum(_points(one)) > 0)
     browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
 
 
