@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from sinkwindow import supports
+from wide_norms import keep_norms_wide
 
 VOCABULARY: Final = 50
 TRAINED: Final = 64  # positions [tokens]
@@ -240,6 +241,8 @@ def build(family: str, attention: str | None = None) -> PreTrainedModel:
                 torch.nn.init.normal_(parameter)
     model.train(mode=False)
     torch.nn.Module.to(model, recipe.dtype)
+    if recipe.dtype == torch.float64:
+        keep_norms_wide(model)
     return model
 
 

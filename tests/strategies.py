@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from sinkwindow import StreamingCache
+from wide_norms import keep_norms_wide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -138,6 +139,8 @@ def _build(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
     model = fresh_model(spec)
     for parameter in model.parameters():  # not `model.to`: that would round the frequencies of the rotation, too
         parameter.data = parameter.data.to(dtype)
+    if dtype == torch.float64:
+        keep_norms_wide(model)
     return model
 
 
