@@ -213,3 +213,30 @@ def test_distances_have_names() -> None:
         "> 1,024",
         "never",
     ]
+
+
+def test_the_page_says_what_the_published_jump_came_from() -> None:
+    """Of one set of kept tokens, the window's loss and the loss of stale positions stand apart, on each text."""
+    names = ("baseline", "streaming_2_6", "stale_ranks_2_6", "streaming_2_12")
+    losses = {"baseline": 2.0, "streaming_2_6": 2.25, "stale_ranks_2_6": 4.0, "streaming_2_12": 2.125}
+    study = ScoreStudy(
+        tokens=101,
+        configurations=[parse(name).record() for name in names],
+        scores=[score(name, "plays", 8.0).model_copy(update={"mean_nll": losses[name]}) for name in names],
+    )
+    text = page.markdown(study_tables.mistakes(study, ["plays", "docs"]))
+    assert "A jump from 7.97 to 71.67 (9.0x)" in text
+    assert "Repaired, 1.56x was left" in text
+    assert [line for line in text.splitlines() if line.startswith("- **plays**")] == [
+        "- **plays**: PPL 8.000 dense, 8.000 with streaming_2_6 (+0.250 nats a token: what was evicted), "
+        "8.000 with stale ranks (+1.750 more: their positions)."
+    ]
+    assert "**docs**" not in text
+
+
+def test_without_a_stale_row_nothing_is_said_about_its_cause() -> None:
+    """No words without numbers."""
+    study = score_study()
+    kept = [one for one in study.configurations if not one.ablation]
+    text = page.markdown(study_tables.mistakes(study.model_copy(update={"configurations": kept, "scores": []}), ["plays"]))
+    assert "What went wrong" not in text
