@@ -140,6 +140,20 @@ def test_measured_speed_is_complete_and_interleaved() -> None:
     assert found[1].rounds[0].cache_bytes > 0
 
 
+def test_a_short_generation_is_the_start_of_a_long_one() -> None:
+    """Stages share their times; what is kept, stored and evicted is that of their own place."""
+    row, prompt = parse("streaming_2_6_3"), random_ids(7)
+    short, long = speed.measure_stages(row, tiny_model(), prompt, (4, 30))
+    assert short.token_times_s == long.token_times_s[:4]
+    assert (short.generated_tokens, long.generated_tokens) == (4, 30)
+    alone = [speed.measure_round(row, tiny_model(), prompt, count) for count in (4, 30)]
+    for found, expected in zip((short, long), alone, strict=True):
+        assert (found.kept_tokens, found.evictions) == (expected.kept_tokens, expected.evictions)
+        assert found.cache_bytes == expected.cache_bytes
+    assert short.memory.peak_bytes <= long.memory.peak_bytes
+    assert long.evictions > short.evictions
+
+
 def test_peak_memory_sees_an_allocation() -> None:
     """A tensor that lives and dies inside the block shows in its peak."""
     with peak_memory(torch.device("cpu"), weight_bytes=1_000) as watch:

@@ -228,8 +228,10 @@ def test_the_page_says_what_the_published_jump_came_from() -> None:
     assert "A jump from 7.97 to 71.67 (9.0x)" in text
     assert "Repaired, 1.56x was left" in text
     assert [line for line in text.splitlines() if line.startswith("- **plays**")] == [
-        "- **plays**: PPL 8.000 dense, 8.000 with streaming_2_6 (+0.250 nats a token: what was evicted), "
-        "8.000 with stale ranks (+1.750 more: their positions)."
+        (
+            "- **plays**: PPL 8.000 dense, 8.000 with streaming_2_6 (+0.250 nats a token: what was evicted), "
+            "8.000 with stale ranks (+1.750 more: their positions)."
+        )
     ]
     assert "**docs**" not in text
 
@@ -238,5 +240,6 @@ def test_without_a_stale_row_nothing_is_said_about_its_cause() -> None:
     """No words without numbers."""
     study = score_study()
     kept = [one for one in study.configurations if not one.ablation]
-    text = page.markdown(study_tables.mistakes(study.model_copy(update={"configurations": kept, "scores": []}), ["plays"]))
+    bare = study.model_copy(update={"configurations": kept, "scores": []})
+    text = page.markdown(study_tables.mistakes(bare, ["plays"]))
     assert "What went wrong" not in text

@@ -191,9 +191,12 @@ def test_tables_refuse_ragged_rows() -> None:
 
 
 def test_plans_count_their_measurements() -> None:
-    """Two experiments; re-computation is not scored, ablations are not timed."""
-    rows = [parse(name) for name in ("baseline", "recompute_8", "stale_ranks_2_6")]
-    assert experiments.count_measurements(experiments.QUICK, rows, 2, ("experiments",)) == 2 * (2 * 2 + 2 * 2)
+    """Two experiments of one generation each; re-computation is not scored, mistakes are not timed."""
+    rows = [parse(name) for name in ("baseline", "recompute_8", "stale_ranks_2_6", "window_0_8")]
+    scored, timed = 3, 2
+    assert experiments.count_measurements(experiments.QUICK, rows, 2, ("experiments",)) == (
+        2 * (scored * 2 + timed) + timed
+    )
 
 
 def test_quick_and_full_are_the_seeds_experiments() -> None:

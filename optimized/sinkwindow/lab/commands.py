@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sinkwindow.lab import speed_commands
 from sinkwindow.lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -185,6 +186,11 @@ def configs() -> None:
     width = max(len(shape.example) for shape in SHAPES)
     for shape in SHAPES:
         typer.echo(f"{shape.example:<{width}}  {shape.meaning}")
+
+
+app.command()(speed_commands.floors)
+app.command()(speed_commands.speed_report)
+app.command()(speed_commands.gpu_report)
 
 
 def _configuration(name: str | None, sinks: int, window: int, buffer: int) -> Configuration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sinkwindow.lab import attention_time, machine, speed
 from sinkwindow.lab.bench import Bench, described, digest_of
@@ -17,6 +17,7 @@ from sinkwindow.lab.records import (
     ExperimentRecord,
     GenerationRecord,
     PerplexityRecord,
+    Record,
     RowRecord,
     SpeedRecord,
 )
@@ -96,13 +97,15 @@ def scores_perplexity(configuration: Configuration) -> bool:
 def measures_speed(configuration: Configuration) -> bool:
     """Tells whether the tables time a configuration: the speed of a mistake is of no interest.
 
+    A window without sinks costs what a streaming cache of its size costs.
+
     Args:
         configuration: any.
 
     Returns:
         Whether it is timed.
     """
-    return not configuration.ablation
+    return not configuration.ablation and configuration.kind != "window"
 
 
 def count_measurements(
@@ -121,7 +124,8 @@ def count_measurements(
     """
     scored = sum(map(scores_perplexity, configurations))
     timed = sum(map(measures_speed, configurations))
-    count = len(plan.experiments) * (scored * corpora + timed * (plan.rounds + 1)) if "experiments" in parts else 0
+    generations = timed * plan.rounds * len({one.prompt_tokens for one in plan.experiments})
+    count = len(plan.experiments) * (scored * corpora + timed) + generations if "experiments" in parts else 0
     return count + (collect.count_measurements(plan.studies, parts, corpora) if plan.studies else 0)
 
 
@@ -168,6 +172,12 @@ def run(
     )
 
 
+class Generations(Record):
+    """One generation, looked at after several numbers of tokens."""
+
+    generations: list[GenerationRecord]
+
+
 @dataclass(frozen=True)
 class _Tables:
     """What stays the same from one experiment to the next."""
@@ -175,6 +185,7 @@ class _Tables:
     bench: Bench
     configurations: Sequence[Configuration]
     plan: Plan
+    _known: dict[tuple[Configuration, int, int], Generations] = field(default_factory=dict)
 
     def experiment(self, experiment: Experiment) -> ExperimentRecord:
         scores = {one.name: self._scores(experiment, one) for one in self.configurations}
@@ -211,21 +222,32 @@ class _Tables:
         return {one: SpeedRecord(configuration=one.name, rounds=[each[one] for each in rounds]) for one in timed}
 
     def _round(self, experiment: Experiment, configuration: Configuration, number: int) -> GenerationRecord:
-        prompt = self.bench.text(self.bench.corpora[0], experiment.prompt_tokens).ids
+        """One generation serves all experiments of one prompt: the short one is its start."""
+        known = (configuration, experiment.prompt_tokens, number)
+        if known not in self._known:
+            self._known[known] = self._generations(experiment, configuration, number)
         count = self._new_tokens(experiment, configuration)
-        self.bench.reporter.begin(f"{experiment.name}: speed {configuration.name}", count)
+        return next(one for one in self._known[known].generations if one.generated_tokens == count)
+
+    def _generations(self, experiment: Experiment, configuration: Configuration, number: int) -> Generations:
+        alike = [one for one in self.plan.experiments if one.prompt_tokens == experiment.prompt_tokens]
+        stages = sorted({self._new_tokens(one, configuration) for one in alike})
+        prompt = self.bench.text(self.bench.corpora[0], experiment.prompt_tokens).ids
+        self.bench.reporter.begin(f"speed {configuration.name}", max(stages))
         key = {**self.bench.origin, **described(configuration), "prompt": digest_of(prompt)}
-        key |= {"code": code_version(*SPEED_CODE), "new_tokens": count, "round": number}
+        key |= {"code": code_version(*SPEED_CODE), "stages": stages, "round": number}
         return self.bench.store.record(
             f"speed-{configuration.name}",
             key,
-            GenerationRecord,
-            lambda: speed.measure_round(
-                configuration,
-                self.bench.loaded.model,
-                prompt,
-                count,
-                on_token=lambda _: self.bench.reporter.advance(),
+            Generations,
+            lambda: Generations(
+                generations=speed.measure_stages(
+                    configuration,
+                    self.bench.loaded.model,
+                    prompt,
+                    stages,
+                    on_token=lambda _: self.bench.reporter.advance(),
+                )
             ),
         )
 

@@ -23,7 +23,7 @@ INTERVAL = 0.01  # between two samples [s]: a decode step of a small model on a 
 
 @dataclass
 class Watch:
-    """Filled in when the watched block ends."""
+    """What a block needs, so far and once it has ended."""
 
     device: torch.device
     weight_bytes: int
@@ -31,9 +31,12 @@ class Watch:
     peak_bytes: int = 0
     reserved_peak_bytes: int | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
+    _look: Callable[[], None] | None = None
 
     def record(self) -> MemoryRecord:
-        """What was seen."""
+        """What was seen so far."""
+        if self._look is not None:
+            self._look()
         return MemoryRecord(
             device="cuda" if self.device.type == "cuda" else "cpu",
             weight_bytes=self.weight_bytes,
@@ -75,12 +78,18 @@ def _cuda_peak(watch: Watch) -> Iterator[None]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(watch.device)
     watch.before_bytes = torch.cuda.memory_allocated(watch.device)
+
+    def look() -> None:
+        watch.peak_bytes = torch.cuda.max_memory_allocated(watch.device)
+        watch.reserved_peak_bytes = torch.cuda.max_memory_reserved(watch.device)
+
+    watch._look = look  # noqa: SLF001 - the watch belongs to this module
     try:
         yield
     finally:
         torch.cuda.synchronize()
-        watch.peak_bytes = torch.cuda.max_memory_allocated(watch.device)
-        watch.reserved_peak_bytes = torch.cuda.max_memory_reserved(watch.device)
+        look()
+        watch._look = None  # noqa: SLF001
 
 
 @contextmanager
@@ -90,17 +99,22 @@ def _resident_peak(watch: Watch) -> Iterator[None]:
     def resident() -> int:
         return int(process.memory_info().rss)
 
+    def look() -> None:
+        watch.peak_bytes = max(watch.peak_bytes, resident())
+
     watch.before_bytes = watch.peak_bytes = resident()
-    sampler = threading.Thread(target=_sample, args=(watch, resident), daemon=True)
+    watch._look = look  # noqa: SLF001 - the watch belongs to this module
+    sampler = threading.Thread(target=_sample, args=(watch, look), daemon=True)
     sampler.start()
     try:
         yield
     finally:
-        watch._stop.set()  # noqa: SLF001 - the watch belongs to this module
+        watch._stop.set()  # noqa: SLF001
         sampler.join()
-        watch.peak_bytes = max(watch.peak_bytes, resident())
+        look()
+        watch._look = None  # noqa: SLF001
 
 
-def _sample(watch: Watch, resident: Callable[[], int]) -> None:
+def _sample(watch: Watch, look: Callable[[], None]) -> None:
     while not watch._stop.wait(INTERVAL):  # noqa: SLF001
-        watch.peak_bytes = max(watch.peak_bytes, resident())
+        look()

@@ -60,15 +60,15 @@ def _heads_of_smollm2() -> PreTrainedModel:
     )
 
 
-def _pythia_2_8b() -> PreTrainedModel:
-    """EleutherAI/pythia-2.8b, layer by layer."""
+def _pythia(hidden: int, layers: int, heads: int) -> PreTrainedModel:
+    """A member of the Pythia family."""
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=50304,
-            hidden_size=2560,
-            intermediate_size=10240,
-            num_hidden_layers=32,
-            num_attention_heads=32,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
             max_position_embeddings=2048,
             use_parallel_residual=True,
@@ -76,11 +76,55 @@ def _pythia_2_8b() -> PreTrainedModel:
     )
 
 
+def _tiny_pythia() -> PreTrainedModel:
+    """Two layers of the Pythia kind: partial rotation, no grouped heads."""
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+            max_position_embeddings=512,
+            initializer_range=0.2,
+        )
+    )
+
+
+def _pythia_160m() -> PreTrainedModel:
+    """EleutherAI/pythia-160m, layer by layer."""
+    return _pythia(768, 12, 12)
+
+
+def _pythia_2_8b() -> PreTrainedModel:
+    """EleutherAI/pythia-2.8b, layer by layer."""
+    return _pythia(2560, 32, 32)
+
+
+def _llama_7b() -> PreTrainedModel:
+    """Llama-2-7B, layer by layer, embeddings not tied."""
+    sizes = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(sizes)
+
+
 SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
     "tiny": _tiny,
     "medium": _medium,
     "smollm2-135m-heads": _heads_of_smollm2,
+    "tiny-pythia": _tiny_pythia,
+    "pythia-160m": _pythia_160m,
     "pythia-2.8b": _pythia_2_8b,
+    "llama-7b": _llama_7b,
 }
 
 

@@ -6,6 +6,7 @@ The loop is our own, so that nothing but the model, its cache and one argmax is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -81,23 +82,64 @@ def measure_round(
     Raises:
         LabError: if the configuration does not fit the model, or `new_tokens` is below 2.
     """
+    return measure_stages(configuration, model, prompt, (new_tokens,), clock=clock, on_token=on_token)[0]
+
+
+def measure_stages(
+    configuration: Configuration,
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    stages: Sequence[int],
+    *,
+    clock: Clock | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> list[GenerationRecord]:
+    """One generation, looked at after each number of tokens: a shorter one is the start of a longer one.
+
+    Args:
+        configuration: how to remember.
+        model: a causal language model in eval mode.
+        prompt: [1, tokens].
+        stages: ascending numbers of new tokens [tokens].
+        clock: the device's own by default.
+        on_token: told each token's number.
+
+    Returns:
+        A record per stage, as if the generation had ended there.
+
+    Raises:
+        LabError: if the configuration does not fit the model, or a stage is below 2.
+    """
     device = next(model.parameters()).device
     prompt = prompt.to(device)
     _warm_up(configuration, model, prompt)
     session = open_session(configuration, model)
+    facts: dict[int, dict[str, Any]] = {}
+
+    def note(number: int) -> None:
+        if number + 1 in stages:
+            facts[number + 1] = _facts(session) | {"memory": watch.record()}
+        if on_token is not None:
+            on_token(number)
+
     try:
         with peak_memory(device, _weight_bytes(model)) as watch:
-            times = token_times(session, prompt, new_tokens, clock=clock or clock_for(device), on_token=on_token)
-        return GenerationRecord(
-            prompt_tokens=prompt.shape[1],
-            token_times_s=[round(time, 7) for time in times],  # a tenth of a microsecond
-            kept_tokens=session.kept_tokens,
-            cache_bytes=session.cache_bytes,
-            evictions=session.evictions,
-            memory=watch.record(),
-        )
+            times = token_times(session, prompt, max(stages), clock=clock or clock_for(device), on_token=note)
     finally:
         session.close()
+    rounded = [round(time, 7) for time in times]  # a tenth of a microsecond
+    return [
+        GenerationRecord(prompt_tokens=prompt.shape[1], token_times_s=rounded[:stage], **facts[stage])
+        for stage in stages
+    ]
+
+
+def _facts(session: Session) -> dict[str, int]:
+    return {
+        "kept_tokens": session.kept_tokens,
+        "cache_bytes": session.cache_bytes,
+        "evictions": session.evictions,
+    }
 
 
 def measure(

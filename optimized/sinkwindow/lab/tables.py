@@ -27,7 +27,8 @@ WORDS = (
     "**Total Time**: prefill and generation. **Throughput**: new tokens over that time.",
     "**Avg Attn**: cache work plus attention of one token, all layers, averaged over a generation of its own.",
     "**TTFT**: prefill and the first token. **TPOT**: (last - first) / (tokens - 1), the first token excluded.",
-    f"**{NOT_MEASURED}**: not measured. The speed of an ablation is of no interest, re-computation is slow to score.",
+    f"**{NOT_MEASURED}**: not measured. The speed of a mistake is of no interest, re-computation is slow to score.",
+    "Both generations are one: the shorter is the start of the longer.",
 )
 MEMORY = {
     "cpu": "exact weight bytes plus the growth of the process's resident set during the run, sampled (CPU)",

@@ -17,7 +17,7 @@ from sinkwindow.lab.store import code_version
 from sinkwindow.lab.study_records import StepsRecord, StepsStudy
 from sinkwindow.lab.timing import clock_for
 
-WARM_UP = 2  # untimed tokens before the timed ones
+WARM_UP = 1  # untimed tokens before the timed ones; one costs re-computation a whole window
 PAST = 64  # tokens beyond a full cache at which a size is timed [tokens]
 CODE = ("sessions", "configurations", "timing", "studies.steps")
 

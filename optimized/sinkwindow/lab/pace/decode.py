@@ -1,0 +1,249 @@
+"""Decoding: attention and cache update over bare SDPA; time per output token over `DynamicCache`, early and late."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow.lab.configurations import Configuration, parse, streaming
+from sinkwindow.lab.micro import AttentionSteps, BareAttention
+from sinkwindow.lab.pace.floors import SHORT, kept_bytes, read_weight_bytes, short_step
+from sinkwindow.lab.pace.plans import ATTENTION_BAR, BUFFER, LATE, LATE_BAR, LONGEST_BAR, TPOT_BARS, Plan
+from sinkwindow.lab.pace.records import Comparison, FloorRecord, Series
+from sinkwindow.lab.pace.sampling import Side, in_turns
+
+BEFORE_REBASE = 30  # steps until the rebase that a late cache is brought in front of [tokens]
+
+
+def mean_length(limit: int, buffer: int) -> int:
+    """Keys that a step attends to on average, its own included, over a cycle of B + 1 steps [tokens].
+
+    Args:
+        limit: S + W [tokens].
+        buffer: B [tokens].
+
+    Returns:
+        The length, rounded down.
+    """
+    return limit + 1 + buffer // 2
+
+
+@dataclass(frozen=True)
+class Happened:
+    """Where a streaming cache stands; comparing two of these tells what a step did."""
+
+    evictions: int
+    end: int
+    offset: int
+
+    @classmethod
+    def of(cls, cache: Any) -> Happened:
+        """Reads a cache."""
+        stream = cache._stream  # noqa: SLF001 - nothing public tells a compaction or a rebase
+        return cls(cache.num_evictions, stream.pools[0].end, stream.state.lanes[0].offset)
+
+    def between(self, later: Happened) -> str:
+        """Names what one step did, an empty text for nothing."""
+        names = {
+            "eviction": later.evictions > self.evictions,
+            "rebase": later.offset != self.offset,
+            "compaction": later.end != self.end + 1,
+        }
+        return " + ".join(name for name, did in names.items() if did)
+
+
+class Decoder:
+    """A model with a cache that has seen a number of tokens; `side` decodes from there."""
+
+    def __init__(self, configuration: Configuration, model: PreTrainedModel, batch: int, seen: int) -> None:
+        """Fills the cache.
+
+        Args:
+            configuration: `baseline` or a streaming one.
+            model: a causal language model in eval mode.
+            batch: rows.
+            seen: tokens to fill in [tokens].
+        """
+        self.steps = AttentionSteps(configuration, model, batch=batch)
+        self.steps.fill(seen)
+        self.seen = seen
+        self.streams = hasattr(self.steps.cache, "begin_call")
+        self._token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
+
+    def approach_rebase(self) -> None:
+        """Fills on until a rebase is some steps away."""
+        stream = self.steps.cache._stream  # noqa: SLF001
+        reach = self.seen - stream.state.lanes[0].offset
+        more = stream._bound - reach - BEFORE_REBASE  # noqa: SLF001
+        if more > 0:
+            self.steps.fill(more)
+            self.seen += more
+
+    def token_side(self) -> Side:
+        """A whole step of the model."""
+        return self._side(self._step)
+
+    def attention_side(self) -> Side:
+        """Cache update and attention, all layers."""
+        return self._side(self.steps.step)
+
+    def close(self) -> None:
+        """Takes the cache off the model."""
+        self.steps.close()
+
+    def _step(self) -> None:
+        self._token = self.steps.session.feed(self._token, last_only=True).argmax(dim=-1)
+
+    def _side(self, run: Any) -> Side:
+        if not self.streams:  # held at its length: what a step has added goes before the next one
+            return Side(run, ready=lambda: self.steps.rewind(self.seen))
+        place = [Happened.of(self.steps.cache)]
+
+        def event() -> str:
+            place.append(Happened.of(self.steps.cache))
+            return place.pop(0).between(place[0])
+
+        return Side(run, event=event)
+
+
+def attention(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Comparison]:
+    """Attention and cache update of one token over bare SDPA of the same length, all layers summed.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        batch: rows.
+        plan: sizes.
+
+    Returns:
+        One comparison per buffer, and `DynamicCache` beside them.
+    """
+    lengths = {buffer: mean_length(plan.limit, buffer) for buffer in (BUFFER, 0)}
+    ours = {b: Decoder(streaming(plan.sinks, plan.window, b), model, batch, plan.limit) for b in lengths}
+    stock = Decoder(parse("baseline"), model, batch, lengths[0] - 1)
+    bare = {buffer: BareAttention(model, length, batch=batch) for buffer, length in lengths.items()}
+    sides = {_ours(buffer): decoder.attention_side() for buffer, decoder in ours.items()}
+    sides |= {_bare(length): Side(bare[buffer].step) for buffer, length in lengths.items()}
+    sides |= {"DynamicCache": stock.attention_side()}
+    found = in_turns(sides, plan.samples[batch], model.device)
+    for decoder in (*ours.values(), stock):
+        decoder.close()
+    return [
+        _attention_row(name, batch, found[side], found[_bare(lengths[buffer])], buffer)
+        for buffer, side in ((BUFFER, _ours(BUFFER)), (0, _ours(0)), (None, "DynamicCache"))
+        for buffer in [buffer or 0]
+    ]
+
+
+def _attention_row(name: str, batch: int, ours: Series, bare: Series, buffer: int) -> Comparison:
+    stock = ours.name == "DynamicCache"
+    return Comparison(
+        part="attention",
+        model=name,
+        what=f"batch {batch}, {'DynamicCache, for comparison' if stock else f'B = {buffer}'}",
+        ratio_kind="cost",
+        ours=ours,
+        other=bare,
+        bar=None if stock else ATTENTION_BAR,
+        floor=bare,
+    )
+
+
+def _ours(buffer: int) -> str:
+    return f"ours, B = {buffer}"
+
+
+def _bare(length: int) -> str:
+    return f"bare SDPA, {length:,} tokens"
+
+
+def tokens(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> tuple[list[Comparison], FloorRecord]:
+    """Time per output token over `DynamicCache` held at the same length, early, late, and its longest step.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        batch: rows.
+        plan: sizes.
+
+    Returns:
+        The comparisons, and the floors measured beside them.
+    """
+    lazy, length = streaming(plan.sinks, plan.window, BUFFER), mean_length(plan.limit, BUFFER)
+    first = Decoder(lazy, model, batch, plan.limit)
+    late = Decoder(lazy, model, batch, plan.late[batch])
+    paper = Decoder(streaming(plan.sinks, plan.window, 0), model, batch, plan.limit)
+    for decoder in (late, paper):
+        decoder.approach_rebase()
+    stock = Decoder(parse("baseline"), model, batch, length - 1)
+    sides = {
+        "ours": first.token_side(),
+        "ours, late": late.token_side(),
+        "ours, B = 0": paper.token_side(),
+        "DynamicCache": stock.token_side(),
+        "bare SDPA": Side(BareAttention(model, length, batch=batch).step),
+        "short": Side(short_step(model, batch)),
+    }
+    found = in_turns(sides, plan.samples[batch], model.device)
+    for decoder in (first, late, paper, stock):
+        decoder.close()
+    floors = _floors(model, name, batch, length, found)
+    return _token_rows(name, batch, found, late.seen), floors
+
+
+def _floors(model: PreTrainedModel, name: str, batch: int, length: int, found: dict[str, Series]) -> FloorRecord:
+    short = found["short"].model_copy(update={"name": f"step, {SHORT} tokens of context"})
+    return FloorRecord(
+        model=name,
+        batch=batch,
+        context=length,
+        weight_bytes=read_weight_bytes(model),
+        cache_bytes=kept_bytes(model, length, batch),
+        bare=found["bare SDPA"],
+        short=short,
+    )
+
+
+def _token_rows(name: str, batch: int, found: dict[str, Series], seen: int) -> list[Comparison]:
+    sums = [a + b for a, b in zip(found["short"].values, found["bare SDPA"].values, strict=True)]
+    floor = Series(name=f"step with {SHORT} tokens of context + bare SDPA", unit="ms", values=sums)
+    bar = TPOT_BARS[batch]
+    beside: list[tuple[str, str, str, float | None]] = [
+        ("ours", "DynamicCache", "when first full, over DynamicCache at the same length", bar),
+        ("ours, late", "DynamicCache", f"after {seen:,} tokens, over DynamicCache at the same length", bar),
+        ("ours, B = 0", "DynamicCache", f"B = 0, over DynamicCache at {BUFFER // 2} more tokens", None),
+        ("ours, late", "ours", f"after {seen:,} tokens, over when first full", LATE_BAR if seen >= LATE else None),
+    ]
+    rows = [
+        Comparison(
+            part="tpot",
+            model=name,
+            what=f"batch {batch}, {what}",
+            ratio_kind="cost",
+            ours=found[ours],
+            other=found[other],
+            bar=limit,
+            floor=floor,
+        )
+        for ours, other, what, limit in beside
+    ]
+    return rows + [_longest_row(name, batch, found[side]) for side in ("ours, late", "ours, B = 0")]
+
+
+def _longest_row(name: str, batch: int, series: Series) -> Comparison:
+    happened = series.events.get(series.longest_event, "nothing")
+    seen = sorted({name for one in series.events.values() for name in one.split(" + ")})
+    whole = series.values[series.longest] / series.median
+    return Comparison(
+        part="longest",
+        model=name,
+        what=f"batch {batch}, {series.name}",
+        ratio_kind="longest",
+        ours=series,
+        other=series,
+        bar=LONGEST_BAR,
+        note=f"{happened}; {len(series.values)} steps with {', '.join(seen) or 'no event'}; any step: {whole:.2f}x",
+    )

@@ -1,0 +1,125 @@
+"""Floors: what the machine needs however the cache is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow.lab.configurations import parse
+from sinkwindow.lab.micro import AttentionSteps, BareAttention, geometry
+from sinkwindow.lab.pace.records import BandwidthRecord, FloorRecord
+from sinkwindow.lab.pace.sampling import Side, in_turns
+
+SHORT = 8  # tokens of context of a step whose attention costs next to nothing [tokens]
+
+
+def bandwidth(device: torch.device, *, megabytes: float = 512.0, samples: int = 7) -> BandwidthRecord:
+    """Memory bandwidth, by copying a large tensor, adding it up, and multiplying it with a vector as a model does.
+
+    Args:
+        device: where to measure.
+        megabytes: size of the tensor; far above every cache of the processor [MB].
+        samples: per way.
+
+    Returns:
+        The rates, bytes read plus bytes written per second.
+    """
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    width = 4096
+    rows = max(1, int(megabytes * 1e6) // (width * dtype.itemsize))
+    source = torch.ones((rows, width), device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    target.zero_()
+    vector = torch.ones(width, device=device, dtype=dtype)
+    sides = {
+        "copy": Side(lambda: target.copy_(source)),
+        "sum": Side(source.sum),
+        "matrix times vector": Side(lambda: source @ vector),
+    }
+    moved = {"copy": 2 * source.nbytes, "sum": source.nbytes, "matrix times vector": source.nbytes}
+    with torch.inference_mode():
+        series = in_turns(sides, samples, device)
+    rates = {name: [moved[name] / took / 1e6 for took in one.values] for name, one in series.items()}
+    return BandwidthRecord(device=str(device), megabytes=source.nbytes / 1e6, rates=rates)
+
+
+def short_step(model: PreTrainedModel, batch: int) -> Callable[[], object]:
+    """A step of the model with eight tokens of context in the stock cache.
+
+    Args:
+        model: a causal language model in eval mode.
+        batch: rows.
+
+    Returns:
+        What runs one step; the cache is cut back first, which costs next to nothing at this length.
+    """
+    steps = AttentionSteps(parse("baseline"), model, batch=batch)
+    steps.fill(SHORT)
+    token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
+
+    def step() -> torch.Tensor:
+        steps.rewind(SHORT)
+        return steps.session.feed(token, last_only=True).argmax(dim=-1)
+
+    return step
+
+
+def kept_bytes(model: PreTrainedModel, tokens: int, batch: int) -> int:
+    """Bytes of keys and values that one step has to read.
+
+    Args:
+        model: gives the geometry and the dtype.
+        tokens: in the cache [tokens].
+        batch: rows.
+
+    Returns:
+        Bytes of all layers.
+    """
+    sizes = geometry(model)
+    return 2 * batch * sizes.layers * sizes.kv_heads * sizes.head_dim * tokens * model.dtype.itemsize
+
+
+def read_weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that one step has to read: all but an input embedding that is not the output's as well.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        Bytes; of the embedding a step reads one row per token.
+    """
+    total = sum(one.numel() * one.element_size() for one in model.parameters())
+    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return total - (embedding.numel() * embedding.element_size() if head.weight is not embedding else 0)
+
+
+def floors(model: PreTrainedModel, name: str, context: int, batch: int, *, samples: int = 20) -> FloorRecord:
+    """Bare attention over `context` tokens, and a step with hardly any context, in turns.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        context: keys of the attention, the query's own included [tokens].
+        batch: rows.
+        samples: per side.
+
+    Returns:
+        The floors.
+    """
+    sides = {
+        "bare SDPA": Side(BareAttention(model, context, batch=batch).step),
+        f"step, {SHORT} tokens of context": Side(short_step(model, batch)),
+    }
+    bare, short = in_turns(sides, samples, model.device).values()
+    return FloorRecord(
+        model=name,
+        batch=batch,
+        context=context,
+        weight_bytes=read_weight_bytes(model),
+        cache_bytes=kept_bytes(model, context, batch),
+        bare=bare,
+        short=short,
+    )

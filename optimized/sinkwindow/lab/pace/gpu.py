@@ -1,0 +1,223 @@
+"""What the GPU report measures for one model: decoding against S + W and tokens streamed, prompts, memory."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow.lab.configurations import Configuration, parse, streaming
+from sinkwindow.lab.memory import peak_memory
+from sinkwindow.lab.micro import BareAttention
+from sinkwindow.lab.pace.decode import Decoder, mean_length
+from sinkwindow.lab.pace.floors import kept_bytes, read_weight_bytes, short_step
+from sinkwindow.lab.pace.gpu_records import PointRecord, PromptRecord
+from sinkwindow.lab.pace.plans import BUFFER
+from sinkwindow.lab.pace.records import Series
+from sinkwindow.lab.pace.sampling import Side, in_turns
+from sinkwindow.lab.pace.texts import timed, token_ids
+from sinkwindow.lab.sessions import open_session
+from sinkwindow.lab.timing import clock_for
+
+SINKS = 4
+DENSE, STREAMING = "dense", "streaming, eager"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a report.
+
+    Attributes:
+        models: shape and dtype of each model, the more important one first.
+        limits: S + W [tokens].
+        streamed: tokens streamed before decoding, at `middle` [tokens].
+        middle: the S + W of everything that has only one [tokens].
+        prompts: prompt lengths, in multiples of `middle`.
+        chunk: tokens per call of a prompt [tokens].
+        turn: steps of one sample: enough that a step's own time outweighs the clock's.
+        samples: turns per side.
+        megabytes: tensor for the bandwidth [MB].
+    """
+
+    models: tuple[tuple[str, torch.dtype], ...]
+    limits: tuple[int, ...]
+    streamed: tuple[int, ...]
+    middle: int
+    prompts: tuple[int, ...]
+    chunk: int
+    turn: int
+    samples: int
+    megabytes: float
+
+
+LARGE = Scale(
+    models=(("pythia-2.8b", torch.float16), ("llama-7b", torch.bfloat16)),
+    limits=(1024, 256, 4096, 512, 2048),
+    streamed=(1000, 4000, 16_000, 64_000),
+    middle=1024,
+    prompts=(5, 20),
+    chunk=1024,
+    turn=13,  # a fifth of the 65 steps between two evictions: five turns hold every length once
+    samples=5,
+    megabytes=2048.0,
+)
+TINY = Scale(
+    models=(("tiny-pythia", torch.float16), ("tiny", torch.bfloat16)),
+    limits=(32, 16),
+    streamed=(100, 400),
+    middle=32,
+    prompts=(2, 4),
+    chunk=32,
+    turn=3,
+    samples=2,
+    megabytes=1.0,
+)
+
+
+def has_static() -> bool:
+    """Whether this version of the cache has a static ring."""
+    from sinkwindow import StreamingCache
+
+    return "static" in inspect.signature(StreamingCache).parameters
+
+
+def lazy(limit: int) -> Configuration:
+    """The default cache of S + W tokens."""
+    return streaming(SINKS, limit - SINKS, BUFFER)
+
+
+def decode_points(model: PreTrainedModel, name: str, limit: int, scale: Scale) -> list[PointRecord]:
+    """Dense held at the same length beside streaming when first full; attention of both beside bare SDPA.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        limit: S + W [tokens].
+        scale: sizes.
+
+    Returns:
+        One point per way.
+    """
+    length = mean_length(limit, BUFFER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lists beyond the trained length: speed is not quality
+        ways = {
+            DENSE: Decoder(parse("baseline"), model, 1, length - 1 - scale.turn // 2),
+            STREAMING: Decoder(lazy(limit), model, 1, limit),
+        }
+    tpot = {way: repeated(one.token_side(), scale.turn) for way, one in ways.items()}
+    tpot["short"] = repeated(Side(short_step(model, 1)), scale.turn)
+    tokens = per_step(in_turns(tpot, scale.samples, model.device, warm_up=1), scale.turn)
+    attention = {way: repeated(one.attention_side(), scale.turn) for way, one in ways.items()}
+    attention["bare"] = repeated(Side(BareAttention(model, length).step), scale.turn)
+    parts = per_step(in_turns(attention, scale.samples, model.device, warm_up=1), scale.turn)
+    points = [
+        PointRecord(
+            model=name,
+            way=way,
+            limit=limit,
+            streamed=limit,
+            context=length,
+            read_bytes=read_weight_bytes(model) + kept_bytes(model, length, 1),
+            cache_bytes=one.steps.session.cache_bytes,
+            tpot=tokens[way],
+            short=tokens["short"],
+            attention=parts[way],
+            bare=parts["bare"],
+        )
+        for way, one in ways.items()
+    ]
+    for one in ways.values():
+        one.close()
+    return points
+
+
+def streamed_point(model: PreTrainedModel, name: str, streamed: int, scale: Scale) -> PointRecord:
+    """Streaming after so many tokens; before the cache is full, its length is what it has seen.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        streamed: tokens before the first step [tokens].
+        scale: sizes.
+
+    Returns:
+        The point.
+    """
+    decoder = Decoder(lazy(scale.middle), model, 1, streamed)
+    sides = {
+        STREAMING: repeated(decoder.token_side(), scale.turn),
+        "short": repeated(Side(short_step(model, 1)), scale.turn),
+    }
+    tokens = per_step(in_turns(sides, scale.samples, model.device, warm_up=1), scale.turn)
+    context = min(mean_length(scale.middle, BUFFER), streamed + scale.turn * scale.samples // 2)
+    point = PointRecord(
+        model=name,
+        way=STREAMING,
+        limit=scale.middle,
+        streamed=streamed,
+        context=context,
+        read_bytes=read_weight_bytes(model) + kept_bytes(model, context, 1),
+        cache_bytes=decoder.steps.session.cache_bytes,
+        tpot=tokens[STREAMING],
+        short=tokens["short"],
+    )
+    decoder.close()
+    return point
+
+
+def prompt_point(model: PreTrainedModel, name: str, way: str, multiple: int, scale: Scale) -> PromptRecord:
+    """A prompt read in chunks, alone on the device, after one that warms it up.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        way: `DENSE` or `STREAMING`.
+        multiple: the prompt's length in multiples of S + W.
+        scale: sizes.
+
+    Returns:
+        Time and memory.
+    """
+    configuration = parse("baseline") if way == DENSE else lazy(scale.middle)
+    ids, clock = token_ids(model, multiple * scale.middle), clock_for(model.device)
+
+    def read(part: torch.Tensor) -> None:
+        session = open_session(configuration, model)
+        for chunk in torch.split(part, scale.chunk, dim=1):
+            session.feed(chunk, last_only=True)
+        session.close()
+
+    read(ids[:, : 2 * scale.chunk])
+    with peak_memory(model.device, 0) as watch:
+        took = timed(lambda: read(ids), clock) / ids.shape[1]
+    memory = watch.record()
+    return PromptRecord(
+        model=name,
+        way=way,
+        tokens=ids.shape[1],
+        chunk=scale.chunk,
+        series=Series(name=way, unit="ms/token", values=[took]),
+        before_bytes=memory.before_bytes,
+        peak_bytes=memory.peak_bytes,
+    )
+
+
+def repeated(side: Side, count: int) -> Side:
+    """A side whose sample is several steps on end."""
+
+    def run() -> None:
+        for _ in range(count):
+            side.run()
+
+    return Side(run, ready=side.ready)
+
+
+def per_step(found: dict[str, Series], count: int) -> dict[str, Series]:
+    """The same series, per step."""
+    return {
+        name: one.model_copy(update={"values": [value / count for value in one.values]}) for name, one in found.items()
+    }

@@ -1,0 +1,129 @@
+"""Comparisons of two sides measured in one run, with all their samples; ratios and verdicts are computed from them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sinkwindow.lab.records import MachineRecord, ModelRecord, Record
+from sinkwindow.lab.timing import Spread, spread
+
+Ratio = Literal["cost", "speed", "longest"]
+SCHEMA = 1
+
+
+class Series(Record):
+    """Samples of one side, in one unit; `events` names what the cache did in a step, by the sample's index."""
+
+    name: str
+    unit: str
+    values: list[float] = Field(min_length=1)
+    events: dict[int, str] = Field(default_factory=dict)
+
+    @property
+    def spread(self) -> Spread:
+        """Median and quartiles."""
+        return spread(self.values)
+
+    @property
+    def median(self) -> float:
+        """Median of the samples."""
+        return self.spread.median
+
+    @property
+    def longest_event(self) -> int:
+        """Index of the largest sample among those with an event; among all, where there is none."""
+        return max(self.events or range(len(self.values)), key=self.values.__getitem__)
+
+    @property
+    def longest(self) -> int:
+        """Index of the largest sample."""
+        return max(range(len(self.values)), key=self.values.__getitem__)
+
+
+class Comparison(Record):
+    """Ours beside something else.
+
+    `cost` is our median over the other's, at most `bar`. `speed` is the other's median time over ours, at least `bar`.
+    `longest` is our longest step with an event over our median step, at most `bar`. Without a bar it is shown only.
+    `floor` is a time [ms] below which no implementation on this machine gets, where there is one.
+    """
+
+    part: str
+    model: str
+    what: str
+    ratio_kind: Ratio
+    ours: Series
+    other: Series
+    bar: float | None = None
+    floor: Series | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """The number that the bar is held against."""
+        if self.ratio_kind == "longest":
+            return self.ours.values[self.ours.longest_event] / self.ours.median
+        if self.ratio_kind == "speed":
+            return self.other.median / self.ours.median
+        return self.ours.median / self.other.median
+
+    @property
+    def met(self) -> bool:
+        """Whether the bar is met; true where there is none."""
+        if self.bar is None:
+            return True
+        return self.ratio >= self.bar if self.ratio_kind == "speed" else self.ratio <= self.bar
+
+    @property
+    def over_floor(self) -> float | None:
+        """Our median over the floor's; None without a floor."""
+        return None if self.floor is None else self.ours.median / self.floor.median
+
+
+class BandwidthRecord(Record):
+    """Bytes moved per second [GB/s], by way of moving them, for a tensor of `megabytes`."""
+
+    device: str
+    megabytes: float
+    rates: dict[str, list[float]]
+
+    @property
+    def best(self) -> float:
+        """The fastest way's median [GB/s]: the strictest floor."""
+        return max(spread(values).median for values in self.rates.values())
+
+
+class FloorRecord(Record):
+    """What a decode step cannot be faster than, for one model and batch size."""
+
+    model: str
+    batch: int
+    context: int
+    weight_bytes: int
+    cache_bytes: int
+    bare: Series
+    short: Series
+
+    def bytes_ms(self, rate: float) -> float:
+        """Time to read weights and cache once at `rate` [GB/s] [ms]."""
+        return (self.weight_bytes + self.cache_bytes) / rate / 1e6
+
+
+class SpeedReport(Record):
+    """One run of `nox -s speed`."""
+
+    schema_version: int = SCHEMA
+    quick: bool
+    machine: MachineRecord
+    models: list[ModelRecord]
+    bandwidth: BandwidthRecord
+    floors: list[FloorRecord]
+    comparisons: list[Comparison]
+    seconds: float
+
+    @property
+    def missed(self) -> list[Comparison]:
+        """Comparisons whose bar is not met."""
+        return [one for one in self.comparisons if not one.met]

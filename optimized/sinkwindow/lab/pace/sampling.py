@@ -1,0 +1,97 @@
+"""Sides of a comparison timed in turns, so that a slow minute of the machine hits all of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sinkwindow.lab.pace.records import Series
+from sinkwindow.lab.timing import Clock, clock_for, waiter
+
+
+def _nothing() -> None:
+    """Most sides need no preparation."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        run: what is timed, once per sample.
+        ready: done before each sample, outside the timed region; it must not leave work on the device.
+        event: tells after a sample what the cache did in it, an empty text for nothing.
+    """
+
+    run: Callable[[], object]
+    ready: Callable[[], object] = _nothing
+    event: Callable[[], str] | None = None
+
+
+def in_turns(
+    sides: Mapping[str, Side],
+    samples: int,
+    device: torch.device,
+    *,
+    warm_up: int = 2,
+    clock: Clock | None = None,
+    enough: Callable[[], bool] = lambda: False,
+) -> dict[str, Series]:
+    """Times sides in turns, one sample each.
+
+    Args:
+        sides: by name; each is run `samples` times in the order given.
+        samples: per side.
+        device: where they run; each sample begins and ends with the device idle.
+        warm_up: rounds before the first one that counts.
+        clock: the device's own by default.
+        enough: asked after every round; true ends the measurement early.
+
+    Returns:
+        A series [ms] per side.
+
+    Raises:
+        ValueError: if `samples` is below 1.
+    """
+    if samples < 1:
+        message = f"samples={samples} must be 1 or more"
+        raise ValueError(message)
+    clock, wait = clock or clock_for(device), waiter(device)
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    events: dict[str, dict[int, str]] = {name: {} for name in sides}
+    for number in range(-warm_up, samples):
+        for name, side in sides.items():
+            side.ready()
+            wait()
+            took = _timed(side.run, clock)
+            event = "" if side.event is None else side.event()
+            if number < 0:
+                continue
+            values[name].append(took)
+            if event:
+                events[name][number] = event
+        if number >= 0 and enough():
+            break
+    return {name: Series(name=name, unit="ms", values=values[name], events=events[name]) for name in sides}
+
+
+def _timed(run: Callable[[], object], clock: Clock) -> float:
+    marks = [clock.mark()]
+    run()
+    marks.append(clock.mark())
+    return round(1e3 * clock.seconds(marks)[1], 6)
+
+
+def totals(name: str, rounds: Sequence[Sequence[float]]) -> Series:
+    """Sums the parts of each round.
+
+    Args:
+        name: of the side.
+        rounds: times of the parts, round by round [ms].
+
+    Returns:
+        One sample per round [ms].
+    """
+    return Series(name=name, unit="ms", values=[sum(parts) for parts in rounds])

@@ -1,0 +1,174 @@
+"""The page of `nox -s speed`: pure functions of its records, so that no number was ever typed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, Series, SpeedReport
+from sinkwindow.lab.page import Block, Bullets, Heading, Table, Text, markdown
+from sinkwindow.lab.records import MachineRecord, ModelRecord
+from sinkwindow.lab.timing import spread
+
+NOT_MEASURED = "-"
+PARTS = {
+    "attention": "Attention and cache update over bare SDPA",
+    "tpot": "Time per output token",
+    "longest": "The longest step with an eviction, compaction or rebase, over the median step",
+    "prefill": "Prefill of 20 limits",
+    "memory": "Peak memory of a prefill",
+    "perplexity": "Exact streaming perplexity",
+    "static": "Static ring",
+    "tricks": "What each trick is worth",
+}
+WORDS = (
+    "Both sides of a ratio ran in turns in one process; medians, quartiles in brackets, raw samples in the JSON.",
+    "**Ratio** is our time over the other side's; for prefill and perplexity our tokens/s over the other side's.",
+    "**Over floor**, attention: ours over bare SDPA on ready-made contiguous keys and values of the same length.",
+    "**Over floor**, steps: ours over the same model's step with 8 tokens of context plus that bare SDPA.",
+    "A cache is brought to where it has seen N tokens with made-up keys and values; then the model itself decodes.",
+)
+
+
+def render(report: SpeedReport) -> str:
+    """The page as Markdown.
+
+    Args:
+        report: what was measured.
+
+    Returns:
+        Markdown.
+    """
+    return markdown(page(report))
+
+
+def page(report: SpeedReport) -> list[Block]:
+    """The page.
+
+    Args:
+        report: what was measured.
+
+    Returns:
+        Its blocks.
+    """
+    blocks: list[Block] = [Heading(1, "Speed"), Text(verdict(report)), Heading(2, "What ran"), _head(report)]
+    blocks += [Heading(2, "Floors"), floor_table(report.floors, report.bandwidth), bandwidth_table(report.bandwidth)]
+    for part, title in PARTS.items():
+        rows = [one for one in report.comparisons if one.part == part]
+        if rows:
+            blocks += [Heading(2, title), comparison_table(rows, judged=not report.quick)]
+    return [*blocks, Heading(2, "What the words mean"), Bullets(WORDS)]
+
+
+def verdict(report: SpeedReport) -> str:
+    """One sentence: what was missed, or that nothing was."""
+    judged = [one for one in report.comparisons if one.bar is not None]
+    if report.quick:
+        return "**A quick run** on tiny models: it shows that everything is measured, its numbers are not judged."
+    if not report.missed:
+        return f"All {len(judged)} bars are met, in {report.seconds:.0f} s."
+    return f"{len(report.missed)} of {len(judged)} bars are missed: " + "; ".join(map(complaint, report.missed)) + "."
+
+
+def complaint(one: Comparison) -> str:
+    """A missed bar with its number."""
+    side = "at least" if one.ratio_kind == "speed" else "at most"
+    return f"{one.model}, {one.part}, {one.what}: {one.ratio:.3f}x, {side} {one.bar:.2f}x asked"
+
+
+def comparison_table(rows: Sequence[Comparison], *, judged: bool = True) -> Table:
+    """Rows of one part.
+
+    Args:
+        rows: the comparisons.
+        judged: whether to say which bars are met.
+
+    Returns:
+        The table.
+    """
+    header = ("Model", "What", "Ours", "Beside", "Ratio", "Bar", "Over floor", "Note")
+    return Table(header, tuple(_row(one, judged=judged) for one in rows))
+
+
+def _row(one: Comparison, *, judged: bool) -> tuple[str, ...]:
+    if one.ratio_kind == "longest":
+        worst = one.ours.values[one.ours.longest_event]
+        ours, other = f"longest {worst:.2f} {one.ours.unit}", f"median {_cell(one.ours)}"
+    else:
+        ours, other = _cell(one.ours), f"{one.other.name}: {_cell(one.other)}"
+    floor = NOT_MEASURED if one.over_floor is None else f"{one.over_floor:.2f}x"
+    note = one.note or ("" if one.part != "tricks" else one.ours.name)
+    return (one.model, one.what, ours, other, f"{one.ratio:.3f}x", _bar(one, judged=judged), floor, note)
+
+
+def _bar(one: Comparison, *, judged: bool) -> str:
+    if one.bar is None:
+        return NOT_MEASURED
+    sign = ">=" if one.ratio_kind == "speed" else "<="
+    met = f", {'met' if one.met else 'MISSED'}" if judged else ", not judged"
+    return f"{sign} {one.bar:.2f}x{met}"
+
+
+def _cell(series: Series) -> str:
+    found = series.spread
+    if found.count == 1:
+        return f"{found.median:.3f} {series.unit}"
+    return f"{found.median:.3f} [{found.lower:.3f}, {found.upper:.3f}] {series.unit}"
+
+
+def floor_table(floors: Sequence[FloorRecord], bandwidth: BandwidthRecord) -> Table:
+    """Floors of a decode step.
+
+    Args:
+        floors: by model and batch size.
+        bandwidth: of the memory.
+
+    Returns:
+        The table.
+    """
+    header = ("Model", "Batch", "Context", "Bare SDPA", "Step, 8 tokens of context", "Bytes read", "Bytes / bandwidth")
+    return Table(header, tuple(_floor_row(one, bandwidth) for one in floors))
+
+
+def _floor_row(one: FloorRecord, bandwidth: BandwidthRecord) -> tuple[str, ...]:
+    weights, cache = f"{one.weight_bytes / 1e9:.3f} GB", f"{one.cache_bytes / 1e9:.3f} GB"
+    times = [_cell(one.bare), _cell(one.short), f"{weights} + {cache}", f"{one.bytes_ms(bandwidth.best):.2f} ms"]
+    return (one.model, str(one.batch), f"{one.context:,}", *times)
+
+
+def bandwidth_table(bandwidth: BandwidthRecord) -> Table:
+    """Memory bandwidth by way of moving bytes.
+
+    Args:
+        bandwidth: what was measured.
+
+    Returns:
+        The table.
+    """
+    rows = []
+    for name, values in bandwidth.rates.items():
+        found = spread(values)
+        rows.append((name, f"{found.median:.1f} [{found.lower:.1f}, {found.upper:.1f}] GB/s"))
+    return Table((f"Memory bandwidth, {bandwidth.megabytes:,.0f} MB on {bandwidth.device}", "rate"), tuple(rows))
+
+
+def _head(report: SpeedReport) -> Table:
+    rows = [("Model", model_line(one)) for one in report.models] + machine_rows(report.machine)
+    return Table(("", "value"), (*rows, ("Took", f"{report.seconds:.0f} s")), facts=True)
+
+
+def model_line(model: ModelRecord) -> str:
+    """A model in one line."""
+    size = f"{model.parameters / 1e6:,.1f}M parameters, {model.weight_bytes / 1e9:.3f} GB"
+    return f"{model.name} ({model.source}); {model.model_type}, {size}, {model.dtype} on {model.device}"
+
+
+def machine_rows(machine: MachineRecord) -> list[tuple[str, str]]:
+    """A machine and its software, a row each."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    changed = " with local changes" if machine.dirty else ""
+    return [
+        ("Machine", f"{machine.cpu}, {machine.cores} core(s), {machine.memory_gb:.1f} GB, {machine.gpu or 'no GPU'}"),
+        ("Software", f"Python {machine.python}, {packages}; {machine.threads} thread(s); {machine.system}"),
+        ("Commit", f"{machine.commit}{changed}" if machine.commit else "not run from a checkout"),
+        ("Date", machine.date),
+    ]

@@ -1,0 +1,207 @@
+"""Long inputs: a prompt of 20 limits beside a dense chunked pass, its peak memory, and exact scoring of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow.lab.configurations import Configuration, parse, streaming
+from sinkwindow.lab.memory import peak_memory
+from sinkwindow.lab.pace.plans import BUFFER, BY_TOKEN_BAR, FLAT_BAR, PREFILL_BAR, Plan
+from sinkwindow.lab.pace.records import Comparison, Series
+from sinkwindow.lab.perplexity import token_losses
+from sinkwindow.lab.sessions import Session, open_session
+from sinkwindow.lab.timing import Clock, clock_for
+
+LONG, SHORTER = 20, 5  # prompts, in limits
+NAMES = {"ours": "ours", "dense": "dense, same chunks", "held": "dense, cut to S + W before each chunk (inexact)"}
+
+
+def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
+    """A prompt of 20 limits in chunks, ours and dense in turns, chunk by chunk.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        plan: sizes.
+
+    Returns:
+        Ours over dense, and over a dense cache that is cut to the same length before each chunk.
+    """
+    lazy = streaming(plan.sinks, plan.prompt_window, BUFFER)
+    limit = plan.sinks + plan.prompt_window
+    ids = token_ids(model, LONG * limit)
+    read_chunks(model, lazy, ids[:, : 2 * plan.chunk], plan.chunk, limit)  # warm
+    rounds = [read_chunks(model, lazy, ids, plan.chunk, limit) for _ in range(plan.prefills)]
+    found = {
+        side: Series(name=NAMES[side], unit="ms/token", values=[sum(one[side]) / ids.shape[1] for one in rounds])
+        for side in NAMES
+    }
+    what = f"{ids.shape[1]:,} tokens in chunks of {plan.chunk}, S + W = {limit}"
+    return [
+        Comparison(
+            part="prefill",
+            model=name,
+            what=f"{what}, over {NAMES[other]}",
+            ratio_kind="speed",
+            ours=found["ours"],
+            other=found[other],
+            bar=PREFILL_BAR if other == "dense" else None,
+        )
+        for other in ("dense", "held")
+    ]
+
+
+def read_chunks(
+    model: PreTrainedModel, configuration: Configuration, ids: torch.Tensor, chunk: int, limit: int
+) -> dict[str, list[float]]:
+    """Feeds a prompt to three sessions in turns.
+
+    Args:
+        model: a causal language model in eval mode.
+        configuration: ours.
+        ids: [1, tokens].
+        chunk: tokens per call [tokens].
+        limit: what the third session's stock cache is cut to before each chunk [tokens].
+
+    Returns:
+        Times of the chunks by side [ms].
+    """
+    clock = clock_for(model.device)
+    sessions = {
+        "ours": open_session(configuration, model),
+        "dense": open_session(parse("baseline"), model),
+        "held": open_session(parse("baseline"), model),
+    }
+    times: dict[str, list[float]] = {side: [] for side in sessions}
+    for part in torch.split(ids, chunk, dim=1):
+        for side, session in sessions.items():
+            beyond = session.kept_tokens - limit if side == "held" else 0
+            if beyond > 0:
+                session.cache.crop(-beyond)
+            times[side].append(timed(lambda session=session: session.feed(part, last_only=True), clock))  # type: ignore[misc]  # noqa: B023
+    for session in sessions.values():
+        session.close()
+    return times
+
+
+def timed(run: Callable[[], object], clock: Clock) -> float:
+    """Time of one call, the device idle before it [ms]."""
+    marks = [clock.mark()]
+    run()
+    marks.append(clock.mark())
+    return 1e3 * clock.seconds(marks)[1]
+
+
+def memory(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
+    """Peak memory above the weights of a prompt of 20 limits over that of 5, the cache included.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        plan: sizes.
+
+    Returns:
+        One comparison.
+    """
+    lazy = streaming(plan.sinks, plan.prompt_window, BUFFER)
+    limit = plan.sinks + plan.prompt_window
+    growth = {times: grown_mb(model, lazy, times * limit, plan.chunk) for times in (SHORTER, LONG)}
+    ours, other = (
+        Series(name=f"ours, {times * limit:,} tokens", unit="MB", values=[growth[times]]) for times in (LONG, SHORTER)
+    )
+    what = f"peak above the weights, prompt of {LONG} limits over {SHORTER}, chunks of {plan.chunk}, S + W = {limit}"
+    bar = FLAT_BAR
+    return [Comparison(part="memory", model=name, what=what, ratio_kind="cost", ours=ours, other=other, bar=bar)]
+
+
+def grown_mb(model: PreTrainedModel, configuration: Configuration, count: int, chunk: int) -> float:
+    """What a prefill adds to memory at its peak.
+
+    Args:
+        model: a causal language model in eval mode.
+        configuration: how to remember.
+        count: tokens of the prompt [tokens].
+        chunk: tokens per call [tokens].
+
+    Returns:
+        The peak above what there was before [MB]; on a CPU of the process's resident set.
+    """
+    ids = token_ids(model, count)
+    with peak_memory(model.device, 0) as watch:
+        session = open_session(configuration, model)
+        for part in torch.split(ids, chunk, dim=1):
+            session.feed(part, last_only=True)
+        session.close()
+    record = watch.record()
+    return max(record.peak_bytes - record.before_bytes, 1) / 1e6
+
+
+def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
+    """Exact streaming losses of a text in blocks over token by token, and over a dense pass in the same blocks.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        plan: sizes.
+
+    Returns:
+        Both comparisons, times per token, logits and losses included.
+    """
+    lazy = streaming(plan.sinks, plan.window, BUFFER)
+    found = score_in_turns(model, lazy, plan)
+    what = f"S + W = {plan.limit:,}, blocks of {plan.block}"
+    rows = (("single", "token by token", BY_TOKEN_BAR), ("dense", "a dense pass in the same blocks", PREFILL_BAR))
+    return [
+        Comparison(
+            part="perplexity",
+            model=name,
+            what=f"{what}, over {words}",
+            ratio_kind="speed",
+            ours=found["blocks"],
+            other=found[other],
+            bar=bar,
+        )
+        for other, words, bar in rows
+    ]
+
+
+def score_in_turns(model: PreTrainedModel, configuration: Configuration, plan: Plan) -> dict[str, Series]:
+    """Reads a text block by block, dense in turns with ours, and some tokens one by one after each block.
+
+    Args:
+        model: a causal language model in eval mode.
+        configuration: ours.
+        plan: sizes.
+
+    Returns:
+        Times per token [ms]: `blocks`, `dense`, and `single` since the cache is full.
+    """
+    stride = plan.block + plan.singles
+    ids = token_ids(model, plan.limit + plan.scored * stride + 1)
+    ours, dense = open_session(configuration, model), open_session(parse("baseline"), model)
+    clock = clock_for(model.device)
+    values: dict[str, list[float]] = {"blocks": [], "dense": [], "single": []}
+
+    def score(session: Session, start: int, count: int, block: int) -> float:
+        return timed(lambda: token_losses(session, ids[:, start : start + count + 1], block=block), clock) / count
+
+    for session in (ours, dense):
+        score(session, 0, plan.limit, plan.block)
+    for start in range(plan.limit, plan.limit + plan.scored * stride, stride):
+        middle = start + plan.block
+        values["blocks"].append(score(ours, start, plan.block, plan.block))
+        values["dense"].append(score(dense, start, plan.block, plan.block))
+        values["single"].append(score(ours, middle, plan.singles, 1))
+        score(dense, middle, plan.singles, plan.singles)
+    for session in (ours, dense):
+        session.close()
+    return {side: Series(name=side, unit="ms/token", values=own) for side, own in values.items()}
+
+
+def token_ids(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """Random token ids [1, count] on the model's device: speed does not depend on what a text says."""
+    random = torch.Generator().manual_seed(count)
+    return torch.randint(0, int(model.config.vocab_size), (1, count), generator=random).to(model.device)
