@@ -198,6 +198,20 @@ def bench_site(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def peers(session: nox.Session) -> None:
+    """Runs what people use today beside ours, each in its own environment; writes docs/peers.md: `-- --quick`."""
+    install_project(session)
+    session.run("python", "-m", "peers", *session.posargs)
+
+
+@nox.session(default=False)
+def speed(session: nox.Session) -> None:
+    """Measures the cache beside its floors, fails where a bar is missed, and says by how much: `-- --quick`."""
+    install_project(session)
+    session.run("python", "-m", "sinkwindow.lab", "speed-report", "--out", "results", *session.posargs)
+
+
+@nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Builds dist/*.tar.gz and dist/*.whl and checks what a package index would show of them."""
     install_group(session, "build")

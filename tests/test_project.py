@@ -23,7 +23,7 @@ else:
 ROOT: Final = Path(__file__).resolve().parent.parent
 OURS: Final = ("sinkwindow", "sinkwindow_reference")
 PYPROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FOLDERS: Final = ("optimized", "reference", "tests", "docs", "asv_benches", "benchmarks", ".ci", ".github")
+FOLDERS: Final = ("optimized", "reference", "tests", "docs", "asv_benches", "benchmarks", "peers", ".ci", ".github")
 SUFFIXES: Final = {"", ".cfg", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
 CACHES: Final = re.compile(r"(^|/)(\.\w+_cache|\.coverage|__pycache__|node_modules)")
 

@@ -1,0 +1,164 @@
+"""`python -m peers [--quick]`: builds the environments, measures, writes results/peers.* and docs/peers.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from transformers import AutoTokenizer
+
+from peers.client import Client
+from peers.environments import HOME, BuildError, interpreter
+from peers.plan import FULL, PEERS, QUICK, Plan
+from peers.run import failed_row, left_out, measure, say, skipped_row
+from peers.table import markdown, verdicts
+from sinkwindow.lab import machine
+from sinkwindow.lab.corpora import load_corpus
+from sinkwindow.lab.files import output_folder, write_text
+from sinkwindow.lab.models import EMBEDDED, embedded_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+DOCUMENT: Final = ROOT / "docs" / "peers.md"
+MARKERS: Final = ("<!-- peers: begin -->", "<!-- peers: end -->")
+CORPUS: Final = "shakespeare"
+TOKENS: Final = 6144  # above the longest prompt and the longest text [tokens]
+CHARACTERS: Final = 60_000  # of the text, more than enough for so many tokens
+THREADS: Final = 2
+
+
+def export(folder: Path) -> tuple[Path, int]:
+    """Writes the embedded model so that every version of transformers reads the same weights, and the text's ids.
+
+    Args:
+        folder: where to.
+
+    Returns:
+        The file of the token ids, and the size of the weights [bytes].
+    """
+    source, _ = embedded_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    if not weights.exists() or weights.stat().st_size != (source / weights.name).stat().st_size:
+        shutil.copyfile(source / weights.name, weights)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    write_text(folder / "config.json", json.dumps(readable(config), indent=1))
+    text = load_corpus(CORPUS).text[:CHARACTERS]
+    ids = AutoTokenizer.from_pretrained(source)(text).input_ids[:TOKENS]
+    write_text(folder / "ids.json", json.dumps(ids))
+    return folder / "ids.json", weights.stat().st_size
+
+
+def readable(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says the base of the rotation and the dtype as old and as new versions look for them."""
+    return {**config, "rope_theta": config["rope_parameters"]["rope_theta"], "torch_dtype": config["dtype"]}
+
+
+def start(key: str, model: Path, ids: Path) -> tuple[Client | None, dict[str, Any]]:
+    """Starts a peer, or says why it does not run.
+
+    Args:
+        key: of the peer.
+        model: folder of the weights.
+        ids: file of the token ids.
+
+    Returns:
+        The running peer or None, and the row for the record.
+    """
+    try:
+        python = interpreter(key)
+    except BuildError as error:
+        return None, failed_row(key, f"its environment could not be built: {error}")
+    command = (python, "-m", "peers.worker", key, str(model), str(ids), str(THREADS))
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH") if python == sys.executable else None])]
+    client = Client(command, HOME / f"{key}.log", environment={"PYTHONPATH": os.pathsep.join(paths)})
+    say(f"{key}: starting")
+    hello = client.ask("hello")
+    if "result" not in hello:
+        client.close()
+        return None, failed_row(key, f"did not start: {hello.get('error', 'no reason given')}")
+    return client, {"key": key, "versions": hello["result"], "failure": None, "answers": {}}
+
+
+def collect(plan: Plan, *, quick: bool) -> dict[str, Any]:
+    """Runs everything.
+
+    Args:
+        plan: how much.
+        quick: whether slow peers are left out.
+
+    Returns:
+        The record, as in results/peers.json.
+    """
+    HOME.mkdir(exist_ok=True)
+    model = (HOME / "model").resolve()
+    ids, weight_bytes = export(model)
+    skipped = left_out(quick)
+    started = {peer.key: start(peer.key, model, ids) for peer in PEERS if peer.key not in skipped}
+    clients = {key: client for key, (client, _) in started.items() if client is not None}
+    try:
+        answers = measure(clients, plan)
+    finally:
+        for client in clients.values():
+            client.close()
+    rows = [
+        {**started[peer.key][1], "answers": answers.get(peer.key, {})} if peer.key in started else skipped_row(peer.key)
+        for peer in PEERS
+    ]
+    return {
+        "machine": machine.describe(torch.device("cpu")).model_dump(),
+        "threads": THREADS,
+        "model": EMBEDDED,
+        "weight_bytes": weight_bytes,
+        "corpus": load_corpus(CORPUS).source,
+        "quick": quick,
+        "plan": dataclasses.asdict(plan),
+        "peers": rows,
+    }
+
+
+def into(document: Path, text: str) -> None:
+    """Puts the table between the document's markers.
+
+    Raises:
+        ValueError: if the document has no markers.
+    """
+    old = document.read_text(encoding="utf-8")
+    begin, end = MARKERS
+    if begin not in old or end not in old:
+        raise ValueError(f"{document} has no {begin} and {end}: put them where the table belongs")
+    write_text(document, f"{old.partition(begin)[0]}{begin}\n{text}{end}{old.partition(end)[2]}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, writes, prints, and fails if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="peers", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="less of everything, without the slow peers")
+    parser.add_argument("--no-docs", action="store_true", help="leave docs/peers.md alone; --quick does, too")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for peers.md and peers.json")
+    options = parser.parse_args(arguments)
+    out = output_folder(options.out)
+    record = collect(QUICK if options.quick else FULL, quick=options.quick)
+    text = markdown(record)
+    write_text(out / "peers.json", json.dumps(record, indent=1))
+    write_text(out / "peers.md", text)
+    if not (options.quick or options.no_docs):
+        into(DOCUMENT, text)
+    sys.stdout.write(text)
+    missed = [one for one in verdicts(record) if not one.met]
+    for one in missed:
+        say(f"bar missed: {one}")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The other end of `worker.py`: asks a peer's process, one JSON object a line, and never waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+TIMEOUT: Final = 1200.0  # for one answer [s]: the reference reads 2,000 tokens
+
+
+class Client:
+    """A peer's process; once it died, every answer is an error that says so."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        """Starts the process.
+
+        Args:
+            command: program and arguments.
+            log: what it prints to standard error.
+            environment: variables besides the present ones.
+            timeout: for one answer [s].
+        """
+        self.timeout = timeout
+        self._log = log
+        with log.open("w", encoding="utf-8") as errors:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **(environment or {})},
+            )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Asks for a measurement.
+
+        Args:
+            do: its name.
+            **arguments: its arguments, anything that JSON can say.
+
+        Returns:
+            `{"result": ...}`, `{"refused": why}` or `{"error": what}`.
+        """
+        try:
+            self._write(json.dumps({"do": do, **arguments}) + "\n")
+            line = self._lines.get(timeout=self.timeout)
+        except queue.Empty:
+            self._process.kill()
+            return {"error": f"no answer to {do} within {self.timeout:.0f} s"}
+        except (OSError, ValueError):
+            line = None
+        if line is None:
+            self._lines.put(None)  # for the next question
+            return {"error": f"process ended: {self._last_words()}"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Ends the process and waits for it."""
+        with suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _write(self, text: str) -> None:
+        if self._process.stdin is None:
+            raise OSError("no standard input")
+        self._process.stdin.write(text)
+        self._process.stdin.flush()
+
+    def _read(self) -> None:
+        """Hands lines over; None says that there will be no more."""
+        if self._process.stdout is not None:
+            with self._process.stdout as stream:
+                for line in stream:
+                    self._lines.put(line)
+        self._lines.put(None)
+
+    def _last_words(self) -> str:
+        """The last line that the process printed to standard error."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else "it said nothing"

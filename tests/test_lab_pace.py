@@ -1,0 +1,314 @@
+"""Comparisons are what they say: ratios and bars by hand, turns with a fake clock, floors in plain numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from lab_tiny import tiny_model
+from sinkwindow.lab.configurations import parse, streaming
+from sinkwindow.lab.errors import LabError
+from sinkwindow.lab.pace import decode, documents, floors, plans, speed_page, texts, tricks
+from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, Series, SpeedReport
+from sinkwindow.lab.pace.sampling import Side, in_turns
+from sinkwindow.lab.records import MachineRecord
+from sinkwindow.lab.shapes import random_model
+from sinkwindow.lab.timing import HostClock
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sinkwindow.lab.pace.records import Ratio
+
+CPU = torch.device("cpu")
+
+
+def series(*values: float, **events: str) -> Series:
+    """Samples; `s1="eviction"` is an event of sample 1."""
+    named = {int(key[1:]): what for key, what in events.items()}
+    return Series(name="side", unit="ms", values=list(values), events=named)
+
+
+def comparison(kind: Ratio, ours: Series, other: Series, bar: float | None = None) -> Comparison:
+    """A comparison with a floor of 2 ms."""
+    return Comparison(
+        part="tpot", model="tiny", what="a step", ratio_kind=kind, ours=ours, other=other, bar=bar, floor=series(2.0)
+    )
+
+
+def report(*rows: Comparison, quick: bool = False) -> SpeedReport:
+    """A report with these rows."""
+    machine = MachineRecord(
+        date="2026-01-01",
+        cpu="a cpu",
+        cores=2,
+        memory_gb=8.0,
+        gpu=None,
+        system="Linux",
+        threads=2,
+        python="3.11",
+        packages={"torch": "2"},
+        commit="abc",
+        dirty=False,
+    )
+    bandwidth = BandwidthRecord(device="cpu", megabytes=100.0, rates={"copy": [9.0, 10.0, 11.0], "sum": [20.0]})
+    floor = FloorRecord(
+        model="tiny",
+        batch=1,
+        context=10,
+        weight_bytes=3_000_000_000,
+        cache_bytes=1_000_000_000,
+        bare=series(1.0),
+        short=series(5.0),
+    )
+    return SpeedReport(
+        quick=quick,
+        machine=machine,
+        models=[],
+        bandwidth=bandwidth,
+        floors=[floor],
+        comparisons=list(rows),
+        seconds=12.0,
+    )
+
+
+# -- ratios and bars --------------------------------------------------------------------------------------------------
+
+
+def test_cost_is_ours_over_the_other() -> None:
+    """Medians of 3 and 4 ms: three quarters, met by a bar of 0.75, missed by one of 0.74; 1.5 times the floor."""
+    row = comparison("cost", series(1.0, 3.0, 90.0), series(4.0), 0.75)
+    assert (row.ratio, row.met, row.over_floor) == (0.75, True, 1.5)
+    assert not row.model_copy(update={"bar": 0.74}).met
+
+
+def test_speed_is_the_other_time_over_ours() -> None:
+    """Ours takes 10 ms a token and the other 8: 0.8 times its tokens per second, which a bar of 0.7 allows."""
+    row = comparison("speed", series(10.0), series(8.0), 0.7)
+    assert (row.ratio, row.met) == (0.8, True)
+    assert not row.model_copy(update={"bar": 0.81}).met
+
+
+def test_the_longest_step_counts_where_the_cache_did_something() -> None:
+    """A step of 50 ms in which nothing happened is the machine's; the eviction's 8 ms count, over a median of 4."""
+    steps = series(4.0, 4.0, 50.0, 8.0, 4.0, s1="eviction", s3="eviction + rebase")
+    row = comparison("longest", steps, steps, 3.0)
+    assert (row.ratio, row.met) == (2.0, True)
+    assert steps.longest == 2
+    assert steps.events[steps.longest_event] == "eviction + rebase"
+
+
+def test_without_events_every_step_counts() -> None:
+    """Nothing named: the largest of all."""
+    assert series(1.0, 5.0, 2.0).longest_event == 1
+
+
+def test_a_nan_meets_no_bar() -> None:
+    """A side that measured nonsense does not pass."""
+    assert not comparison("cost", series(float("nan")), series(1.0), 2.0).met
+    assert not comparison("speed", series(float("nan")), series(1.0), 2.0).met
+
+
+def test_the_page_names_each_missed_bar_with_its_number() -> None:
+    """Number and bar stand in the verdict and in the row; a row without a bar is never missed."""
+    rows = [comparison("cost", series(3.0), series(2.0), 1.15), comparison("cost", series(9.0), series(1.0))]
+    found = report(*rows)
+    assert found.missed == rows[:1]
+    page = speed_page.render(found)
+    assert "1 of 1 bars are missed: tiny, tpot, a step: 1.500x, at most 1.15x asked." in page
+    assert "| 1.500x | <= 1.15x, MISSED | 1.50x |" in page
+    assert "3.000 GB + 1.000 GB | 200.00 ms" in page  # 4 GB at the better way's 20 GB/s
+
+
+def test_a_page_without_a_miss_says_so() -> None:
+    """And a quick run is never judged."""
+    good = comparison("cost", series(1.0), series(2.0), 1.0)
+    assert "All 1 bars are met" in speed_page.render(report(good))
+    bad = comparison("cost", series(3.0), series(2.0), 1.0)
+    assert "not judged" in speed_page.render(report(bad, quick=True))
+    assert "MISSED" not in speed_page.render(report(bad, quick=True))
+
+
+def test_a_report_survives_its_json() -> None:
+    """What is rendered again from the file is what was rendered first."""
+    found = report(comparison("longest", series(1.0, 2.0, s1="rebase"), series(1.0), 3.0))
+    again = SpeedReport.model_validate_json(found.model_dump_json())
+    assert speed_page.render(again) == speed_page.render(found)
+
+
+# -- turns ------------------------------------------------------------------------------------------------------------
+
+
+def test_sides_take_turns_and_warm_up_does_not_count() -> None:
+    """Order a, b, a, b; preparation outside the time; the events of counted samples only."""
+    now, order = [0.0], []
+
+    def run(name: str, took: float) -> None:
+        order.append(name)
+        now[0] += took
+
+    def ready() -> None:
+        now[0] += 100.0
+
+    sides = {
+        "a": Side(lambda: run("a", 1.0), ready=ready),
+        "b": Side(lambda: run("b", 2.0), event=lambda: "eviction" if len(order) == 6 else ""),
+    }
+    found = in_turns(sides, 2, CPU, warm_up=1, clock=HostClock(now=lambda: now[0]))
+    assert order == ["a", "b"] * 3
+    assert [one.values for one in found.values()] == [[1000.0, 1000.0], [2000.0, 2000.0]]
+    assert [one.events for one in found.values()] == [{}, {1: "eviction"}]
+
+
+def test_no_samples_are_refused() -> None:
+    """There is no median of nothing."""
+    with pytest.raises(ValueError, match="samples=0 must be 1 or more"):
+        in_turns({"a": Side(lambda: None)}, 0, CPU)
+
+
+# -- floors -----------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_step() -> None:
+    """Keys and values of two layers, two heads of 4 in float64; an embedding that is the output's is read as well."""
+    model = tiny_model()
+    assert floors.kept_bytes(model, 10, 3) == 2 * 3 * 2 * 2 * 4 * 10 * 8
+    total = sum(one.numel() * one.element_size() for one in model.parameters())
+    embedding: Any = model.get_input_embeddings()
+    assert floors.read_weight_bytes(model) == total - embedding.weight.numel() * 8  # not tied: one row is read
+    tied = random_model("tiny")
+    assert floors.read_weight_bytes(tied) == sum(one.numel() * 4 for one in tied.parameters())
+
+
+def test_bandwidth_has_every_way() -> None:
+    """Three ways, each with its samples, all above zero."""
+    found = floors.bandwidth(CPU, megabytes=0.5, samples=3)
+    assert sorted(found.rates) == ["copy", "matrix times vector", "sum"]
+    assert all(len(one) == 3 and min(one) > 0 for one in found.rates.values())
+    assert found.best == max(sorted(one)[1] for one in found.rates.values())
+
+
+def test_floors_of_a_model() -> None:
+    """Both sides have their samples; the length is the one asked for."""
+    found = floors.floors(tiny_model(torch.float32), "tiny", 20, 2, samples=2)
+    assert (found.context, found.batch, len(found.bare.values), len(found.short.values)) == (20, 2, 2, 2)
+
+
+# -- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_decoders_hold_what_they_say() -> None:
+    """A stock cache stays at its length; a streaming one streams; a reset in between changes nothing."""
+    model = random_model("tiny")
+    stock = decode.Decoder(parse("baseline"), model, 1, 20)
+    side = stock.token_side()
+    for _ in range(3):
+        side.ready()
+        assert stock.steps.cache.get_seq_length() == 20
+        side.run()
+    ours = decode.Decoder(streaming(2, 6, 0), model, 1, 20)
+    side = ours.token_side()
+    events = []
+    for _ in range(3):
+        side.ready()
+        side.run()
+        assert side.event is not None
+        events.append(side.event())
+    assert all("eviction" in one for one in events)
+    ours.close()
+    stock.close()
+
+
+def test_a_rebase_is_a_few_steps_away() -> None:
+    """After approaching it, exactly one of the next steps rebases, and it is the last but a few."""
+    ours = decode.Decoder(streaming(2, 6, 0), random_model("tiny-pythia"), 1, 600)
+    ours.approach_rebase()
+    side = ours.attention_side()
+    events = []
+    for _ in range(decode.BEFORE_REBASE + 3):
+        side.run()
+        assert side.event is not None
+        events.append(side.event())
+    ours.close()
+    assert [number for number, one in enumerate(events) if "rebase" in one] == [decode.BEFORE_REBASE]
+
+
+def test_events_are_told_apart() -> None:
+    """Nothing, an eviction, a window that moved, positions that started again."""
+    before = decode.Happened(3, 100, 7)
+    assert before.between(decode.Happened(3, 101, 7)) == ""
+    assert before.between(decode.Happened(4, 101, 7)) == "eviction"
+    assert before.between(decode.Happened(4, 80, 9)) == "eviction + rebase + compaction"
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_model_s_decoding_has_every_bar(batch: int) -> None:
+    """Attention for both buffers, TPOT early and late, the longest step; bars where the issue has some."""
+    model = random_model("tiny")
+    plan = plans.Plan(**{**vars(plans.QUICK), "samples": {1: 3, 8: 3}, "late": {1: plans.LATE, 8: 64}})
+    plan = plan if batch == 8 else plans.Plan(**{**vars(plan), "late": {1: 200, 8: 64}})
+    attention = decode.attention(model, "tiny", batch, plan)
+    assert [one.bar for one in attention] == [1.15, 1.15, None]
+    rows, floor = decode.tokens(model, "tiny", batch, plan)
+    bar = plans.TPOT_BARS[batch]
+    assert [one.bar for one in rows] == [bar, bar, None, None, 3.0, 3.0]
+    assert (floor.batch, floor.context) == (batch, 64 + 1 + 32)
+    assert all(one.over_floor is not None for one in rows[:4])
+
+
+def test_long_inputs_have_every_bar() -> None:
+    """Prefill, memory and scoring, each with its bar; both sides read the same number of tokens."""
+    model, plan = random_model("tiny"), plans.QUICK
+    assert [one.bar for one in texts.prefill(model, "tiny", plan)] == [0.7, None]
+    assert [one.bar for one in texts.memory(model, "tiny", plan)] == [1.1]
+    rows = texts.scoring(model, "tiny", plan)
+    assert [one.bar for one in rows] == [15.0, 0.7]
+    assert {len(one.other.values) for one in rows} == {plan.scored}
+
+
+def test_the_inexact_dense_cache_is_cut() -> None:
+    """Of three sessions all get every chunk."""
+    times = texts.read_chunks(random_model("tiny"), streaming(2, 6, 3), torch.zeros((1, 40), dtype=torch.long), 16, 8)
+    assert {side: len(one) for side, one in times.items()} == {"ours": 3, "dense": 3, "held": 3}
+
+
+def test_tricks_are_pairs() -> None:
+    """Each trick has two sides; grouped heads only where heads are grouped."""
+    with_groups = tricks.tricks(random_model("tiny"), "tiny", plans.QUICK)
+    without = tricks.tricks(random_model("tiny-pythia"), "tiny", plans.QUICK)
+    assert len(with_groups) == len(without) + 1
+    assert all(one.ours.name != one.other.name and one.bar is None for one in with_groups)
+
+
+# -- the page in the docs ---------------------------------------------------------------------------------------------
+
+
+def test_tables_go_between_their_markers(tmp_path: Path) -> None:
+    """The words around stay, old numbers go, and doing it twice changes nothing."""
+    path = tmp_path / "speed.md"
+    begin, end = documents.markers("speed-verdict")
+    path.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
+    documents.check(path)
+    documents.write(path, documents.sections(report()))
+    once = path.read_text(encoding="utf-8")
+    assert once.startswith("before\n")
+    assert once.endswith("after\n")
+    assert "old" not in once
+    assert "All 0 bars are met" in once
+    documents.write(path, documents.sections(report()))
+    assert path.read_text(encoding="utf-8") == once
+
+
+def test_pages_without_places_are_refused(tmp_path: Path) -> None:
+    """Missing, without markers, or with a beginning alone."""
+    with pytest.raises(LabError, match="cannot be read"):
+        documents.check(tmp_path / "none.md")
+    path = tmp_path / "speed.md"
+    path.write_text("words", encoding="utf-8")
+    with pytest.raises(LabError, match="mark the places"):
+        documents.check(path)
+    path.write_text(documents.markers("speed-verdict")[0], encoding="utf-8")
+    with pytest.raises(LabError, match="without"):
+        documents.write(path, {"speed-verdict": "x"})
