@@ -206,9 +206,10 @@ def peers(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def speed(session: nox.Session) -> None:
-    """Measures the cache beside its floors, fails where a bar is missed, and says by how much: `-- --quick`."""
+    """Measures the cache beside its floors, fails where a bar is missed; writes docs/speed.md: `-- --quick` does not."""
     install_project(session)
-    session.run("python", "-m", "sinkwindow.lab", "speed-report", "--out", "results", *session.posargs)
+    docs = [] if "--quick" in session.posargs else ["--docs", "docs/speed.md"]
+    session.run("python", "-m", "sinkwindow.lab", "speed-report", "--out", "results", *docs, *session.posargs)
 
 
 @nox.session(default=False)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from sinkwindow.lab import marked
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENT: Final = Path("docs", "benchmarks.md")
-MARKERS: Final = ("<!-- planted: begin -->", "<!-- planted: end -->")
+PLACE: Final = "planted"
 PLANTED_IN: Final = Path("optimized", "sinkwindow", "__init__.py")
 TIMED: Final = r"CacheWork|WholeText\."  # the times that the plants are about
 FACTOR: Final = 1.25  # a shared machine's; a runner of its own takes 1.15
@@ -149,26 +151,12 @@ def table(outcomes: list[Outcome], commit: str) -> str:
     return "\n".join(lines)
 
 
-def write(document: Path, text: str) -> None:
-    """Puts the table between the document's markers.
-
-    Raises:
-        ValueError: if the document has no markers.
-    """
-    old = document.read_text(encoding="utf-8")
-    begin, end = MARKERS
-    if begin not in old or end not in old:
-        message = f"{document} has no {begin} and {end}: put them where the table belongs"
-        raise ValueError(message)
-    head, tail = old.partition(begin)[0], old.partition(end)[2]
-    document.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Judges all plants, writes the table, and fails if the gate was wrong about one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md alone")
     options = parser.parse_args(arguments)
+    marked.check(ROOT / DOCUMENT, PLACE)
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         clone = Path(folder, "clone")
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -179,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     rendered = table(outcomes, commit)
     print(rendered)
     if not options.no_write:
-        write(ROOT / DOCUMENT, rendered)
+        marked.fill(ROOT / DOCUMENT, {PLACE: rendered})
     wrong = [one.plant.name for one in outcomes if not one.right]
     print(f"the gate was wrong about: {', '.join(wrong)}" if wrong else "the gate was right about all of them")
     return bool(wrong)

@@ -19,7 +19,7 @@ from peers.environments import HOME, BuildError, interpreter
 from peers.plan import FULL, PEERS, QUICK, Plan
 from peers.run import failed_row, left_out, measure, say, skipped_row
 from peers.table import markdown, verdicts
-from sinkwindow.lab import machine
+from sinkwindow.lab import machine, marked
 from sinkwindow.lab.corpora import load_corpus
 from sinkwindow.lab.files import output_folder, write_text
 from sinkwindow.lab.models import EMBEDDED, embedded_folder
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENT: Final = ROOT / "docs" / "peers.md"
-MARKERS: Final = ("<!-- peers: begin -->", "<!-- peers: end -->")
+PLACE: Final = "peers"
 CORPUS: Final = "shakespeare"
 TOKENS: Final = 6144  # above the longest prompt and the longest text [tokens]
 CHARACTERS: Final = 60_000  # of the text, more than enough for so many tokens
@@ -126,19 +126,6 @@ def collect(plan: Plan, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def into(document: Path, text: str) -> None:
-    """Puts the table between the document's markers.
-
-    Raises:
-        ValueError: if the document has no markers.
-    """
-    old = document.read_text(encoding="utf-8")
-    begin, end = MARKERS
-    if begin not in old or end not in old:
-        raise ValueError(f"{document} has no {begin} and {end}: put them where the table belongs")
-    write_text(document, f"{old.partition(begin)[0]}{begin}\n{text}{end}{old.partition(end)[2]}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, writes, prints, and fails if a bar is missed."""
     parser = argparse.ArgumentParser(prog="peers", description=__doc__)
@@ -147,12 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for peers.md and peers.json")
     options = parser.parse_args(arguments)
     out = output_folder(options.out)
+    marked.check(DOCUMENT, PLACE)
     record = collect(QUICK if options.quick else FULL, quick=options.quick)
     text = markdown(record)
     write_text(out / "peers.json", json.dumps(record, indent=1))
     write_text(out / "peers.md", text)
     if not (options.quick or options.no_docs):
-        into(DOCUMENT, text)
+        marked.fill(DOCUMENT, {PLACE: text})
     sys.stdout.write(text)
     missed = [one for one in verdicts(record) if not one.met]
     for one in missed:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from peers.plan import PEERS
+from sinkwindow.lab.page import markdown_table
 
 SUBJECT: Final = "ours"
 BASE: Final = "dynamic"
@@ -68,8 +69,7 @@ def markdown(record: dict[str, Any]) -> str:
     limits = [sum(size) for size in record["plan"]["speed"]]
     rows = [cells(record, row, limits, notes) for row in record["peers"]]
     header = titles(record, limits)
-    table = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    lines = [head(record), "", *("| " + " | ".join(row) + " |" for row in table), ""]
+    lines = [head(record), "", markdown_table(header, rows), ""]
     lines += [f"- {one}." for one in verdicts(record)]
     lines += ["", explanations(record), "", *notes.lines(), "", *environments(record)]
     return "\n".join(lines).strip() + "\n"
@@ -88,7 +88,7 @@ class Notes:
 
     def lines(self) -> list[str]:
         """The reasons."""
-        return [f"[{number}] {text.replace('|', '/')}  " for text, number in self._found.items()]
+        return [f"[{number}] {text}  " for text, number in self._found.items()]
 
 
 def titles(record: dict[str, Any], limits: list[int]) -> list[str]:

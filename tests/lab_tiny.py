@@ -66,6 +66,23 @@ def random_text(count: int) -> str:
     return " ".join(WORDS[index] for index in random_ids(count)[0].tolist())
 
 
+def machine_record() -> records.MachineRecord:
+    """A machine, and a checkout with local changes."""
+    return records.MachineRecord(
+        date="2026-01-02T03:04:05+00:00",
+        cpu="a CPU",
+        cores=2,
+        memory_gb=8.0,
+        gpu=None,
+        system="a system",
+        threads=1,
+        python="3.11.0",
+        packages={"torch": "2.13.0"},
+        commit="abc123",
+        dirty=True,
+    )
+
+
 def generation(times: list[float]) -> records.GenerationRecord:
     """A generation with these token times [s]."""
     memory = records.MemoryRecord(

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from lab_tiny import tiny_model
+from lab_tiny import machine_record, tiny_model
+from sinkwindow.lab import marked
 from sinkwindow.lab.configurations import parse, streaming
-from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.pace import decode, documents, floors, plans, speed_page, texts, tricks
+from sinkwindow.lab.pace import decode, floors, plans, speed_page, texts, tricks
 from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, Series, SpeedReport
 from sinkwindow.lab.pace.sampling import Side, in_turns
-from sinkwindow.lab.records import MachineRecord
 from sinkwindow.lab.shapes import random_model
 from sinkwindow.lab.timing import HostClock
 
@@ -40,19 +39,6 @@ def comparison(kind: Ratio, ours: Series, other: Series, bar: float | None = Non
 
 def report(*rows: Comparison, quick: bool = False) -> SpeedReport:
     """A report with these rows."""
-    machine = MachineRecord(
-        date="2026-01-01",
-        cpu="a cpu",
-        cores=2,
-        memory_gb=8.0,
-        gpu=None,
-        system="Linux",
-        threads=2,
-        python="3.11",
-        packages={"torch": "2"},
-        commit="abc",
-        dirty=False,
-    )
     bandwidth = BandwidthRecord(device="cpu", megabytes=100.0, rates={"copy": [9.0, 10.0, 11.0], "sum": [20.0]})
     floor = FloorRecord(
         model="tiny",
@@ -65,7 +51,7 @@ def report(*rows: Comparison, quick: bool = False) -> SpeedReport:
     )
     return SpeedReport(
         quick=quick,
-        machine=machine,
+        machine=machine_record(),
         models=[],
         bandwidth=bandwidth,
         floors=[floor],
@@ -285,30 +271,13 @@ def test_tricks_are_pairs() -> None:
 # -- the page in the docs ---------------------------------------------------------------------------------------------
 
 
-def test_tables_go_between_their_markers(tmp_path: Path) -> None:
-    """The words around stay, old numbers go, and doing it twice changes nothing."""
-    path = tmp_path / "speed.md"
-    begin, end = documents.markers("speed-verdict")
-    path.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
-    documents.check(path)
-    documents.write(path, documents.sections(report()))
-    once = path.read_text(encoding="utf-8")
-    assert once.startswith("before\n")
-    assert once.endswith("after\n")
-    assert "old" not in once
-    assert "All 0 bars are met" in once
-    documents.write(path, documents.sections(report()))
-    assert path.read_text(encoding="utf-8") == once
-
-
-def test_pages_without_places_are_refused(tmp_path: Path) -> None:
-    """Missing, without markers, or with a beginning alone."""
-    with pytest.raises(LabError, match="cannot be read"):
-        documents.check(tmp_path / "none.md")
-    path = tmp_path / "speed.md"
-    path.write_text("words", encoding="utf-8")
-    with pytest.raises(LabError, match="mark the places"):
-        documents.check(path)
-    path.write_text(documents.markers("speed-verdict")[0], encoding="utf-8")
-    with pytest.raises(LabError, match="without"):
-        documents.write(path, {"speed-verdict": "x"})
+def test_a_run_has_a_table_for_each_place(tmp_path: Path) -> None:
+    """Verdict and floors always, a part where there are rows; a page gets them where it wants them."""
+    row = comparison("cost", series(3.0), series(2.0), 1.15)
+    found = speed_page.sections(report(row))
+    assert list(found) == ["speed-verdict", "speed-floors", "speed-tpot"]
+    page = tmp_path / "speed.md"
+    page.write_text("\n".join(marked.marks(speed_page.VERDICT)), encoding="utf-8")
+    marked.fill(page, found)
+    assert "1 of 1 bars are missed" in page.read_text(encoding="utf-8")
+    assert "1.500x |" not in page.read_text(encoding="utf-8")  # no place for the row

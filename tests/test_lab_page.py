@@ -226,7 +226,7 @@ def test_the_page_says_what_the_published_jump_came_from() -> None:
     )
     text = page.markdown(study_tables.mistakes(study, ["plays", "docs"]))
     assert "A jump from 7.97 to 71.67 (9.0x)" in text
-    assert "Repaired, 1.56x was left" in text
+    assert "repaired, 1.56x was left" in text
     assert [line for line in text.splitlines() if line.startswith("- **plays**")] == [
         (
             "- **plays**: PPL 8.000 dense, 8.000 with streaming_2_6 (+0.250 nats a token: what was evicted), "

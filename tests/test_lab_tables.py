@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lab_tiny import generation, score
+from lab_tiny import generation, machine_record, score
 from sinkwindow.lab import experiments, files, records, tables
 from sinkwindow.lab.configurations import parse
 from sinkwindow.lab.errors import LabError
@@ -25,19 +25,7 @@ def make_report(*, quick: bool = False, plays: float = 20.125) -> Report:
     return Report(
         quick=quick,
         bos="none",
-        machine=records.MachineRecord(
-            date="2026-01-02T03:04:05+00:00",
-            cpu="a CPU",
-            cores=2,
-            memory_gb=8.0,
-            gpu=None,
-            system="a system",
-            threads=1,
-            python="3.11.0",
-            packages={"torch": "2.13.0"},
-            commit="abc123",
-            dirty=True,
-        ),
+        machine=machine_record(),
         model=records.ModelRecord(
             name="a-model",
             source="folder",

@@ -18,6 +18,7 @@ from peers.run import left_out, measure, skipped_row
 from peers.worker import ADAPTERS, serve
 
 from lab_tiny import random_ids, save_tiny
+from sinkwindow.lab import marked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -262,13 +263,6 @@ def test_environment_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert environments.interpreter("ours") == sys.executable
 
 
-def test_table_goes_between_the_markers(tmp_path: Path) -> None:
-    """The page keeps its words; a page without markers is an error."""
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- peers: begin -->\nold\n<!-- peers: end -->\nafter\n", encoding="utf-8")
-    program.into(page, "new\n")
-    assert page.read_text("utf-8") == "before\n<!-- peers: begin -->\nnew\n<!-- peers: end -->\nafter\n"
-    page.write_text("nothing", encoding="utf-8")
-    with pytest.raises(ValueError, match="has no <!-- peers: begin -->"):
-        program.into(page, "new\n")
-    assert all(marker in program.DOCUMENT.read_text("utf-8") for marker in program.MARKERS)
+def test_the_page_has_a_place_for_the_table() -> None:
+    """Found before anything is measured, or half an hour would be lost."""
+    marked.check(program.DOCUMENT, program.PLACE)

@@ -11,7 +11,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +19,10 @@ from sinkwindow.lab.errors import require
 from sinkwindow.lab.records import MemoryRecord
 
 INTERVAL = 0.01  # between two samples [s]: a decode step of a small model on a CPU takes four times as long
+
+
+def _nothing() -> None:
+    """Nothing runs any more."""
 
 
 @dataclass
@@ -30,13 +34,11 @@ class Watch:
     before_bytes: int = 0
     peak_bytes: int = 0
     reserved_peak_bytes: int | None = None
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _look: Callable[[], None] | None = None
+    look: Callable[[], None] = _nothing  # brings the figures up to date while the block runs
 
     def record(self) -> MemoryRecord:
         """What was seen so far."""
-        if self._look is not None:
-            self._look()
+        self.look()
         return MemoryRecord(
             device="cuda" if self.device.type == "cuda" else "cpu",
             weight_bytes=self.weight_bytes,
@@ -83,13 +85,13 @@ def _cuda_peak(watch: Watch) -> Iterator[None]:
         watch.peak_bytes = torch.cuda.max_memory_allocated(watch.device)
         watch.reserved_peak_bytes = torch.cuda.max_memory_reserved(watch.device)
 
-    watch._look = look  # noqa: SLF001 - the watch belongs to this module
+    watch.look = look
     try:
         yield
     finally:
         torch.cuda.synchronize()
         look()
-        watch._look = None  # noqa: SLF001
+        watch.look = _nothing
 
 
 @contextmanager
@@ -103,18 +105,18 @@ def _resident_peak(watch: Watch) -> Iterator[None]:
         watch.peak_bytes = max(watch.peak_bytes, resident())
 
     watch.before_bytes = watch.peak_bytes = resident()
-    watch._look = look  # noqa: SLF001 - the watch belongs to this module
-    sampler = threading.Thread(target=_sample, args=(watch, look), daemon=True)
+    watch.look, stop = look, threading.Event()
+    sampler = threading.Thread(target=_sample, args=(look, stop), daemon=True)
     sampler.start()
     try:
         yield
     finally:
-        watch._stop.set()  # noqa: SLF001
+        stop.set()
         sampler.join()
         look()
-        watch._look = None  # noqa: SLF001
+        watch.look = _nothing
 
 
-def _sample(watch: Watch, look: Callable[[], None]) -> None:
-    while not watch._stop.wait(INTERVAL):  # noqa: SLF001
+def _sample(look: Callable[[], None], stop: threading.Event) -> None:
+    while not stop.wait(INTERVAL):
         look()

@@ -53,18 +53,18 @@ def speed_report(
     quick: Quick = False,
 ) -> None:
     """Measures the cache beside its floors and fails, naming each bar that is missed with its number."""
-    from sinkwindow.lab import files
-    from sinkwindow.lab.pace import collect, documents, speed_page
+    from sinkwindow.lab import files, marked
+    from sinkwindow.lab.pace import collect, speed_page
 
     folder = files.output_folder(out)
     if docs is not None:
-        documents.check(docs)
+        marked.check(docs, speed_page.VERDICT)
     report = collect.collect(quick=quick, threads=threads, say=lambda what: typer.echo(what, err=True))
     files.write_text(folder / JSON, report.model_dump_json(indent=1) + "\n")
     rendered = speed_page.render(report)
     files.write_text(folder / MARKDOWN, rendered)
     if docs is not None:
-        documents.write(docs, documents.sections(report))
+        marked.fill(docs, speed_page.sections(report))
     typer.echo(rendered)
     typer.echo(f"wrote {folder / JSON}\nwrote {folder / MARKDOWN}", err=True)
     _judge([] if quick else [speed_page.complaint(one) for one in report.missed])

@@ -91,10 +91,10 @@ def _diagnosis(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
         Heading(3, "What went wrong in that measurement"),
         Text(
             f"A jump from {dense} to {broken} ({jump:.1f}x) was put down to the small window. Its author later found "
-            "that keys stayed rotated for the rank at which they came in, while the cache moved on underneath: after "
-            f"an eviction a new query meets keys that seem to lie in its future. Repaired, {rest:.2f}x was left. "
-            "`stale_ranks` makes that mistake on purpose and `streaming` keeps the very same tokens at their true "
-            "ranks, so the difference of the two is the mistake's alone:"
+            f"positions that disagreed with the compressed cache; repaired, {rest:.2f}x was left. `stale_ranks` makes "
+            "a mistake of that kind on purpose: keys stay rotated for the rank at which they came in, so that after "
+            "an eviction a new query meets keys that seem to lie in its future. `streaming` keeps the very same "
+            "tokens at their true ranks: the difference of the two is the mistake's alone:"
         ),
         Bullets(tuple(texts)),
     ]

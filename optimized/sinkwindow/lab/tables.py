@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from sinkwindow.lab.origins import corpus_line, machine_rows, model_line
 from sinkwindow.lab.page import Block, Bullets, Heading, Table, Text, html_page, markdown, markdown_table
 from sinkwindow.lab.records import (
-    CorpusRecord,
     ExperimentRecord,
     GenerationRecord,
-    MachineRecord,
     PerplexityRecord,
     RowRecord,
     SpeedRecord,
@@ -28,7 +27,7 @@ WORDS = (
     "**Avg Attn**: cache work plus attention of one token, all layers, averaged over a generation of its own.",
     "**TTFT**: prefill and the first token. **TPOT**: (last - first) / (tokens - 1), the first token excluded.",
     f"**{NOT_MEASURED}**: not measured. The speed of a mistake is of no interest, re-computation is slow to score.",
-    "Both generations are one: the shorter is the start of the longer.",
+    "Generations from one prompt are one: a shorter one is the start of a longer one.",
 )
 MEMORY = {
     "cpu": "exact weight bytes plus the growth of the process's resident set during the run, sampled (CPU)",
@@ -92,36 +91,10 @@ def _lead(report: Report) -> list[Block]:
 
 
 def _head(report: Report) -> Table:
-    rows = [("Model", _model(report)), *(("Corpus", _corpus(one)) for one in report.corpora)]
+    rows = [("Model", model_line(report.model)), *(("Corpus", corpus_line(one)) for one in report.corpora)]
     bos = "added in front of each text" if report.bos == "add" else "none added"
-    rows += [("BOS", bos), *_machine(report.machine)]
+    rows += [("BOS", bos), *machine_rows(report.machine)]
     return Table(("", "value"), tuple(rows), facts=True)
-
-
-def _model(report: Report) -> str:
-    model = report.model
-    origin = ", ".join(part for part in (model.source, model.revision, _digest(model.sha256)) if part)
-    size = f"{model.parameters / 1e6:,.1f}M parameters, {model.weight_bytes / 1e9:.3f} GB"
-    return f"{model.name} ({origin}); {model.model_type}, {size}, {model.dtype} on {model.device}, {model.attention}"
-
-
-def _corpus(corpus: CorpusRecord) -> str:
-    parts = (corpus.config, corpus.split, corpus.revision, _digest(corpus.sha256))
-    origin = ", ".join([corpus.source, *(part for part in parts if part)])
-    return f"{corpus.name}: {origin}; {corpus.documents:,} document(s), {corpus.characters:,} characters"
-
-
-def _digest(sha256: str | None) -> str:
-    return f"sha256 {sha256[:16]}" if sha256 else ""
-
-
-def _machine(machine: MachineRecord) -> Iterator[tuple[str, str]]:
-    yield "Machine", f"{machine.cpu}, {machine.cores} core(s), {machine.memory_gb:.1f} GB, {machine.gpu or 'no GPU'}"
-    packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
-    yield "Software", f"Python {machine.python}, {packages}; {machine.threads} thread(s); {machine.system}"
-    changed = " with local changes" if machine.dirty else ""
-    yield "Commit", f"{machine.commit}{changed}" if machine.commit else "not run from a checkout"
-    yield "Date", machine.date
 
 
 def _title(experiment: ExperimentRecord) -> str:

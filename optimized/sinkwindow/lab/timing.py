@@ -91,6 +91,22 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock() if device.type == "cuda" else HostClock(wait=waiter(device))
 
 
+def milliseconds(run: Callable[[], object], clock: Clock) -> float:
+    """Times one call; the device must be idle before it.
+
+    Args:
+        run: what to time.
+        clock: of the device that it runs on.
+
+    Returns:
+        The time until its work is done [ms].
+    """
+    marks = [clock.mark()]
+    run()
+    marks.append(clock.mark())
+    return 1e3 * clock.seconds(marks)[1]
+
+
 @dataclass(frozen=True)
 class Spread:
     """Median and quartiles of samples, in the samples' unit."""

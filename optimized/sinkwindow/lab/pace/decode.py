@@ -131,25 +131,24 @@ def attention(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list
     found = in_turns(sides, plan.samples[batch], model.device)
     for decoder in (*ours.values(), stock):
         decoder.close()
-    return [
-        _attention_row(name, batch, found[side], found[_bare(lengths[buffer])], buffer)
-        for buffer, side in ((BUFFER, _ours(BUFFER)), (0, _ours(0)), (None, "DynamicCache"))
-        for buffer in [buffer or 0]
+    rows: list[tuple[str, Series, Series, float | None]] = [
+        (f"B = {buffer}", found[_ours(buffer)], found[_bare(length)], ATTENTION_BAR)
+        for buffer, length in lengths.items()
     ]
-
-
-def _attention_row(name: str, batch: int, ours: Series, bare: Series, buffer: int) -> Comparison:
-    stock = ours.name == "DynamicCache"
-    return Comparison(
-        part="attention",
-        model=name,
-        what=f"batch {batch}, {'DynamicCache, for comparison' if stock else f'B = {buffer}'}",
-        ratio_kind="cost",
-        ours=ours,
-        other=bare,
-        bar=None if stock else ATTENTION_BAR,
-        floor=bare,
-    )
+    rows.append(("DynamicCache, for comparison", found["DynamicCache"], found[_bare(lengths[0])], None))
+    return [
+        Comparison(
+            part="attention",
+            model=name,
+            what=f"batch {batch}, {what}",
+            ratio_kind="cost",
+            ours=side,
+            other=floor,
+            bar=bar,
+            floor=floor,
+        )
+        for what, side, floor, bar in rows
+    ]
 
 
 def _ours(buffer: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import dataclass
 
@@ -18,9 +17,9 @@ from sinkwindow.lab.pace.gpu_records import PointRecord, PromptRecord
 from sinkwindow.lab.pace.plans import BUFFER
 from sinkwindow.lab.pace.records import Series
 from sinkwindow.lab.pace.sampling import Side, in_turns
-from sinkwindow.lab.pace.texts import timed, token_ids
+from sinkwindow.lab.pace.texts import token_ids
 from sinkwindow.lab.sessions import open_session
-from sinkwindow.lab.timing import clock_for
+from sinkwindow.lab.timing import clock_for, milliseconds
 
 SINKS = 4
 DENSE, STREAMING = "dense", "streaming, eager"
@@ -75,13 +74,6 @@ TINY = Scale(
     samples=2,
     megabytes=1.0,
 )
-
-
-def has_static() -> bool:
-    """Whether this version of the cache has a static ring."""
-    from sinkwindow import StreamingCache
-
-    return "static" in inspect.signature(StreamingCache).parameters
 
 
 def lazy(limit: int) -> Configuration:
@@ -193,7 +185,7 @@ def prompt_point(model: PreTrainedModel, name: str, way: str, multiple: int, sca
 
     read(ids[:, : 2 * scale.chunk])
     with peak_memory(model.device, 0) as watch:
-        took = timed(lambda: read(ids), clock) / ids.shape[1]
+        took = milliseconds(lambda: read(ids), clock) / ids.shape[1]
     memory = watch.record()
     return PromptRecord(
         model=name,

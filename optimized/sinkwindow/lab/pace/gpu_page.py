@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from sinkwindow.lab.origins import machine_rows, model_line
 from sinkwindow.lab.pace.gpu_records import GpuReport, LawRecord, PointRecord, PromptRecord
 from sinkwindow.lab.pace.records import Series
-from sinkwindow.lab.pace.speed_page import bandwidth_table, machine_rows, model_line
+from sinkwindow.lab.pace.speed_page import bandwidth_table
 from sinkwindow.lab.page import Block, Bullets, Heading, Table, Text, markdown
 
 NOT_MEASURED = "-"

@@ -74,7 +74,7 @@ def calls_law(
         The record.
     """
     from sinkwindow import StreamingCache
-    from sinkwindow_reference import retained_lists
+    from sinkwindow_reference import retained_after
 
     ids = _ids(model, 2, TOKENS, seed)
     cache, parts, start = StreamingCache(model, *rule), [], 0
@@ -82,8 +82,8 @@ def calls_law(
         part = ids[:, start : start + length]
         parts.append(model(input_ids=part, **{cache_keyword(model): cache}).logits)
         start += length
-    kept = retained_lists(TOKENS, num_sinks=rule[0], window=rule[1], buffer=rule[2])[-1]
-    same = _after_eviction(cache.retained_tokens, kept, rule)
+    kept = retained_after(TOKENS, num_sinks=rule[0], window=rule[1], buffer=rule[2])
+    same = all(row == kept for row in cache.retained_tokens)
     cache.detach()
     return _record(model, exact, shape, f"calls of any length, S, W, B = {rule}", ids, torch.cat(parts, 1), rule, same)
 
@@ -145,15 +145,6 @@ def _record(
         rounding_step=step,
         retained_equal=same,
     )
-
-
-def _after_eviction(found: list[list[int]], seen_by_last: list[int], rule: tuple[int, int, int]) -> bool:
-    """Whether the cache keeps what the last query saw, cut once more where the rule says so."""
-    sinks, window, buffer = rule
-    kept = seen_by_last
-    if len(kept) > sinks + window + buffer:
-        kept = kept[:sinks] + kept[-window:]
-    return all(row == kept for row in found)
 
 
 def _ids(model: PreTrainedModel, rows: int, columns: int, seed: int) -> torch.Tensor:

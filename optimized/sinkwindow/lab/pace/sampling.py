@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from sinkwindow.lab.pace.records import Series
-from sinkwindow.lab.timing import Clock, clock_for, waiter
+from sinkwindow.lab.timing import Clock, clock_for, milliseconds, waiter
 
 
 def _nothing() -> None:
@@ -37,7 +37,6 @@ def in_turns(
     *,
     warm_up: int = 2,
     clock: Clock | None = None,
-    enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, Series]:
     """Times sides in turns, one sample each.
 
@@ -47,7 +46,6 @@ def in_turns(
         device: where they run; each sample begins and ends with the device idle.
         warm_up: rounds before the first one that counts.
         clock: the device's own by default.
-        enough: asked after every round; true ends the measurement early.
 
     Returns:
         A series [ms] per side.
@@ -65,33 +63,11 @@ def in_turns(
         for name, side in sides.items():
             side.ready()
             wait()
-            took = _timed(side.run, clock)
+            took = round(milliseconds(side.run, clock), 6)
             event = "" if side.event is None else side.event()
             if number < 0:
                 continue
             values[name].append(took)
             if event:
                 events[name][number] = event
-        if number >= 0 and enough():
-            break
     return {name: Series(name=name, unit="ms", values=values[name], events=events[name]) for name in sides}
-
-
-def _timed(run: Callable[[], object], clock: Clock) -> float:
-    marks = [clock.mark()]
-    run()
-    marks.append(clock.mark())
-    return round(1e3 * clock.seconds(marks)[1], 6)
-
-
-def totals(name: str, rounds: Sequence[Sequence[float]]) -> Series:
-    """Sums the parts of each round.
-
-    Args:
-        name: of the side.
-        rounds: times of the parts, round by round [ms].
-
-    Returns:
-        One sample per round [ms].
-    """
-    return Series(name=name, unit="ms", values=[sum(parts) for parts in rounds])

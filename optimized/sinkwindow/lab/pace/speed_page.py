@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sinkwindow.lab.origins import machine_rows, model_line
 from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, Series, SpeedReport
 from sinkwindow.lab.page import Block, Bullets, Heading, Table, Text, markdown
-from sinkwindow.lab.records import MachineRecord, ModelRecord
 from sinkwindow.lab.timing import spread
 
 NOT_MEASURED = "-"
+VERDICT = "speed-verdict"  # the place that a page with tables of a run must have
 PARTS = {
     "attention": "Attention and cache update over bare SDPA",
     "tpot": "Time per output token",
@@ -17,7 +18,6 @@ PARTS = {
     "prefill": "Prefill of 20 limits",
     "memory": "Peak memory of a prefill",
     "perplexity": "Exact streaming perplexity",
-    "static": "Static ring",
     "tricks": "What each trick is worth",
 }
 WORDS = (
@@ -156,19 +156,21 @@ def _head(report: SpeedReport) -> Table:
     return Table(("", "value"), (*rows, ("Took", f"{report.seconds:.0f} s")), facts=True)
 
 
-def model_line(model: ModelRecord) -> str:
-    """A model in one line."""
-    size = f"{model.parameters / 1e6:,.1f}M parameters, {model.weight_bytes / 1e9:.3f} GB"
-    return f"{model.name} ({model.source}); {model.model_type}, {size}, {model.dtype} on {model.device}"
+def sections(report: SpeedReport) -> dict[str, str]:
+    """What a run has for the marked places of a hand-written page.
 
+    Args:
+        report: of a run.
 
-def machine_rows(machine: MachineRecord) -> list[tuple[str, str]]:
-    """A machine and its software, a row each."""
-    packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
-    changed = " with local changes" if machine.dirty else ""
-    return [
-        ("Machine", f"{machine.cpu}, {machine.cores} core(s), {machine.memory_gb:.1f} GB, {machine.gpu or 'no GPU'}"),
-        ("Software", f"Python {machine.python}, {packages}; {machine.threads} thread(s); {machine.system}"),
-        ("Commit", f"{machine.commit}{changed}" if machine.commit else "not run from a checkout"),
-        ("Date", machine.date),
-    ]
+    Returns:
+        Markdown by the place's name.
+    """
+    machine = dict(machine_rows(report.machine))
+    where = f"Measured on {machine['Machine']}; {machine['Software']}; commit {machine['Commit']}; {machine['Date']}."
+    tables = [floor_table(report.floors, report.bandwidth), bandwidth_table(report.bandwidth)]
+    found = {VERDICT: markdown([Text(verdict(report)), Text(where)]), "speed-floors": markdown(tables)}
+    for part in PARTS:
+        rows = [one for one in report.comparisons if one.part == part]
+        if rows:
+            found[f"speed-{part}"] = markdown([comparison_table(rows, judged=not report.quick)])
+    return found

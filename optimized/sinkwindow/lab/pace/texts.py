@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from transformers import PreTrainedModel
 
@@ -13,7 +11,7 @@ from sinkwindow.lab.pace.plans import BUFFER, BY_TOKEN_BAR, FLAT_BAR, PREFILL_BA
 from sinkwindow.lab.pace.records import Comparison, Series
 from sinkwindow.lab.perplexity import token_losses
 from sinkwindow.lab.sessions import Session, open_session
-from sinkwindow.lab.timing import Clock, clock_for
+from sinkwindow.lab.timing import clock_for, milliseconds
 
 LONG, SHORTER = 20, 5  # prompts, in limits
 NAMES = {"ours": "ours", "dense": "dense, same chunks", "held": "dense, cut to S + W before each chunk (inexact)"}
@@ -81,18 +79,10 @@ def read_chunks(
             beyond = session.kept_tokens - limit if side == "held" else 0
             if beyond > 0:
                 session.cache.crop(-beyond)
-            times[side].append(timed(lambda session=session: session.feed(part, last_only=True), clock))  # type: ignore[misc]  # noqa: B023
+            times[side].append(milliseconds(lambda session=session: session.feed(part, last_only=True), clock))  # type: ignore[misc]  # noqa: B023
     for session in sessions.values():
         session.close()
     return times
-
-
-def timed(run: Callable[[], object], clock: Clock) -> float:
-    """Time of one call, the device idle before it [ms]."""
-    marks = [clock.mark()]
-    run()
-    marks.append(clock.mark())
-    return 1e3 * clock.seconds(marks)[1]
 
 
 def memory(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
@@ -186,7 +176,9 @@ def score_in_turns(model: PreTrainedModel, configuration: Configuration, plan: P
     values: dict[str, list[float]] = {"blocks": [], "dense": [], "single": []}
 
     def score(session: Session, start: int, count: int, block: int) -> float:
-        return timed(lambda: token_losses(session, ids[:, start : start + count + 1], block=block), clock) / count
+        return (
+            milliseconds(lambda: token_losses(session, ids[:, start : start + count + 1], block=block), clock) / count
+        )
 
     for session in (ours, dense):
         score(session, 0, plan.limit, plan.block)
