@@ -103,9 +103,17 @@ def test_the_page_names_each_missed_bar_with_its_number() -> None:
     found = report(*rows)
     assert found.missed == rows[:1]
     page = speed_page.render(found)
-    assert "1 of 1 bars are missed: tiny, tpot, a step: 1.500x, at most 1.15x asked." in page
+    assert "1 of 1 bars are missed, in 12 s:\n\n- tiny, tpot, a step: 1.500x, at most 1.15x asked\n" in page
     assert "| 1.500x | <= 1.15x, MISSED | 1.50x |" in page
     assert "3.000 GB + 1.000 GB | 200.00 ms" in page  # 4 GB at the better way's 20 GB/s
+
+
+def test_a_bar_below_the_floor_is_said_to_be() -> None:
+    """The floor of 2 ms is 0.8 of the other's 2.5: no cache can have 0.7, one could have 0.8."""
+    row = comparison("cost", series(2.25), series(2.5), 0.7)
+    assert (row.ratio, row.least) == (0.9, 0.8)
+    assert "at most 0.70x asked; a cache that costs nothing would have 0.800x here" in speed_page.complaint(row)
+    assert "costs nothing" not in speed_page.complaint(row.model_copy(update={"bar": 0.8}))
 
 
 def test_a_page_without_a_miss_says_so() -> None:

@@ -81,6 +81,11 @@ class Comparison(Record):
         """Our median over the floor's; None without a floor."""
         return None if self.floor is None else self.ours.median / self.floor.median
 
+    @property
+    def least(self) -> float | None:
+        """The ratio that a cache which costs nothing would have; None without a floor."""
+        return None if self.floor is None else self.floor.median / self.other.median
+
 
 class BandwidthRecord(Record):
     """Bytes moved per second [GB/s], by way of moving them, for a tensor of `megabytes`."""
