@@ -206,7 +206,7 @@ def peers(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def speed(session: nox.Session) -> None:
-    """Measures the cache beside its floors, fails where a bar is missed; writes docs/speed.md: `-- --quick` does not."""
+    """Measures the cache beside its floors, fails where a bar is missed; `-- --quick` leaves docs/speed.md alone."""
     install_project(session)
     docs = [] if "--quick" in session.posargs else ["--docs", "docs/speed.md"]
     session.run("python", "-m", "sinkwindow.lab", "speed-report", "--out", "results", *docs, *session.posargs)

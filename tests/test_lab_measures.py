@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lab_tiny import generation, random_ids, tiny_model
-from sinkwindow.lab import attention_time, speed
+from sinkwindow.lab import attention_time, memory, speed
 from sinkwindow.lab.configurations import parse
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.memory import peak_memory
@@ -152,6 +152,16 @@ def test_a_short_generation_is_the_start_of_a_long_one() -> None:
         assert found.cache_bytes == expected.cache_bytes
     assert short.memory.peak_bytes <= long.memory.peak_bytes
     assert long.evictions > short.evictions
+
+
+def test_a_record_inside_the_block_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no sample was taken in between."""
+    monkeypatch.setattr(memory, "INTERVAL", 1e6)
+    with peak_memory(torch.device("cpu"), weight_bytes=1_000) as watch:
+        held = torch.ones(20_000_000)
+        inside = watch.record()
+    assert inside.peak_bytes - inside.before_bytes > 60_000_000
+    assert held[0] == 1
 
 
 def test_peak_memory_sees_an_allocation() -> None:
