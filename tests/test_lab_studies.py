@@ -122,6 +122,26 @@ def test_all_parts_are_measured_rendered_and_reused(
     assert {name: (tmp_path / "again" / name).read_text(encoding="utf-8") for name in names} == before
 
 
+def test_each_experiment_shows_a_generation_of_its_own_length() -> None:
+    """One generation serves both; re-computation is cut short in both."""
+    tables = (experiments.Experiment("short", 40, 12, 6), experiments.Experiment("long", 60, 12, 15))
+    one = bench()
+    rows = [parse("baseline"), parse("recompute_8")]
+    report = experiments.run(one.loaded, one.corpora, rows, experiments.Plan(tables, 2, 4, rounds=1))
+    found = {
+        (table.name, row.configuration.name): [each.generated_tokens for each in row.speed.rounds]
+        for table in report.experiments
+        for row in table.rows
+        if row.speed is not None
+    }
+    assert found == {
+        ("short", "baseline"): [6],
+        ("short", "recompute_8"): [4],
+        ("long", "baseline"): [15],
+        ("long", "recompute_8"): [4],
+    }
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished before Ctrl-C is not measured again."""
     rows = [parse(name) for name in ("baseline", "window_0_8", "streaming_4_4_0")]
