@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sinkwindow import moves
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from sinkwindow import StreamingCache
 
-STORAGE = "sinkwindow.storage"  # the module that moves what is cached
+STORAGE = ("sinkwindow.storage", "sinkwindow.moves")  # the modules that move what is cached
 
 
 @budget(0.5)
@@ -85,19 +86,29 @@ def test_another_call_of_the_model_after_a_death_is_a_stock_call(kind: type[Base
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("write", "fatal"), [("copy_", 0), ("copy_", 1), ("__setitem__", 0), ("__setitem__", 1)])
-def test_an_interrupted_move_of_a_decode_step_is_finished(write: str, fatal: int) -> None:
-    """A write that dies while windows or sinks move loses nothing: going on from where the cache stands is exact."""
-    assert _deaths([1] * 60, write, fatal) > 2
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("write", "fatal"), [*(("copy_", fatal) for fatal in range(4)), ("__setitem__", 0), ("__setitem__", 1)]
+)
+def test_an_interrupted_move_of_a_decode_step_is_finished(
+    write: str, fatal: int, monkeypatch: pytest.MonkeyPatch, *, late: bool
+) -> None:
+    """A write that dies while windows or sinks move loses nothing: going on from where the cache stands is exact.
+
+    Also where it dies `late`, having overwritten what it was made from; and each layer is a write of its own.
+    """
+    monkeypatch.setattr(moves, "SCRATCH", 1)
+    assert _deaths([1] * 60, write, fatal, late=late) > 2
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("fatal", range(8))
-def test_an_interrupted_write_of_a_long_call_is_finished(fatal: int) -> None:
+def test_an_interrupted_write_of_a_long_call_is_finished(fatal: int, *, late: bool) -> None:
     """The same where a call longer than the slots has run and its window is written back, in every single write."""
-    assert _deaths([20, 3, 40, 1, 1, 30, 9, 2, 25, 1], "copy_", fatal) > 2
+    assert _deaths([20, 3, 40, 1, 1, 30, 9, 2, 25, 1], "copy_", fatal, late=late) > 2
 
 
-def _deaths(lengths: list[int], write: str, fatal: int) -> int:
+def _deaths(lengths: list[int], write: str, fatal: int, *, late: bool) -> int:
     """Stream with the `fatal`-th write of every call's moves dying, and check everything; returns the deaths.
 
     If the cache has taken the call over all the same, the next one follows; if not, the same call comes again.
@@ -108,7 +119,7 @@ def _deaths(lengths: list[int], write: str, fatal: int) -> int:
     for end, length in zip(_ends(lengths), lengths, strict=True):
         part = ids[:, end - length : end]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, write, _dying_write(write, fatal))
+            patch.setattr(torch.Tensor, write, _dying_write(write, fatal, late=late))
             died = _dies(lambda: call(model, cache, part))  # noqa: B023 - called at once
         deaths += died
         assert cache.get_seq_length() in (end, end - length)
@@ -138,14 +149,19 @@ def _dying_layer(model: PreTrainedModel, index: int, kind: type[BaseException]) 
         handle.remove()
 
 
-def _dying_write(name: str, fatal: int) -> Callable[..., object]:
-    """Make a tensor method whose call number `fatal` from the storage module dies; all others do their work."""
+def _dying_write(name: str, fatal: int, *, late: bool) -> Callable[..., object]:
+    """Make a tensor method whose call number `fatal` from the storage modules dies; all others do their work.
+
+    A `late` death comes when the work is done.
+    """
     method, count = getattr(torch.Tensor, name), [0]
 
     def write(target: Tensor, *args: Any, **kwargs: Any) -> object:
-        if sys._getframe(1).f_globals["__name__"] == STORAGE:
+        if sys._getframe(1).f_globals["__name__"] in STORAGE:
             count[0] += 1
             if count[0] == fatal + 1:
+                if late:
+                    method(target, *args, **kwargs)
                 raise MemoryError("a write dies")
         return method(target, *args, **kwargs)
 

@@ -213,7 +213,7 @@ def test_a_cache_does_not_keep_its_model(model: PreTrainedModel) -> None:
 
 
 def _tensors(cache: StreamingCache) -> list[torch.Tensor]:
-    found = [bank for pool in cache._stream.pools for bank in pool.banks]
+    found = [bank for pool in cache._content.stream.pools for bank in pool.banks]
     return [tensor for bank in found for tensor in (*bank.slots, *bank.sinks)]
 
 

@@ -35,7 +35,8 @@ def sharpen(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, 
     """Make a rotary module's tables again, where float32 angles are worse than those of a rank.
 
     Below that, float32 models keep their own numbers bit for bit. Half dtypes do everywhere: their rounding of cosines
-    outweighs any angle's.
+    outweighs any angle's. Positions that come as float64 are a ring's, which have no bound: there all tables are made
+    again.
 
     Args:
         module: The rotary module.
@@ -45,16 +46,23 @@ def sharpen(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, 
     Returns:
         The tables, ``None`` to leave them.
     """
-    start, states = exact_from(), arguments["x"]
+    positions, states = arguments["position_ids"], arguments["x"]
+    if positions.is_floating_point():
+        return tuple(table.to(states.dtype) for table in _sharp(module, positions, arguments.get("layer_type")))
+    start = exact_from()
     if start is None or states.dtype not in (torch.float32, torch.float64) or states.device.type == "mps":
         return None  # mps has no float64
-    positions, layer_type = arguments["position_ids"], arguments.get("layer_type")
-    exact = _tables(module, positions, layer_type)
-    sharp = tuple(LAYOUTS[layout](exact[which]) for which, layout in _form(module, layer_type))
+    sharp = _sharp(module, positions, arguments.get("layer_type"))
     if states.dtype == torch.float64:
         return sharp
     near = positions[..., None] < start
     return tuple(torch.where(near, *pair).to(states.dtype) for pair in zip(output, sharp, strict=True))
+
+
+def _sharp(module: nn.Module, positions: Tensor, layer_type: str | None) -> tuple[Tensor, ...]:
+    """Give what the module returns, from float64 angles and in float64."""
+    exact = _tables(module, positions, layer_type)
+    return tuple(LAYOUTS[layout](exact[which]) for which, layout in _form(module, layer_type))
 
 
 def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
@@ -64,6 +72,7 @@ def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tup
     return angles.cos() * scale, angles.sin() * scale
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # noqa: SLF001
 def _form(module: nn.Module, layer_type: str | None) -> tuple[Form, ...]:
     """Find out once what a module returns, by asking it for three positions."""
     known = _forms.setdefault(module, {})

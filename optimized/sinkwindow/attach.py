@@ -16,6 +16,8 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import torch
+
 from sinkwindow.angles import sharpen
 from sinkwindow.attention import ATTENTION_NAME, enter_call, leave_call
 from sinkwindow.families import rotary_modules
@@ -136,19 +138,26 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Name the positional arguments of a forward call."""
     if not args:
         return kwargs
-    names = list(inspect.signature(module.forward).parameters)
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(_parameters(module), args, strict=False)) | kwargs
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # noqa: SLF001
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
 
 
 def _before_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     decoder = cast("PreTrainedModel", module)
-    close_call(decoder)  # torch runs no hook after a KeyboardInterrupt: the next call, whosever it is, cleans up
+    if not torch.compiler.is_compiling():
+        close_call(decoder)  # torch runs no hook after a KeyboardInterrupt: the next call, whosever it is, cleans up
     named = _named(module, args, kwargs)
     cache = _cache_of(named)
     if cache is None:
         return None
+    if torch.compiler.is_compiling():
+        return (), cache.begin_step(decoder, named)
     pieces, named = run_ahead(decoder, cache, named)
     arguments = cache.begin_call(decoder, named)
     _attachments[decoder].pieces = pieces
@@ -158,6 +167,9 @@ def _before_forward(
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:  # noqa: ARG001
     cache = _cache_of(kwargs)
     if cache is None:
+        return None
+    if torch.compiler.is_compiling():
+        cache.commit_call()
         return None
     attachment = _attachments[module]
     pieces, attachment.pieces = attachment.pieces, None
@@ -171,6 +183,8 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _after_any_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG001
+    if torch.compiler.is_compiling():
+        return
     cache = _cache_of(_named(module, args, kwargs))
     if cache is not None:
         close_call(cast("PreTrainedModel", module))

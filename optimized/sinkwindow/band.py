@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sinkwindow.lanes import LaneCall
     from sinkwindow.retention import Retention
 
-__all__ = ["Band", "Block", "band_of"]
+__all__ = ["Band", "Block", "band_of", "evicted_before"]
 
 BLOCK = 128  # queries per block: a band of W keys is read as W + BLOCK
 
@@ -107,7 +107,7 @@ def band_of(
         ranked: Whether a query's position is its rank; otherwise its natural index.
     """
     naturals = torch.stack([lane.naturals(device) for lane in lanes])
-    gone = torch.stack([_evicted_before(naturals[r], evicted[r], retention) for r in range(len(lanes))])
+    gone = torch.stack([evicted_before(naturals[r], evicted[r], retention) for r in range(len(lanes))])
     past = torch.stack([torch.arange(lane.seen - held, lane.seen, device=device) for lane in lanes])
     oldest = torch.tensor([retention.first(count) for count in evicted], device=device)[:, None]
     keys = torch.cat((torch.where(past >= oldest, past, -1), naturals), dim=1)
@@ -152,8 +152,14 @@ def _sink_column(lane: LaneCall, evicted: int, held: int, sink: int) -> int:
     return lane.column(sink, held) if sink < lane.seen_after else 0
 
 
-def _evicted_before(naturals: Tensor, evicted: int, retention: Retention) -> Tensor:
-    """Count the tokens evicted before each query attends: ``Retention.evicted_before``, elementwise."""
+def evicted_before(naturals: Tensor, evicted: int, retention: Retention) -> Tensor:
+    """Count the tokens evicted before each query attends: ``Retention.evicted_before``, elementwise.
+
+    Args:
+        naturals: Natural indices of the queries, int64.
+        evicted: Tokens that the lane had evicted before the call; counts only when evicting by call.
+        retention: The rule.
+    """
     if retention.evict == "call":
         return torch.full_like(naturals, evicted)
     step = retention.buffer + 1

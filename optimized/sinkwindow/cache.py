@@ -15,13 +15,17 @@ from transformers.cache_utils import DynamicLayer
 from sinkwindow.attach import attach, close_call, open_call
 from sinkwindow.attention import ATTENTION_NAME, banded_attention
 from sinkwindow.choices import OnOverflow, Positions, check_choices
+from sinkwindow.content import Content
 from sinkwindow.families import inspect_model
-from sinkwindow.inputs import check_padding_is_leading, read_inputs
+from sinkwindow.inputs import Gate, rewritten
 from sinkwindow.layer_view import views_of
-from sinkwindow.plan import check_lengths, check_original_positions, padding_mask, position_bound, rows_agree, rule_of
+from sinkwindow.plan import (
+    call_mask,
+    check_lengths,
+    check_original_positions,
+)
 from sinkwindow.retention import EvictMode, Retention
-from sinkwindow.storage import SlotPool
-from sinkwindow.stream import Stream
+from sinkwindow.ring import check_static
 from sinkwindow.versions import HAS_QUERY_OFFSET
 
 if TYPE_CHECKING:
@@ -57,11 +61,13 @@ class StreamingCache(Cache):
         positions: ``"rank"``, the paper; ``"original"`` leaves every token at its natural index, which is right only
             below the model's trained length: a call that would go beyond it is refused.
         on_overflow: ``"evict"``, or ``"error"`` to refuse a call that would evict.
+        static: Whether calls of one token per row have fixed shapes, for ``torch.compile`` and CUDA graphs:
+            ``generate`` compiles them where it would for a ``StaticCache``. Tokens kept and logits stay the same.
 
     Raises:
         TypeError: A size is not an int, or ``on_evict`` is not callable.
-        ValueError: A size is out of range, ``evict`` is unknown, or the model's own sliding window is shorter than
-            the retained list.
+        ValueError: A size is out of range, ``evict`` is unknown, the model's own sliding window is shorter than
+            the retained list, or ``static`` does not go with the model or another argument.
         UnsupportedModelError: The model is not known to stream exactly (a ``ValueError``).
 
     Warns:
@@ -79,26 +85,25 @@ class StreamingCache(Cache):
         *,
         positions: Positions = "rank",
         on_overflow: OnOverflow = "evict",
+        static: bool = False,
     ) -> None:
         retention = Retention(num_sinks, window, buffer, evict)
         check_choices(on_evict, positions, on_overflow)
+        self._choices: dict[str, Any] = {"on_evict": on_evict, "positions": positions, "on_overflow": on_overflow}
         facts = inspect_model(model)
         check_lengths(retention, facts)
+        if static:
+            check_static(facts, retention, self._choices)
         if positions == "original":
             check_original_positions(facts)
-        super().__init__(layers=views_of(facts))
+        super().__init__(layers=views_of(facts, is_compileable=static))
         self.retention = retention
         self._on_evict = on_evict
-        self._counts_columns = facts.counts_columns
-        self._positions: Positions = positions
-        self._on_overflow: OnOverflow = on_overflow
-        self._last_position = facts.trained_length if positions == "original" else None
-        ranked = positions == "rank"
-        pools = [SlotPool(rule_of(kind, retention), kind.rotary, kind.layers, ranked) for kind in facts.kinds]
-        self._pool_of = {layer: index for index, pool in enumerate(pools) for layer in pool.layers}
-        self._stream = Stream(pools, position_bound(retention, facts), splits=facts.own_attention)
+        self._content = Content(facts, retention, ranked=positions == "rank", static=static)
         self._call: StreamCall | None = None
         self._decoder_ref = weakref.ref(facts.decoder)
+        last = facts.trained_length if positions == "original" else None
+        self._gate = Gate(self._decoder_ref, facts.counts_columns, on_overflow == "evict", last, static)
         self._finalizer = attach(facts.decoder, self)
 
     # -- what can be observed -----------------------------------------------------------------------------------------
@@ -106,27 +111,27 @@ class StreamingCache(Cache):
     @property
     def retained_tokens(self) -> list[list[int]]:
         """Natural indices of the retained tokens, one ascending list per row (one list before the first call)."""
-        return self._stream.per_row(self._stream.retained)
+        return self._content.stream.per_row(self._content.stream.retained)
 
     @property
     def seen_tokens(self) -> list[int]:
         """Real tokens fed and not cropped, one count per row."""
-        return self._stream.per_row([lane.seen for lane in self._stream.state.lanes])
+        return self._content.stream.per_row([lane.seen for lane in self._content.stream.state.lanes])
 
     @property
     def num_evictions(self) -> int:
         """Evictions so far, all rows together."""
-        return self._stream.state.num_evictions
+        return self._content.stream.state.num_evictions
 
     @property
     def forwarded_tokens(self) -> int:
         """Columns ever run through the model with this cache: shows that a chat's turn feeds its new tokens only."""
-        return self._stream.state.forwarded
+        return self._content.stream.state.forwarded
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values: constant from the first call on."""
-        return sum(pool.nbytes for pool in self._stream.pools)
+        return sum(pool.nbytes for pool in self._content.pools)
 
     def __repr__(self) -> str:
         return f"StreamingCache({self.retention}, seen={self.seen_tokens}, evictions={self.num_evictions})"
@@ -141,13 +146,13 @@ class StreamingCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows; -1 before the first call."""
-        return self._stream.state.batch or -1
+        return self._content.stream.state.batch or -1
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Count the columns fed so far, padding included: ``generate`` slices its inputs by it."""
-        if self._call is not None and not HAS_QUERY_OFFSET and self._stream.splits:
+        if self._call is not None and not HAS_QUERY_OFFSET and self._content.stream.splits:
             return self.get_query_offset()  # there, a model that attends by itself asks for its cached columns here
-        return self._stream.state.columns
+        return self._content.stream.state.columns
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Give the number of keys that a call returns and the column that the first one stands for.
@@ -157,13 +162,16 @@ class StreamingCache(Cache):
             layer_idx: Index of the decoder layer.
         """
         columns = query_length.shape[0] if isinstance(query_length, Tensor) else int(query_length)
-        held = self._stream.pools[self._pool_of[layer_idx]].held(self._stream.state.lanes)
+        pool = self._content.pools[self._content.pool_of[layer_idx]]
+        if columns == 1 and self._call is None and pool.laid:
+            return pool.size, 0
+        held = pool.held(self._content.stream.state.lanes)
         first_query = self.get_query_offset() if HAS_QUERY_OFFSET else self.get_seq_length()
         return held + columns, first_query - held
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Give the column of a call's first query, counted as in ``get_mask_sizes``."""
-        return self._stream.pools[0].held(self._stream.state.lanes)
+        return self._content.pools[0].held(self._content.stream.state.lanes)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
         """Say that there is no maximum."""
@@ -191,13 +199,15 @@ class StreamingCache(Cache):
         Raises:
             RuntimeError: The call does not come from the model that the cache was made for, or the cache is detached.
         """
+        if self._content.ring is not None and self._content.ring.step is not None:
+            return self._content.ring.update(layer_idx, key_states, value_states)
         if self._call is None:
             msg = (
                 "This StreamingCache serves the model it was made with, while attached: the call comes from another "
                 "model or after detach(). Make a StreamingCache(model, ...) for the model that you call."
             )
             raise RuntimeError(msg)
-        return self._call.pools[self._pool_of[layer_idx]].update(layer_idx, key_states, value_states)
+        return self._call.pools[self._content.pool_of[layer_idx]].update(layer_idx, key_states, value_states)
 
     # -- the life of a call -------------------------------------------------------------------------------------------
 
@@ -216,63 +226,38 @@ class StreamingCache(Cache):
                 nothing has changed then.
         """
         inputs = self._read(decoder, kwargs)
-        call = self._stream.begin(inputs)
+        if self._content.ring is not None:
+            if self._content.ring.laid and inputs.columns == 1 and inputs.real is None:
+                return self.begin_step(decoder, kwargs)
+            self._content.ring.unroll()
+        call = self._content.stream.begin(inputs)
         self._call = call
         open_call(decoder, self, call.banded, self.retention.capacity)
         positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
-        changes: dict[str, Tensor | None] = {
-            "position_ids": positions,
-            "attention_mask": self._mask(call, inputs.device),
-        }
-        if "cache_position" in kwargs:  # before transformers 5.4: the model makes its own from get_seq_length
-            changes["cache_position"] = None
-        return kwargs | changes
+        return kwargs | rewritten(kwargs, positions, call_mask(self._content.stream, call, inputs.device))
 
-    def _mask(self, call: StreamCall, device: torch.device) -> Tensor | None:
-        """Give the 2D mask that the model makes its own of; none where all columns are tokens."""
-        stream = self._stream
-        if not stream.splits and (call.banded is not None or rows_agree(stream.pools, call.before)):
-            return None
-        mask = padding_mask(stream.pools[0], call.before, call.lanes, device)
-        return mask.expand(call.batch, -1)
+    def begin_step(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Begin a call of one token per row at fixed shapes. Called by the hook; traced where the model is compiled.
+
+        Args:
+            decoder: The module about to run.
+            kwargs: Its arguments, by name.
+
+        Raises:
+            ValueError: The cache is not static, holds nothing yet, or holds another number of rows.
+        """
+        if self._content.ring is None:
+            msg = "Only a StreamingCache(..., static=True) can be compiled, and only calls of one token with it."
+            raise ValueError(msg)
+        return kwargs | self._content.ring.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
 
     def first_cut(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> int | None:
         """Give the column at which the hook must split a call, ``None`` for nowhere. Arguments as ``begin_call``."""
-        return self._stream.first_cut(self._read(decoder, kwargs)) if self._stream.splits else None
+        return self._content.stream.first_cut(self._read(decoder, kwargs)) if self._content.stream.splits else None
 
     def _read(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> Inputs:
         self.rollback()
-        if decoder is not self._decoder_ref() or not self._finalizer.alive:
-            msg = (
-                "This StreamingCache was made for another model, or is detached; make a new one for the model you call."
-            )
-            raise ValueError(msg)
-        inputs = read_inputs(kwargs, self._stream.state.columns, self._stream.state.batch)
-        if self._counts_columns:
-            check_padding_is_leading(inputs, self.seen_tokens)
-        self._check_room(inputs)
-        return inputs
-
-    def _check_room(self, inputs: Inputs) -> None:
-        """Refuse a call that the chosen limits do not allow, before anything changes.
-
-        Raises:
-            OverflowError: The call would evict and ``on_overflow`` is ``"error"``, or it goes beyond the positions
-                that original positions allow.
-        """
-        seen = self._stream.seen_after(inputs)
-        if self._on_overflow == "error" and self._stream.would_evict(inputs):
-            msg = (
-                f"The call brings {max(seen)} tokens and would evict: the cache keeps {self.retention.limit} plus a "
-                f'buffer of {self.retention.buffer}, and on_overflow is "error". Use a larger window or "evict".'
-            )
-            raise OverflowError(msg)
-        if self._last_position is not None and max(seen) > self._last_position:
-            msg = (
-                f"The call reaches token {max(seen)}, beyond the {self._last_position} positions that the model was "
-                'trained on: positions="original" goes no further, positions="rank" goes on for ever.'
-            )
-            raise OverflowError(msg)
+        return self._gate.admit(self._content.stream, decoder, kwargs, attached=self._finalizer.alive)
 
     def commit_call(self) -> None:
         """Take over the call that has just succeeded. Called by the hook on the decoder.
@@ -280,9 +265,12 @@ class StreamingCache(Cache):
         Raises:
             RuntimeError: Some layer did not update the cache; the call is dropped then.
         """
+        if self._content.ring is not None and self._content.ring.step is not None:
+            self._content.ring.end()
+            return
         if self._call is None:
             return
-        events = self._stream.commit(self._call)
+        events = self._content.stream.commit(self._call)
         self.rollback()
         if self._on_evict is not None:
             for event in events:
@@ -293,12 +281,13 @@ class StreamingCache(Cache):
         if self._call is not None and (decoder := self._decoder_ref()) is not None:
             close_call(decoder)
         self._call = None
-        self._stream.complete()
+        self._content.settle()
 
     def reset(self) -> None:
         """Forget everything; the cache is as new."""
         self.rollback()
-        self._stream.reset()
+        with self._content.at_rest() as stream:
+            stream.reset()
 
     def detach(self) -> None:
         """Take the cache's hooks off the model; the cache can be read but not fed any more."""
@@ -313,7 +302,8 @@ class StreamingCache(Cache):
             beam_idx: ``[rows]`` int64, of any length.
         """
         self.rollback()
-        self._stream.select_rows(beam_idx)
+        with self._content.at_rest() as stream:
+            stream.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (int64, or a bool mask)."""
@@ -332,7 +322,9 @@ class StreamingCache(Cache):
         They can while the tokens that they evicted still stand in their slots: always within the last call, unless
         that call was longer than the cache has slots; further back with ``activate_past_recording``.
         """
-        return self._stream.can_crop(columns)
+        self.rollback()
+        with self._content.at_rest() as stream:
+            return stream.can_crop(columns)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest columns back, as if they had never been fed.
@@ -345,27 +337,33 @@ class StreamingCache(Cache):
             ValueError: It is positive, more than was fed, or the tokens that the columns evicted are gone; nothing has
                 changed then.
         """
-        self.rollback()
+        fed = self.get_seq_length()
         if CROPS_TO_LENGTH and tokens_to_remove > 0:
-            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
-        if not 0 <= -tokens_to_remove <= self.get_seq_length():
-            fed = self.get_seq_length()
+            tokens_to_remove = min(0, tokens_to_remove - fed)
+        if not 0 <= -tokens_to_remove <= fed:
             msg = f"tokens_to_remove must be minus a number between 0 and the {fed} fed, got {tokens_to_remove}."
             raise ValueError(msg)
-        if tokens_to_remove:
-            self._stream.crop(-tokens_to_remove)
-        self._stream.forget_past()
+        self.rollback()
+        with self._content.at_rest() as stream:
+            if tokens_to_remove:
+                stream.crop(-tokens_to_remove)
+            stream.forget_past()
 
     def activate_past_recording(self) -> None:
-        """Keep up to 128 evicted tokens until ``crop``; a call too long for the slots begins the record anew."""
+        """Keep up to 128 evicted tokens until ``crop``; a call too long for the slots begins the record anew.
+
+        A static cache keeps the 7 that its shapes have room for.
+        """
         for view in self.layers:
             cast("Any", view).activate_past_recording()
-        self._stream.record_past()
+        if self._content.ring is None:
+            self._content.stream.record_past()
 
     def snapshot(self) -> Snapshot:
         """Copy the cache's content, to come back to it with ``restore`` any number of times."""
         self.rollback()
-        return self._stream.snapshot()
+        with self._content.at_rest() as stream:
+            return stream.snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this cache, or of one with the same sizes on the same model.
@@ -374,7 +372,8 @@ class StreamingCache(Cache):
             ValueError: The snapshot is of a cache with other sizes.
         """
         self.rollback()
-        self._stream.restore(snapshot)
+        with self._content.at_rest() as stream:
+            stream.restore(snapshot)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
         decoder = self._decoder_ref()
@@ -390,9 +389,8 @@ class StreamingCache(Cache):
                 rule.window,
                 rule.buffer,
                 rule.evict,
-                self._on_evict,
-                positions=self._positions,
-                on_overflow=self._on_overflow,
+                **self._choices,
+                static=self._content.ring is not None,
             )
         memo[id(self)] = twin
         twin.restore(self.snapshot())

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "check_padding_is_leading", "read_inputs"]
+if TYPE_CHECKING:
+    import weakref
+
+    from transformers import PreTrainedModel
+
+    from sinkwindow.stream import Stream
+
+__all__ = ["Gate", "Inputs", "read_inputs", "rewritten"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +35,66 @@ class Inputs:
     real: list[list[int] | None] | None
 
 
-def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None) -> Inputs:
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a cache admits.
+
+    Attributes:
+        decoder: The module that the cache serves.
+        counts_columns: Whether its ALiBi counts columns, padding included.
+        may_evict: Whether tokens may be evicted.
+        last_position: The last one that original positions allow; ``None`` where ranks are the positions.
+        static: Whether the cache is, for which ``generate`` makes 4D masks of its own.
+    """
+
+    decoder: weakref.ref[PreTrainedModel]
+    counts_columns: bool
+    may_evict: bool
+    last_position: int | None
+    static: bool
+
+    def admit(self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], *, attached: bool) -> Inputs:
+        """Read a call, before anything changes.
+
+        Raises:
+            ValueError: The decoder is another one, or its arguments do not fit the stream.
+            OverflowError: The call goes beyond what the cache may evict, or the positions it may use.
+        """
+        if decoder is not self.decoder() or not attached:
+            msg = (
+                "This StreamingCache was made for another model, or is detached; make a new one for the model you call."
+            )
+            raise ValueError(msg)
+        inputs = read_inputs(kwargs, stream.state.columns, stream.state.batch, static=self.static)
+        if self.counts_columns:
+            _check_padding_is_leading(inputs, [lane.seen for lane in stream.state.lanes])
+        self._check_room(stream, inputs)
+        return inputs
+
+    def _check_room(self, stream: Stream, inputs: Inputs) -> None:
+        most = max(stream.seen_after(inputs))
+        if not self.may_evict and stream.would_evict(inputs):
+            msg = (
+                f"The call brings {most} tokens and would evict: the cache keeps {stream.rule.limit} plus a "
+                f'buffer of {stream.rule.buffer}, and on_overflow is "error". Use a larger window or "evict".'
+            )
+            raise OverflowError(msg)
+        if self.last_position is not None and most > self.last_position:
+            msg = (
+                f"The call reaches token {most}, beyond the {self.last_position} positions that the model was "
+                'trained on: positions="original" goes no further, positions="rank" goes on for ever.'
+            )
+            raise OverflowError(msg)
+
+
+def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None, *, static: bool = False) -> Inputs:
     """Read and check the arguments of a decoder's forward.
 
     Args:
         kwargs: The arguments by name.
         seen_columns: Columns that the cache was fed before.
         batch: Rows of the cache, ``None`` before its first call.
+        static: Whether the cache is, for which ``generate`` makes 4D masks of its own.
 
     Raises:
         ValueError: No tokens, another batch size than before, or a mask that is not a left-padding 2D mask over all
@@ -48,12 +108,23 @@ def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None) ->
     if batch is not None and rows != batch:
         msg = f"input_ids has batch size {rows}, but the cache holds {batch} rows; use a fresh cache or reset()."
         raise ValueError(msg)
-    mask = _new_columns(kwargs.get("attention_mask"), rows, columns, seen_columns)
+    mask = kwargs.get("attention_mask")
+    if static:
+        mask = _behind(mask, columns)
+    mask = _new_columns(mask, rows, columns, seen_columns)
     real = None if mask is None or bool(mask.all()) else _real_columns(mask)
     return Inputs(rows, columns, tokens.device, real)
 
 
-def check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
+def rewritten(kwargs: dict[str, Any], position_ids: Tensor, attention_mask: object) -> dict[str, object]:
+    """Give the arguments that a call gets instead of its own."""
+    changes: dict[str, object] = {"position_ids": position_ids, "attention_mask": attention_mask}
+    if "cache_position" in kwargs:  # before transformers 5.4: the model makes its own from get_seq_length
+        changes["cache_position"] = None
+    return changes
+
+
+def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
     """Refuse padding between a row's tokens, for models that count it.
 
     Args:
@@ -73,6 +144,29 @@ def check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
                 "distance; pad on the left of the first call only."
             )
             raise ValueError(msg)
+
+
+def _behind(mask: object, columns: int) -> object:
+    """Give the 2D mask of the new columns behind ``generate``'s 4D one: who sees itself is a token.
+
+    A step's says nothing: ``generate`` pads no row after its prompt.
+
+    Raises:
+        ValueError: The mask hides more than the future and padding.
+    """
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()))
+    if not isinstance(mask, Tensor) or mask.dim() != 4:  # noqa: PLR2004 - [batch, 1, queries, keys]
+        return mask
+    if columns == 1:
+        return None
+    seen = mask[:, 0, :, -columns:]
+    seen = seen if seen.dtype == torch.bool else seen == 0
+    real = seen.diagonal(dim1=-2, dim2=-1)
+    if not torch.equal(seen, real[:, None, :].expand_as(seen).tril()):
+        msg = "attention_mask is a 4D mask that hides more than the future and padding; pass a 2D one, [batch, tokens]."
+        raise ValueError(msg)
+    return real
 
 
 def _new_columns(mask: object, rows: int, columns: int, seen_columns: int) -> Tensor | None:

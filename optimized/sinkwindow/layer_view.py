@@ -19,15 +19,17 @@ class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
 
     Attributes:
         is_sliding: Whether the layer has a window of its own in a model that mixes kinds.
+        is_compileable: Whether ``generate`` may compile the steps.
         record_past: Set by ``activate_past_recording``; ``generate`` clears it.
     """
 
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, *, is_sliding: bool = False) -> None:
+    def __init__(self, *, is_sliding: bool = False, is_compileable: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers is not typed there
         self.is_sliding = is_sliding
+        self.is_compileable = is_compileable
         self.record_past = False
 
     def activate_past_recording(self) -> None:
@@ -66,7 +68,7 @@ class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
 
-def views_of(facts: ModelFacts) -> list[Any]:
+def views_of(facts: ModelFacts, *, is_compileable: bool) -> list[Any]:
     """Tell transformers which layers have a window of their own: it makes a mask for each kind."""
     sliding = {layer for kind in facts.kinds if kind.window is not None for layer in kind.layers}
-    return [LayerView(is_sliding=layer in sliding) for layer in range(facts.num_layers)]
+    return [LayerView(is_sliding=layer in sliding, is_compileable=is_compileable) for layer in range(facts.num_layers)]

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from sinkwindow.attention import BandedLayer
     from sinkwindow.families import LayerKind, ModelFacts
     from sinkwindow.storage import SlotPool
+    from sinkwindow.stream import Stream, StreamCall
 
 __all__ = [
+    "call_mask",
     "check_lengths",
     "check_original_positions",
     "first_cut",
     "lane_call",
     "needs_band",
-    "padding_mask",
     "pool_call",
     "position_bound",
     "rebased",
@@ -144,6 +145,13 @@ def padding_mask(pool: SlotPool, before: Sequence[Lane], lanes: Sequence[LaneCal
     start = max(lengths) - torch.tensor(lengths, device=device)
     real = torch.stack([lane.naturals(device) >= 0 for lane in lanes])
     return torch.cat((held >= start[:, None], real), dim=1).long()
+
+
+def call_mask(stream: Stream, call: StreamCall, device: torch.device) -> Tensor | None:
+    """Give the 2D mask that the model makes its own of; none where all columns are tokens, or a band knows better."""
+    if not stream.splits and (call.banded is not None or rows_agree(stream.pools, call.before)):
+        return None
+    return padding_mask(stream.pools[0], call.before, call.lanes, device).expand(call.batch, -1)
 
 
 def rows_agree(pools: Sequence[SlotPool], before: Sequence[Lane]) -> bool:

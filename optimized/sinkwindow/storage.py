@@ -11,19 +11,21 @@ evicted tokens, always from the pristine copy, and written over the youngest evi
 window. When ``end`` reaches the last slot, the window is moved to the front once.
 
 While a model call is under way nothing is written where a retained token stands, so a call that fails is undone by
-forgetting it. Every other change is a ``Move``: complete before its first write, so that an interrupted one can be
-repeated.
+forgetting it. Every other change is a ``Move``: it knows which of its writes are done, so that an interrupted one is
+finished and not repeated.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sinkwindow.lanes import batch_slice
+from sinkwindow.moves import Write, Writes, by_layers, from_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -89,14 +91,15 @@ class Bank:
         return Bank(self.layers, KeyValue(*map(change, self.slots)), KeyValue(*map(change, self.sinks)))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Move:
-    """A change of a pool: what is written where, copied before the first write, and what holds afterwards."""
+    """A change of a pool: what is written, and what holds afterwards."""
 
-    writes: list[tuple[Tensor, Tensor]]
+    writes: Writes
     banks: list[Bank]
     rows: list[Row]
     end: int
+    laid: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +115,8 @@ class SlotPool:
         banks: Allocated when the first call commits.
         end: Slot after the newest token, the same for all rows.
         recording: Whether evicted tokens are kept for a roll-back, up to ``RECORDED``.
+        ring: Whether steps at fixed shapes use the slots: then a bank for each layer, as a graph wants its tensors.
+        laid: Whether the slots stand as ``ring.py`` says, not as above.
     """
 
     retention: Retention
@@ -122,6 +127,8 @@ class SlotPool:
     banks: list[Bank] = field(default_factory=list)
     end: int = 0
     recording: bool = False
+    ring: bool = False
+    laid: bool = False
     _overwritten: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _floors: list[int] = field(default_factory=list)
     _under_way: Move | None = None
@@ -132,7 +139,8 @@ class SlotPool:
         if self.banks:
             return self.banks[0].slots.keys.shape[3]
         capacity = self.retention.capacity
-        return capacity + max(MIN_SLACK, capacity // SLACK_SHARE) + (RECORDED if self.recording else 0)
+        slack = MIN_SLACK if self.ring else max(MIN_SLACK, capacity // SLACK_SHARE)  # nothing moves in a ring
+        return capacity + slack + (RECORDED if self.recording else 0)
 
     @property
     def nbytes(self) -> int:
@@ -158,11 +166,10 @@ class SlotPool:
     def apply(self, move: Move) -> None:
         """Carry a move out; carrying it out again changes nothing, so an interrupted one is finished by ``recover``."""
         self._under_way = move
-        for target, source in move.writes:
-            target.copy_(source)
-        if move.writes:
+        move.writes.carry_on()
+        if move.writes.parts:
             self.forget_overwritten()
-        self.banks, self.rows, self.end = move.banks, move.rows, move.end
+        self.banks, self.rows, self.end, self.laid = move.banks, move.rows, move.end, move.laid
         self._under_way = None
 
     def recover(self) -> None:
@@ -223,26 +230,26 @@ class SlotPool:
         end = max(
             self.retention.sinks(lane.seen) + lane.seen - start for lane, start in zip(lanes, starts, strict=True)
         )
-        writes: list[tuple[Tensor, Tensor]] = []
+        writes: list[Write] = []
         after = []
         for r, (lane, row, start) in enumerate(zip(lanes, rows, starts, strict=True)):
             count, source_end = lane.seen - start, self.end - (cut[r] if cut else 0)
             index = batch_slice(r, len(lanes))
             for old, new in zip(self.banks, banks, strict=True):
                 keys, values = (tensor[:, index, :, source_end - count : source_end] for tensor in old.slots)
-                keys = keys.clone() if row.offset == lane.offset else self.rotary.move(keys, row.offset - lane.offset)
-                to = (slice(None), index, slice(None), slice(end - count, end))
-                writes += [(new.slots.keys[to], keys), (new.slots.values[to], values.clone())]
+                to_keys, to_values = (tensor[:, index, :, end - count : end] for tensor in new.slots)
+                turn = partial(self._turned, distance=row.offset - lane.offset)
+                writes += [*by_layers(to_keys, keys, turn), *by_layers(to_values, values, torch.clone)]
             after.append(replace(row, offset=lane.offset, floor=start, placed=-1))
         for old, new in zip(self.banks, banks, strict=True):
             if new is not old:
-                writes += list(zip(new.sinks, old.sinks, strict=True))
-        return Move(writes, banks, after, end)
+                writes += [from_aside(*pair) for pair in zip(new.sinks, old.sinks, strict=True)]
+        return Move(Writes(writes), banks, after, end)
 
     def advance(self, lanes: Sequence[LaneCall], evicted: list[int]) -> Move:
         """Take over a call whose tokens were written at ``end``."""
         rows = [replace(row, evicted=count) for row, count in zip(self.rows, evicted, strict=True)]
-        return Move([], self.banks, rows, self.end + lanes[0].fresh)
+        return Move(Writes([]), self.banks, rows, self.end + lanes[0].fresh)
 
     def absorb(
         self,
@@ -268,14 +275,18 @@ class SlotPool:
         end = max(
             self.retention.sinks(lane.seen) + lane.seen - row.floor for lane, row in zip(lanes, rows, strict=True)
         )
-        writes: list[tuple[Tensor, Tensor]] = []
+        writes: list[Write] = []
         for bank in banks:
             for position, layer in enumerate(bank.layers):
                 for target, source in zip(bank.slots, windows[layer], strict=True):
-                    writes.append((target[position, :, :, end - source.shape[2] : end], source))
+                    writes.append(from_aside(target[position, :, :, end - source.shape[2] : end], source))
                 for target, source in zip(bank.sinks, sinks[layer], strict=True):
-                    writes.append((target[position, :, :, : source.shape[2]], source))
-        return Move(writes, banks, rows, end)
+                    writes.append(from_aside(target[position, :, :, : source.shape[2]], source))
+        return Move(Writes(writes), banks, rows, end)
+
+    def _turned(self, keys: Tensor, distance: int) -> Tensor:
+        """Give keys moved by some positions, always a copy."""
+        return self.rotary.move(keys, distance) if distance else keys.clone()
 
     def keep_from(self, lane: Lane, row: Row, evicted: int) -> int:
         """Give the oldest window token to keep of a call kept aside; the call saw the list as it was before."""
@@ -329,10 +340,8 @@ class SlotPool:
 
     def _allocate(self, windows: dict[int, KeyValue]) -> list[Bank]:
         """Make room for every layer, one bank for all layers of one shape, dtype and device."""
-        return [
-            _bank(layers, windows[layers[0]], self.size, self.retention.num_sinks)
-            for layers in _alike(self.layers, windows)
-        ]
+        groups = [[layer] for layer in self.layers] if self.ring else _alike(self.layers, windows)
+        return [_bank(layers, windows[layers[0]], self.size, self.retention.num_sinks) for layers in groups]
 
 
 def _alike(layers: list[int], windows: dict[int, KeyValue]) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sinkwindow.events import Eviction, evictions
 from sinkwindow.history import History, Past
 from sinkwindow.lanes import Lane, LaneCall
+from sinkwindow.moves import Writes
 from sinkwindow.plan import first_cut, lane_call, needs_band, pool_call, rebased, rows_agree
 from sinkwindow.storage import Move, Row, SlotPool
 from sinkwindow.versions import HAS_QUERY_OFFSET
@@ -55,6 +56,7 @@ class Snapshot:
     """A copy of a cache's content, for ``StreamingCache.restore``; opaque."""
 
     rules: list[Retention]
+    static: bool
     state: State
     moves: list[Move]
     history: History
@@ -216,7 +218,7 @@ class Stream:
         self._history = self._new_history()
         for pool in self.pools:
             pool.forget_overwritten()
-        self._transact([(pool, Move([], [], [Row()], 0)) for pool in self.pools], State())
+        self._transact([(pool, Move(Writes([]), [], [Row()], 0)) for pool in self.pools], State())
 
     def _transact(self, moves: list[tuple[SlotPool, Move]], state: State) -> None:
         """Change tensors and state together: from here on an interruption is completed by the next call."""
@@ -253,7 +255,7 @@ class Stream:
             pool.restore_overwritten()
             banks = [bank.map(lambda tensor: tensor.index_select(1, index.to(tensor.device))) for bank in pool.banks]
             rows = [pool.rows[row] for row in chosen] if len(lanes) > 1 else pool.rows
-            moves.append((pool, Move([], banks, rows, pool.end)))
+            moves.append((pool, Move(Writes([]), banks, rows, pool.end)))
         if len(lanes) > 1:
             lanes = tuple(lanes[row] for row in chosen)
             self._history.select(chosen)
@@ -311,7 +313,7 @@ class Stream:
         rows = [replace(row, evicted=count) for row, count in zip(pool.rows, target.evicted[index], strict=True)]
         end = pool.end - target.removed[0]
         if len(set(target.removed)) == 1 and end >= max(map(pool.length, lanes, rows)):
-            return Move([], pool.banks, rows, end)
+            return Move(Writes([]), pool.banks, rows, end)
         return pool.relocation(lanes, rows, target.removed)
 
     def _target(self, columns: int) -> _Target | None:
@@ -351,18 +353,22 @@ class Stream:
         moves = []
         for pool in self.pools:
             pool.restore_overwritten()
-            moves.append(Move([], [bank.map(torch.clone) for bank in pool.banks], list(pool.rows), pool.end))
-        return Snapshot([pool.retention for pool in self.pools], self.state, moves, self._history.copy())
+            moves.append(Move(Writes([]), [bank.map(torch.clone) for bank in pool.banks], list(pool.rows), pool.end))
+        rules = [pool.retention for pool in self.pools]
+        return Snapshot(rules, self.pools[0].ring, self.state, moves, self._history.copy())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot.
 
         Raises:
-            ValueError: The snapshot is of a cache with other sizes.
+            ValueError: The snapshot is of a cache with other sizes, or only one of the two is static.
         """
         self.complete()
         if snapshot.rules != [pool.retention for pool in self.pools]:
             msg = f"snapshot is of a cache with {snapshot.rules[0]}, this one has {self.rule}."
+            raise ValueError(msg)
+        if snapshot.static != self.pools[0].ring:
+            msg = f"snapshot is of a cache with static={snapshot.static}, this one has static={not snapshot.static}."
             raise ValueError(msg)
         moves = []
         for pool, move in zip(self.pools, snapshot.moves, strict=True):

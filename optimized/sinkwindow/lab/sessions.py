@@ -50,6 +50,14 @@ class Session(ABC):
         """
         return self._feed(ids, last_only=last_only)
 
+    def read(self, ids: torch.Tensor) -> None:
+        """Takes tokens in whose logits nobody wants.
+
+        Args:
+            ids: [1, tokens], one token or more.
+        """
+        self.feed(ids, last_only=True)
+
     @abstractmethod
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         """What `feed` does, inside inference mode."""
@@ -160,11 +168,20 @@ class RecomputeSession(Session):
         self._window = window
         self._context = torch.empty((1, 0), dtype=torch.long)
 
-    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+    def read(self, ids: torch.Tensor) -> None:
+        """Remembers the ids: there is nothing else to keep of them."""
+        self._append(ids)
+
+    def _append(self, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The known ids with new ones behind them, and how many were known."""
         known = self._context.shape[1]
         text = torch.cat((self._context.to(ids.device), ids), dim=1)
         self._context = text[:, -self._window :].clone()
         self.evictions += max(0, text.shape[1] - max(known, self._window))
+        return text, known
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        text, known = self._append(ids)
         if last_only:
             return self._forward(self._context, last_only=True)
         return self._score(text, known)

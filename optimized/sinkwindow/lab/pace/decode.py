@@ -42,7 +42,7 @@ class Happened:
     @classmethod
     def of(cls, cache: Any) -> Happened:
         """Reads a cache."""
-        stream = cache._stream  # noqa: SLF001 - nothing public tells a compaction or a rebase
+        stream = cache._content.stream  # noqa: SLF001 - nothing public tells a compaction or a rebase
         return cls(cache.num_evictions, stream.pools[0].end, stream.state.lanes[0].offset)
 
     def between(self, later: Happened) -> str:
@@ -75,7 +75,7 @@ class Decoder:
 
     def approach_rebase(self) -> None:
         """Fills on until a rebase is some steps away."""
-        stream = self.steps.cache._stream  # noqa: SLF001
+        stream = self.steps.cache._content.stream  # noqa: SLF001
         reach = self.seen - stream.state.lanes[0].offset
         more = stream._bound - reach - BEFORE_REBASE  # noqa: SLF001
         if more > 0:

@@ -1,0 +1,72 @@
+"""Changes of tensors in place that survive an interruption.
+
+Where a window moves within its slots, what is written overwrites what is still to be read. So a move is cut into
+writes, each taken aside whole before it begins; a few layers at a time, in memory that stays warm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+__all__ = ["Write", "Writes", "by_layers", "from_aside"]
+
+SCRATCH = 4 << 20  # [bytes] taken aside at a time: fresh pages for whole windows cost more than the copying
+
+
+class Write(NamedTuple):
+    """A part of a change, which reads nothing that a part before it has written.
+
+    Attributes:
+        target: Where it goes.
+        source: Gives what is written, in memory of its own.
+    """
+
+    target: Tensor
+    source: Callable[[], Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class Writes:
+    """The writes of a change, and how far they are."""
+
+    parts: list[Write]
+    _progress: tuple[int, Tensor | None] = (0, None)  # parts done, and what the next one has taken aside
+
+    def carry_on(self) -> None:
+        """Do what is left; after an interruption, go on from there.
+
+        A write that has overwritten a part of its source must not read it again, and one that is done must not be
+        repeated: its source may be gone. Hence one assignment for both.
+        """
+        while self._progress[0] < len(self.parts):
+            done, taken = self._progress
+            if taken is None:
+                taken = self.parts[done].source()
+                self._progress = (done, taken)
+            self.parts[done].target.copy_(taken)
+            self._progress = (done + 1, None)
+
+
+def from_aside(target: Tensor, source: Tensor) -> Write:
+    """Write what already stands in memory of its own."""
+    return Write(target, lambda: source)
+
+
+def by_layers(target: Tensor, source: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[Write]:
+    """Write all layers, as many at a time as ``SCRATCH`` holds.
+
+    Args:
+        target: ``[layers, ...]``.
+        source: ``[layers, ...]``, of the same size.
+        change: Gives what is written, always a copy.
+    """
+    step = max(1, SCRATCH * source.shape[0] // max(1, source.nbytes))
+    for start in range(0, source.shape[0], step):
+        yield Write(target[start : start + step], partial(change, source[start : start + step]))

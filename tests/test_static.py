@@ -1,0 +1,369 @@
+"""A static cache keeps the same tokens and gives the same logits, and one graph serves all its steps for ever.
+
+Graphs are captured by torch's own tracer and run without a code generator (`backend="eager"`): what is traced, guarded
+and recompiled is the same. One test goes through the whole compiler.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig
+
+from families import FAMILIES as EVERY_FAMILY
+from families import FLOAT32_ISLAND, build
+from sinkwindow import StreamingCache
+from sinkwindow_reference import reference_logits, retained_after
+from strategies import (
+    CACHE_NAME,
+    EXACT,
+    ModelSpec,
+    Rule,
+    budget,
+    call,
+    fresh_model,
+    model_specs,
+    observe,
+    padding_mask,
+    real_per_call,
+    rules,
+    seeds,
+    splits,
+    stepwise,
+    stream,
+    tokens,
+    worst,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+ROPES = ("default", "linear", "yarn")  # dynamic frequencies depend on the largest position: refused
+OWN_ATTENTION = {"bloom", "falcon", "falcon_alibi", "mpt"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@given(spec=model_specs(ROPES), rule=rules(), seed=seeds(), batch=st.integers(1, 2), lengths=splits())
+def test_every_call_equals_the_reference(
+    spec: ModelSpec, rule: Rule, seed: int, batch: int, lengths: list[int]
+) -> None:
+    """Whatever the calls: steps, prompts, and prompts after steps."""
+    model, ids = spec.model(), tokens(seed, batch, sum(lengths))
+    expected = reference_logits(model, ids, **rule.arguments)
+    cache = rule.cache(model, static=True)
+    for step, (end, logits) in enumerate(stepwise(model, cache, ids, lengths)):
+        assert worst(logits - expected[:, end - lengths[step] : end]) < EXACT
+        assert cache.retained_tokens == [retained_after(end, **rule.arguments)] * batch
+        assert (cache.seen_tokens, cache.get_seq_length()) == ([end] * batch, end)
+        assert cache.num_evictions == rule.cache(model).num_evictions + batch * (
+            (end - len(retained_after(end, **rule.arguments))) // (rule.buffer + 1)
+        )
+
+
+@budget(0.3)
+@given(rule=rules(), seed=seeds(), lengths=splits(most=70), holes=st.booleans())
+def test_padded_rows_are_rows_alone(rule: Rule, seed: int, lengths: list[int], *, holes: bool) -> None:
+    """Rows of different lengths stand at different places of their rings."""
+    model, ids = ModelSpec().model(), tokens(seed, 3, sum(lengths))
+    mask = padding_mask(seed, 3, lengths, holes=holes)
+    expected = reference_logits(model, ids, mask, **rule.arguments)
+    cache = rule.cache(model, static=True)
+    logits = stream(model, cache, ids, lengths, mask)
+    assert worst((logits - expected)[mask.bool()]) < EXACT
+    for row, real in enumerate(mask):
+        assert cache.retained_tokens[row] == retained_after(sum(real_per_call(real, lengths)), **rule.arguments)
+
+
+def _static_families() -> list[str]:
+    found = []
+    for family in EVERY_FAMILY:
+        try:
+            StreamingCache(build(family), 1, 4, 1, static=True).detach()
+        except ValueError:
+            continue
+        found.append(family)
+    return found
+
+
+def test_only_three_things_keep_a_family_from_being_static() -> None:
+    """Attention of its own, frequencies that depend on the length, and tables of positions."""
+    refused = set(EVERY_FAMILY) - set(_static_families())
+    assert len(refused) < len(EVERY_FAMILY) / 3
+    for family in refused:
+        with pytest.raises(ValueError, match=r"attends by itself|largest one"):
+            StreamingCache(build(family), 1, 4, 1, static=True)
+
+
+@pytest.mark.parametrize("family", _static_families())
+def test_the_family_streams_as_the_reference_says(family: str) -> None:
+    """Every family that can be static, with a native window or without, under each attention that takes a mask."""
+    rule, lengths, ids = Rule(2, 6, 3), [9, 1, 1, 30, *[1] * 25], tokens(2, 2, 66)
+    mask = padding_mask(5, 2, lengths, holes=False)
+    for attention in {"sdpa", "eager"} & set(EVERY_FAMILY[family].attention):
+        model = build(family, attention)
+        expected = reference_logits(model, ids, mask, **rule.arguments)
+        logits = stream(model, rule.cache(model, static=True), ids, lengths, mask)
+        bound = EVERY_FAMILY[family].bound if attention == "sdpa" else FLOAT32_ISLAND  # eager softmaxes in float32
+        assert worst((logits - expected)[mask.bool()]) < bound
+
+
+# -- graphs -----------------------------------------------------------------------------------------------------------
+
+
+def _steps(compiled: Any, cache: StreamingCache, ids: Tensor) -> Tensor:
+    """Feed tokens one by one through a compiled model; logits `[batch, columns, vocab]`."""
+    with torch.no_grad():
+        logits = [compiled(input_ids=ids[:, [column]], **{CACHE_NAME: cache}).logits for column in range(ids.shape[1])]
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompt", [1, 5, 40])
+def test_one_graph_serves_all_steps(prompt: int, attention: str) -> None:
+    """No recompilation while it fills, at the first eviction, where the ring wraps, or where positions pass the bound.
+
+    `prompt` is shorter than the sinks, shorter than the list, and longer.
+    """
+    rule, model = Rule(3, 6, 2), ModelSpec(max_positions=24, attention=attention).model()
+    ids = tokens(1, 2, prompt + 80)
+    expected = reference_logits(model, ids, **rule.arguments)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    cache = rule.cache(model, static=True)
+    bound = EXACT if attention == "sdpa" else FLOAT32_ISLAND
+    assert worst(call(model, cache, ids[:, :prompt]) - expected[:, :prompt]) < bound
+    assert worst(_steps(compiled, cache, ids[:, prompt:]) - expected[:, prompt:]) < bound
+    assert cache.retained_tokens == [retained_after(prompt + 80, **rule.arguments)] * 2
+    assert counter.frame_count == 1
+
+
+def test_one_graph_serves_caches_that_come_and_go() -> None:
+    """Another cache of the same sizes, a reset one, one that went back, and a longer prompt in between."""
+    rule, model, ids = Rule(2, 5, 1), ModelSpec().model(), tokens(2, 1, 60)
+    expected = reference_logits(model, ids, **rule.arguments)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def run(cache: StreamingCache, start: int = 0) -> None:
+        for stop, one_by_one in ((start + 7, False), (start + 14, True), (start + 20, False), (60, True)):
+            part = ids[:, start:stop]
+            logits = _steps(compiled, cache, part) if one_by_one else call(model, cache, part)
+            assert worst(logits - expected[:, start:stop]) < EXACT
+            start = stop
+
+    cache = rule.cache(model, static=True)
+    run(cache)
+    cache.reset()
+    run(cache)
+    twin = rule.cache(model, static=True)
+    call(model, twin, ids[:, :9])
+    snapshot = twin.snapshot()
+    run(twin, 9)
+    twin.restore(snapshot)
+    run(twin, 9)
+    assert counter.frame_count == 1
+
+
+def test_generate_compiles_the_steps() -> None:
+    """As it would for a `StaticCache`; here where it would not by itself, and with a batch that is padded."""
+    rule, model, ids = Rule(2, 5, 2), ModelSpec().model(), tokens(3, 2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)  # type: ignore[arg-type]
+    config._compile_all_devices = True  # type: ignore[assignment]
+    how = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
+    cache = rule.cache(model, static=True)
+    assert cache.is_compileable
+    found = model.generate(ids, **{CACHE_NAME: cache}, compile_config=config, **how)  # type: ignore[operator]
+    again = model.generate(ids, **{CACHE_NAME: rule.cache(model)}, **how)  # type: ignore[operator]
+    assert torch.equal(found, again)
+    assert not rule.cache(model).is_compileable
+    assert cache.seen_tokens == [37, 41]
+    seen = {name for counts in torch._dynamo.utils.counters.values() for name in counts}
+    assert "calls_captured" in seen
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch, of itself
+def test_the_whole_compiler_agrees() -> None:
+    """Code generated for the CPU gives the logits of the reference."""
+    rule, model, ids = Rule(2, 5, 1), ModelSpec(layers=2).model(), tokens(4, 2, 40)
+    expected = reference_logits(model, ids, **rule.arguments)
+    cache = rule.cache(model, static=True)
+    call(model, cache, ids[:, :6])
+    logits = _steps(torch.compile(model, fullgraph=True), cache, ids[:, 6:])
+    assert worst(logits - expected[:, 6:]) < EXACT
+
+
+@pytest.mark.parametrize("columns", [2, 5])
+def test_a_compiled_prompt_is_refused(columns: int) -> None:
+    """It says what to do; the cache stays as it was."""
+    model, ids = ModelSpec().model(), tokens(5, 1, 20)
+    cache = StreamingCache(model, 2, 5, 1, static=True)
+    call(model, cache, ids[:, :9])
+    before = observe(cache)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="one token for each row"), torch.no_grad():
+        compiled(input_ids=ids[:, :columns], **{CACHE_NAME: cache})
+    assert observe(cache) == before
+
+
+def test_a_dynamic_cache_is_not_compiled() -> None:
+    """The error names the argument."""
+    model = ModelSpec().model()
+    cache = StreamingCache(model, 2, 5, 1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="static=True"), torch.no_grad():
+        compiled(input_ids=tokens(6, 1, 1), **{CACHE_NAME: cache})
+
+
+# -- everything else a cache does -------------------------------------------------------------------------------------
+
+
+@budget(0.3)
+@given(rule=rules(), seed=seeds(), back=st.integers(1, 7), steps=st.integers(8, 30))
+def test_steps_are_taken_back(rule: Rule, seed: int, back: int, steps: int) -> None:
+    """Up to 7 of them always: their evicted tokens still stand in the ring."""
+    model, ids = ModelSpec().model(), tokens(seed, 2, 10 + steps + back)
+    expected = reference_logits(model, ids, **rule.arguments)
+    cache = rule.cache(model, static=True)
+    stream(model, cache, ids[:, : 10 + steps], [10] + [1] * steps)
+    assert cache.can_crop(back)
+    cache.crop(-back)
+    assert cache.seen_tokens == [10 + steps - back] * 2
+    logits = stream(model, cache, ids[:, 10 + steps - back :], [1] * (2 * back))
+    assert worst(logits - expected[:, 10 + steps - back :]) < EXACT
+
+
+def test_rows_are_reordered_and_caches_copied() -> None:
+    """Between steps; the copy is static too, and goes its own way."""
+    rule, model, ids = Rule(2, 5, 2), ModelSpec().model(), tokens(7, 2, 50)
+    rows = torch.tensor([1, 1, 0])
+    swapped = ids[rows].clone()
+    swapped[:, 30:] = tokens(8, 3, 20)
+    expected = reference_logits(model, swapped, **rule.arguments)
+    cache = rule.cache(model, static=True)
+    stream(model, cache, ids[:, :30], [8] + [1] * 22)
+    cache.reorder_cache(rows)
+    twin = copy.deepcopy(cache)
+    for one in (cache, twin):
+        assert one.is_compileable
+        assert worst(stream(model, one, swapped[:, 30:], [1] * 20) - expected[:, 30:]) < EXACT
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
+def test_generate_modes_are_those_of_a_dynamic_cache(mode: dict[str, int]) -> None:
+    """Beams reorder between steps, drafts are long calls that are taken back."""
+    model, ids = ModelSpec().model(), tokens(9, 1, 14)
+    how = {"max_new_tokens": 25, "do_sample": False, **mode}
+    found, again = (
+        model.generate(ids, **{CACHE_NAME: StreamingCache(model, 2, 6, 2, static=static)}, **how)  # type: ignore[operator]
+        for static in (True, False)
+    )
+    assert torch.equal(found, again)
+
+
+def test_a_step_that_dies_leaves_the_cache_as_it_was() -> None:
+    """The token that was being written is written again."""
+    rule, model, ids = Rule(2, 5, 1), ModelSpec().model(), tokens(10, 1, 40)
+    expected = reference_logits(model, ids, **rule.arguments)
+    cache = rule.cache(model, static=True)
+    stream(model, cache, ids[:, :20], [5] + [1] * 15)
+    before = observe(cache)
+    handle = model.model.layers[1].register_forward_hook(_die)
+    with pytest.raises(RuntimeError, match="the machine stops"):
+        call(model, cache, ids[:, 20:21])
+    handle.remove()
+    assert observe(cache) == before
+    assert worst(stream(model, cache, ids[:, 20:], [1] * 20) - expected[:, 20:]) < EXACT
+
+
+def _die(*_: object) -> None:
+    msg = "the machine stops"
+    raise RuntimeError(msg)
+
+
+def test_steps_a_million_tokens_on_are_exact() -> None:
+    """Positions have no bound; half dtypes get their angles in float64 as well."""
+    rule, ids = Rule(2, 6, 1), tokens(11, 1, 40)
+    for dtype, bound in ((torch.float64, EXACT), (torch.float32, 2e-5), (torch.bfloat16, 0.4)):
+        model = ModelSpec().model(dtype)
+        near, far = rule.cache(model, static=True), rule.cache(model, static=True)
+        for cache in (near, far):
+            call(model, cache, ids[:, :12])
+        ring = far._content.ring
+        assert ring is not None
+        for layer in ring._layers.values():
+            layer.slots.keys.copy_(layer.rotary.move(layer.slots.keys, 10**6))
+        ring.offset.sub_(10**6)
+        pair = [stream(model, cache, ids[:, 12:], [1] * 28) for cache in (near, far)]
+        assert worst(pair[0] - pair[1]) < bound * float(pair[0].abs().max())
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"evict": "call"}, "static=True goes with evict='token', got 'call'"),
+        ({"on_evict": print}, "static=True goes with on_evict=None, got <built-in function print>"),
+        ({"positions": "original"}, "static=True goes with positions='rank', got 'original'"),
+        ({"on_overflow": "error"}, "static=True goes with on_overflow='evict', got 'error'"),
+    ],
+)
+def test_arguments_without_a_static_form_are_refused(arguments: dict[str, Any], message: str) -> None:
+    """By name and value, before a hook hangs on the model."""
+    model = fresh_model(ModelSpec())
+    with pytest.raises(ValueError, match=message):
+        StreamingCache(model, 2, 5, 1, static=True, **arguments)
+    assert not model.model._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # from transformers
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from torch, on the way to it
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # on purpose
+def test_an_attention_without_4d_masks_is_refused() -> None:
+    """At the first step: it can be set after the cache was made."""
+    model, ids = build("llama", "flex_attention"), tokens(12, 1, 9)
+    cache = StreamingCache(model, 2, 5, 1, static=True)
+    with torch.compiler.set_stance("force_eager"):
+        call(model, cache, ids[:, :8])
+        before = observe(cache)
+        with pytest.raises(ValueError, match="attn_implementation sdpa or eager, got 'flex_attention'"):
+            call(model, cache, ids[:, 8:])
+    assert observe(cache) == before
+
+
+def test_a_mask_that_hides_more_is_refused() -> None:
+    """A 4D mask is taken for what `generate` makes of padding; another one would be misread."""
+    model, ids = ModelSpec().model(), tokens(13, 1, 6)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    mask[0, 0, 4, 2] = False
+    cache = StreamingCache(model, 2, 5, 1, static=True)
+    with pytest.raises(ValueError, match="hides more than the future and padding"):
+        call(model, cache, ids, mask)
+    assert cache.seen_tokens == [0]
+
+
+def test_snapshots_stay_with_their_kind() -> None:
+    """The tensors of the two are cut differently."""
+    model, ids = ModelSpec().model(), tokens(14, 1, 9)
+    static, dynamic = StreamingCache(model, 2, 5, 1, static=True), StreamingCache(model, 2, 5, 1)
+    for cache in (static, dynamic):
+        call(model, cache, ids)
+    with pytest.raises(ValueError, match="static=False, this one has static=True"):
+        static.restore(dynamic.snapshot())
