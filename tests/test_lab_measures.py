@@ -154,6 +154,22 @@ def test_a_short_generation_is_the_start_of_a_long_one() -> None:
     assert long.evictions > short.evictions
 
 
+def test_recomputation_reads_a_context_without_running_it() -> None:
+    """What follows is as if it had run; the window holds the same tokens."""
+    ids, model = random_ids(30), tiny_model()
+    quiet, busy = (open_session(parse("recompute_8"), model) for _ in range(2))
+    ran: list[object] = []
+    handle = model.register_forward_hook(lambda *_: ran.append(1))
+    quiet.read(ids[:, :20])
+    quiet.read(ids[:, 20:29])
+    handle.remove()
+    busy.feed(ids[:, :20])
+    busy.feed(ids[:, 20:29])
+    assert ran == []
+    assert (quiet.kept_tokens, quiet.evictions) == (busy.kept_tokens, busy.evictions) == (8, 21)
+    assert torch.equal(quiet.feed(ids[:, 29:]), busy.feed(ids[:, 29:]))
+
+
 def test_a_record_inside_the_block_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no sample was taken in between."""
     monkeypatch.setattr(memory, "INTERVAL", 1e6)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sinkwindow.attention import BandedLayer
     from sinkwindow.cache import StreamingCache
 
-__all__ = ["CACHE_NAMES", "attach", "close_call", "detach", "open_call"]
+__all__ = ["CACHE_NAMES", "attach", "close_call", "detach", "open_call", "open_step"]
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
 
@@ -102,12 +102,16 @@ def open_call(
     decoder: PreTrainedModel, cache: StreamingCache, banded: dict[int, BandedLayer] | None, exact_from: int
 ) -> None:
     """Let a streaming call begin: with a band, the decoder's attention steps back for as long as the call lasts."""
-    implementation = decoder.config._attn_implementation  # noqa: SLF001
-    enter_call(banded, weights=implementation == "eager", exact_from=exact_from)
+    enter_call(banded, weights=decoder.config._attn_implementation == "eager", exact_from=exact_from)  # noqa: SLF001
+    open_step(decoder, cache, None if banded is None else ATTENTION_NAME)
+
+
+def open_step(decoder: PreTrainedModel, cache: StreamingCache, attention: str | None) -> None:
+    """Let a call of fixed shapes begin, with an attention of ours in the place of the decoder's own."""
     _attachments[decoder].owner = id(cache)
-    if banded is not None:
-        _attachments[decoder].lent = implementation
-        decoder.config._attn_implementation = ATTENTION_NAME  # noqa: SLF001
+    if attention is not None:
+        _attachments[decoder].lent = decoder.config._attn_implementation  # noqa: SLF001
+        decoder.config._attn_implementation = attention  # noqa: SLF001
 
 
 def close_call(decoder: PreTrainedModel) -> None:
@@ -157,7 +161,10 @@ def _before_forward(
     if cache is None:
         return None
     if torch.compiler.is_compiling():
-        return (), cache.begin_step(decoder, named)
+        arguments, attention = cache.begin_step(decoder, named)
+        if attention is not None:
+            decoder.config._attn_implementation = attention  # noqa: SLF001
+        return (), arguments
     pieces, named = run_ahead(decoder, cache, named)
     arguments = cache.begin_call(decoder, named)
     _attachments[decoder].pieces = pieces
@@ -169,7 +176,8 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if cache is None:
         return None
     if torch.compiler.is_compiling():
-        cache.commit_call()
+        if (lent := cache.commit_step()) is not None:
+            cast("PreTrainedModel", module).config._attn_implementation = lent  # noqa: SLF001
         return None
     attachment = _attachments[module]
     pieces, attachment.pieces = attachment.pieces, None

@@ -19,9 +19,19 @@ if TYPE_CHECKING:
     from sinkwindow.band import Band, Block
     from sinkwindow.rotation import Rotary
 
-__all__ = ["ATTENTION_NAME", "BandedLayer", "banded_attention", "enter_call", "exact_from", "leave_call"]
+__all__ = [
+    "ATTENTION_NAME",
+    "STEP_NAME",
+    "BandedLayer",
+    "banded_attention",
+    "enter_call",
+    "exact_from",
+    "leave_call",
+    "step_attention",
+]
 
 ATTENTION_NAME = "sinkwindow"
+STEP_NAME = "sinkwindow_step"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +140,38 @@ def banded_attention(
             weights.append(_by_column(shares, layer.band, block, key.shape[2]))
     output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
     return output, torch.cat(weights, dim=2) if weights else None
+
+
+def step_attention(
+    module: nn.Module,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,  # noqa: ARG001
+) -> tuple[Tensor, None]:
+    """Attend with one query per row, as the ``sdpa`` of transformers would; registered like ``banded_attention``.
+
+    With a mask, that one copies keys and values for every head of a group. Here the heads of a group are queries of
+    their common head.
+
+    Args:
+        module: Ignored.
+        query: ``[batch, heads, 1, head_dim]``.
+        key: ``[batch, kv_heads, slots, head_dim]``.
+        value: ``[batch, kv_heads, slots, value_dim]``.
+        attention_mask: ``[batch, 1, 1, slots]`` bool, True where a slot is seen.
+        scaling: Factor of the scores; ``head_dim ** -0.5`` when ``None``.
+        **kwargs: Ignored.
+
+    Returns:
+        Attention output ``[batch, 1, heads, value_dim]``, and no weights.
+    """
+    batch, heads, _, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, width)
+    output = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(batch, 1, heads, -1), None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

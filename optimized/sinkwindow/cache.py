@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
-from sinkwindow.attach import attach, close_call, open_call
-from sinkwindow.attention import ATTENTION_NAME, banded_attention
+from sinkwindow.attach import attach, close_call, open_call, open_step
+from sinkwindow.attention import ATTENTION_NAME, STEP_NAME, banded_attention, step_attention
 from sinkwindow.choices import OnOverflow, Positions, check_choices
 from sinkwindow.content import Content
 from sinkwindow.families import inspect_model
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["StreamingCache"]
 
 AttentionInterface.register(ATTENTION_NAME, banded_attention)
+AttentionInterface.register(STEP_NAME, step_attention)
 CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
@@ -212,14 +213,11 @@ class StreamingCache(Cache):
     # -- the life of a call -------------------------------------------------------------------------------------------
 
     def begin_call(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Plan a forward call and rewrite its arguments. Called by the hook on the decoder.
+        """Plan a forward call and give its arguments rewritten. Called by the hook on the decoder.
 
         Args:
             decoder: The module about to run.
             kwargs: Its arguments, by name.
-
-        Returns:
-            The arguments with ``position_ids`` and ``attention_mask`` rewritten.
 
         Raises:
             ValueError: The model is another one, or the batch size, the mask or the number of tokens does not fit;
@@ -228,7 +226,9 @@ class StreamingCache(Cache):
         inputs = self._read(decoder, kwargs)
         if self._content.ring is not None:
             if self._content.ring.laid and inputs.columns == 1 and inputs.real is None:
-                return self.begin_step(decoder, kwargs)
+                arguments, attention = self.begin_step(decoder, kwargs)
+                open_step(decoder, self, attention)
+                return arguments
             self._content.ring.unroll()
         call = self._content.stream.begin(inputs)
         self._call = call
@@ -236,12 +236,10 @@ class StreamingCache(Cache):
         positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
         return kwargs | rewritten(kwargs, positions, call_mask(self._content.stream, call, inputs.device))
 
-    def begin_step(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Begin a call of one token per row at fixed shapes. Called by the hook; traced where the model is compiled.
+    def begin_step(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """Begin a call of one token per row at fixed shapes; traced where the model is compiled. As ``begin_call``.
 
-        Args:
-            decoder: The module about to run.
-            kwargs: Its arguments, by name.
+        Beside the arguments it gives the attention to use, ``None`` for the decoder's own.
 
         Raises:
             ValueError: The cache is not static, holds nothing yet, or holds another number of rows.
@@ -249,7 +247,12 @@ class StreamingCache(Cache):
         if self._content.ring is None:
             msg = "Only a StreamingCache(..., static=True) can be compiled, and only calls of one token with it."
             raise ValueError(msg)
-        return kwargs | self._content.ring.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
+        changes, attention = self._content.ring.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
+        return kwargs | changes, attention
+
+    def commit_step(self) -> str | None:
+        """Take over the step that has just succeeded; give the attention to put back, if there is one to put back."""
+        return None if self._content.ring is None else self._content.ring.end()
 
     def first_cut(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> int | None:
         """Give the column at which the hook must split a call, ``None`` for nowhere. Arguments as ``begin_call``."""
@@ -265,10 +268,8 @@ class StreamingCache(Cache):
         Raises:
             RuntimeError: Some layer did not update the cache; the call is dropped then.
         """
-        if self._content.ring is not None and self._content.ring.step is not None:
-            self._content.ring.end()
-            return
         if self._call is None:
+            self.commit_step()
             return
         events = self._content.stream.commit(self._call)
         self.rollback()

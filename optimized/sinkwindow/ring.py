@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sinkwindow.attention import STEP_NAME
 from sinkwindow.band import evicted_before
 from sinkwindow.families import FULL, SLIDING
 from sinkwindow.inputs import rewritten
@@ -98,11 +99,13 @@ class Step:
         naturals: Natural index of each row's token, ``[batch]`` int64.
         slots: For each pool the slots that are written, of the sinks and of the token, ``[batch, num_sinks + 1]``.
         turns: For each pool the positions to move the pristine sinks by, ``[batch, 1, 1]``.
+        lends: The decoder's own attention, where ours takes its place.
     """
 
     naturals: Tensor
     slots: list[Tensor]
     turns: list[Tensor]
+    lends: str | None
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +137,7 @@ class Ring:
 
     # -- steps: everything here is traced -----------------------------------------------------------------------------
 
-    def begin(self, kwargs: dict[str, Any], implementation: str) -> dict[str, object]:
+    def begin(self, kwargs: dict[str, Any], implementation: str) -> tuple[dict[str, object], str | None]:
         """Begin a step.
 
         Args:
@@ -144,7 +147,7 @@ class Ring:
         Returns:
             The arguments to change: ``position_ids``, ``[batch, 1]`` float64, and ``attention_mask``, ``[batch, 1, 1,
             size]``, bool, or for the eager attention what is added to scores; one for each type of layer where their
-            windows differ.
+            windows differ. And the attention to use, ``None`` for the decoder's own.
 
         Raises:
             ValueError: The call is no step, the batch size is another one, or the attention takes no 4D mask.
@@ -166,13 +169,15 @@ class Ring:
             naturals,
             [_written(pool, naturals) for pool in pools],
             [(evicted - self.offset)[:, None, None] for evicted in gone],
+            implementation if implementation == "sdpa" else None,
         )
         masks = [_visible(pool, naturals, evicted)[:, None, None] for pool, evicted in zip(pools, gone, strict=True)]
         if implementation == "eager":
             dtype = pools[0].banks[0].slots.keys.dtype
             least = torch.finfo(dtype).min
             masks = [torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, least) for mask in masks]
-        return rewritten(kwargs, (naturals - self.offset).double()[:, None], self._by_type(masks))
+        changes = rewritten(kwargs, (naturals - self.offset).double()[:, None], self._by_type(masks))
+        return changes, STEP_NAME if self.step.lends else None
 
     def _by_type(self, masks: list[Tensor]) -> Tensor | dict[str, Tensor]:
         """Name the masks as models with mixed layers want it."""
@@ -199,16 +204,20 @@ class Ring:
                 pristine.copy_(torch.where(born, new, pristine))
             moved = place.rotary.move(sinks.keys, step.turns[place.pool].to(key.device))
             fresh = KeyValue(torch.cat((moved, fresh.keys), dim=2), torch.cat((sinks.values, fresh.values), dim=2))
-        index = step.slots[place.pool].to(key.device)[:, None, :, None]
+        index = step.slots[place.pool].to(key.device)
+        rows = torch.arange(index.shape[0], device=key.device)[:, None]
         for target, new in zip(place.slots, fresh, strict=True):
-            target.scatter_(2, index.expand_as(new), new)
+            target[rows, :, index] = new.transpose(1, 2)  # compiled in place, which a scatter is not
         return place.slots
 
-    def end(self) -> None:
-        """Take the step over: only now is its token counted."""
+    def end(self) -> str | None:
+        """Take the step over: only now is its token counted. Give the attention that it has lent."""
+        if self.step is None:
+            return None
+        lent, self.step = self.step.lends, None
         self.seen.add_(1)
         self.steps.add_(1)
-        self.step = None
+        return lent
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
@@ -237,6 +246,7 @@ class Ring:
 
     def lay(self) -> None:
         """Let the next call be a step, if there is something to go on from."""
+        self.step = None
         state, pools = self.stream.state, self.stream.pools
         if state.batch is None or self.laid or not all(pool.banks for pool in pools):
             return
