@@ -60,7 +60,7 @@ def test_the_command_runs_end_to_end_without_a_gpu(tmp_path: Path, capsys: pytes
         ways = [(one.way, one.limit, one.streamed) for one in found.points if one.model == name]
         assert sorted(ways) == sorted(
             [(way, limit, limit) for way in (gpu.DENSE, gpu.STREAMING) for limit in (32, 16)]
-            + [(gpu.STREAMING, 32, 100)]
+            + [(gpu.STREAMING, 32, 100), (gpu.STATIC, 32, 32)]
         )
         assert [one.way for one in found.prompts if one.model == name] == [gpu.STREAMING, gpu.DENSE]
     assert len(found.laws) == 2 * 2

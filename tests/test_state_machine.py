@@ -34,11 +34,11 @@ Row = list[list[int | None]]  # calls of tokens
 class Streams(RuleBasedStateMachine):
     """One rule per public operation; after each, everything observable is compared."""
 
-    @initialize(spec=st.sampled_from(SPECS), sizes=rules(BOTH), rows=st.integers(1, 3))
-    def begin(self, spec: ModelSpec, sizes: Rule, rows: int) -> None:
+    @initialize(spec=st.sampled_from(SPECS), sizes=rules(BOTH), rows=st.integers(1, 3), static=st.booleans())
+    def begin(self, spec: ModelSpec, sizes: Rule, rows: int, *, static: bool) -> None:
         """Start with a fresh cache."""
         self.model, self.sizes = spec.model(), sizes
-        self.cache: StreamingCache = sizes.cache(self.model)
+        self.cache: StreamingCache = sizes.cache(self.model, static=static and sizes.evict == "token")
         self.rows: list[Row] = [[] for _ in range(rows)]
         self.snapshots: list[tuple[Snapshot, list[Row]]] = []
 

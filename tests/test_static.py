@@ -18,7 +18,7 @@ from transformers import CompileConfig
 
 from families import FAMILIES as EVERY_FAMILY
 from families import FLOAT32_ISLAND, build
-from sinkwindow import StreamingCache
+from sinkwindow import StreamingCache, ring
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
     CACHE_NAME,
@@ -289,6 +289,44 @@ def test_a_step_that_dies_leaves_the_cache_as_it_was() -> None:
     handle.remove()
     assert observe(cache) == before
     assert worst(stream(model, cache, ids[:, 20:], [1] * 20) - expected[:, 20:]) < EXACT
+
+
+def test_an_interrupted_step_gives_the_attention_back() -> None:
+    """Torch runs no hook after a KeyboardInterrupt: the next call of the model cleans up, or `rollback`."""
+    model, ids = fresh_model(ModelSpec()), tokens(15, 1, 12)
+    cache = StreamingCache(model, 2, 5, 1, static=True)
+    call(model, cache, ids[:, :10])
+    for clean in (cache.rollback, lambda: model(ids)):
+        handle = model.model.layers[1].register_forward_pre_hook(_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(model, cache, ids[:, 10:11])
+        handle.remove()
+        assert model.config._attn_implementation == "sinkwindow_step"
+        clean()
+        assert model.config._attn_implementation == "sdpa"
+    assert cache.seen_tokens == [10]
+
+
+@pytest.mark.filterwarnings("ignore:module forward hook with:UserWarning")  # it dies again
+@pytest.mark.parametrize("part", ["_take_places", "_lay", "_unroll"])
+def test_an_interrupted_laying_is_begun_again(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever dies between two kinds of calls, the stream knows where it stands."""
+    rule, model, ids = Rule(2, 5, 1), ModelSpec().model(), tokens(16, 2, 50)
+    expected = reference_logits(model, ids, **rule.arguments)
+    cache = rule.cache(model, static=True)
+    stream(model, cache, ids[:, :20], [5] + [1] * 15)
+    with monkeypatch.context() as patch:
+        patch.setattr(ring.Ring if part == "_take_places" else ring, part, _die)
+        with pytest.raises(RuntimeError, match="the machine stops"):
+            call(model, cache, ids[:, 20:25])
+    start = cache.seen_tokens[0]
+    assert cache.seen_tokens == [start] * 2
+    assert cache.retained_tokens == [retained_after(start, **rule.arguments)] * 2
+    assert worst(stream(model, cache, ids[:, start:], [1] * (50 - start)) - expected[:, start:]) < EXACT
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _die(*_: object) -> None:

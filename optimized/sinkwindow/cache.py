@@ -279,7 +279,8 @@ class StreamingCache(Cache):
 
     def rollback(self) -> None:
         """Drop a call that did not complete; the cache is as it was after the last complete one."""
-        if self._call is not None and (decoder := self._decoder_ref()) is not None:
+        under_way = self._call is not None or self._content.stepping
+        if under_way and (decoder := self._decoder_ref()) is not None:
             close_call(decoder)
         self._call = None
         self._content.settle()

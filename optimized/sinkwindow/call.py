@@ -34,6 +34,11 @@ class _Target:
     read: KeyValue
 
 
+def _detached(tensor: Tensor) -> Tensor:
+    """Give a tensor without its history; most have none, and asking costs a tenth of detaching."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 @dataclass(slots=True, eq=False)
 class PoolCall:
     """The part of a call that one pool plays.
@@ -83,7 +88,7 @@ class PoolCall:
         Returns:
             Keys and values, ``[batch, kv_heads, held + columns, ...]``.
         """
-        fresh = KeyValue(key.detach(), value.detach())
+        fresh = KeyValue(_detached(key), _detached(value))
         if self._needs_sinks:
             self._sinks[layer] = self._collect_sinks(layer, fresh)
         states = self._store(layer, fresh) if self.in_slots else self._keep_aside(layer, KeyValue(key, value))

@@ -53,6 +53,11 @@ class Content:
         """The pools, whose counts may lag behind."""
         return self._stream.pools
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self.ring is not None and self.ring.step is not None
+
     def settle(self) -> None:
         """Finish what was interrupted; the next call may be a step."""
         self._stream.complete()

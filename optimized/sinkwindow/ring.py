@@ -117,7 +117,6 @@ class Ring:
         slides: For each of its pools, whether its layers have a window of their own.
         seen: Tokens that each row has seen, ``[batch]`` int64.
         offset: Natural index minus position, ``[batch]`` int64, the same until the next call that is no step.
-        steps: Steps since then, ``[]`` int64.
         step: The one under way.
     """
 
@@ -125,15 +124,14 @@ class Ring:
     slides: list[bool]
     seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     offset: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
     step: Step | None = None
     _layers: dict[int, RingLayer] = field(default_factory=dict)
     _base: tuple[State, list[list[Row]]] | None = None
 
     @property
     def laid(self) -> bool:
-        """Whether the next call can be a step."""
-        return all(pool.laid for pool in self.stream.pools)
+        """Whether the next call can be a step, and the tensors here know more than the stream."""
+        return self._base is not None and all(pool.laid for pool in self.stream.pools)
 
     # -- steps: everything here is traced -----------------------------------------------------------------------------
 
@@ -216,18 +214,17 @@ class Ring:
             return None
         lent, self.step = self.step.lends, None
         self.seen.add_(1)
-        self.steps.add_(1)
         return lent
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
         """Tell the stream what the steps have done so far; telling it again changes nothing."""
-        if self._base is None or not self.laid:
+        if self._base is None or not self.laid:  # then the stream knows best
             return
         state, rows_of = self._base
-        steps, seen = int(self.steps), self.seen.tolist()
-        seen = seen if len(state.lanes) > 1 else seen[:1]
+        seen = self.seen[: len(state.lanes)].tolist()
+        steps = seen[0] - state.lanes[0].seen
         rows_per_lane = (state.batch or 1) // len(state.lanes)
         for pool, rows in zip(self.stream.pools, rows_of, strict=True):
             size = pool.size - pool.retention.num_sinks
@@ -254,20 +251,15 @@ class Ring:
             if not pool.laid:
                 pool.apply(_lay(pool, state.lanes))
         self._take_places()
-        for counter, numbers in (
-            (self.seen, [lane.seen for lane in state.lanes]),
-            (self.offset, [lane.offset for lane in state.lanes]),
-        ):
-            counter.copy_(
-                torch.tensor(numbers).expand(counter.shape[0]) if len(numbers) == 1 else torch.tensor(numbers)
-            )
-        self.steps.zero_()
-        self._base = state, [list(pool.rows) for pool in pools]
+        for counter, name in ((self.seen, "seen"), (self.offset, "offset")):
+            counter.copy_(torch.tensor([getattr(lane, name) for lane in state.lanes]).expand_as(counter))
+        self._base = state, [list(pool.rows) for pool in pools]  # last: an interrupted laying is begun again
 
     def unroll(self) -> None:
         """Give the slots back to the stream."""
         self.step = None
         self.sync()
+        self._base = None
         for pool in self.stream.pools:
             if pool.laid:
                 pool.apply(_unroll(pool, self.stream.state.lanes))
@@ -288,8 +280,8 @@ class Ring:
         if self.seen.shape[0] != batch or self.seen.device != device:
             with torch.inference_mode(mode=False):
                 self.seen = torch.zeros(batch, dtype=torch.long, device=device)
-                self.offset, self.steps = torch.zeros_like(self.seen), torch.zeros((), dtype=torch.long, device=device)
-            _keep_addresses(self.seen, self.offset, self.steps)
+                self.offset = torch.zeros_like(self.seen)
+            _keep_addresses(self.seen, self.offset)
 
 
 def _keep_addresses(*tensors: Tensor) -> None:

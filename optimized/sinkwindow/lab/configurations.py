@@ -4,6 +4,7 @@
 |---|---|
 | `baseline` | dense attention over everything, a growing `DynamicCache` |
 | `streaming_S_W[_B]` | `StreamingCache`: S sinks, W recent tokens, buffer B (64 where left out) |
+| `static_S_W[_B]` | the same at fixed shapes: `static=True`, its steps compiled |
 | `window_0_W[_B]` | the same without sinks (B is 0 where left out) |
 | `call_S_W[_B]` | the seed's chunk-wise rule: a call sees itself whole, one eviction after it (B is 0 where left out) |
 | `recompute_W` | sliding window with re-computation: no cache, the last W tokens run again for every token |
@@ -23,7 +24,9 @@ from typing import Literal
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.records import ConfigurationRecord
 
-Kind = Literal["baseline", "streaming", "window", "call", "recompute", "stale_ranks", "eager_eviction", "absolute"]
+Kind = Literal[
+    "baseline", "streaming", "static", "window", "call", "recompute", "stale_ranks", "eager_eviction", "absolute"
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,13 @@ SHAPES = (
         "streaming_8_256_64",
         64,
         "the first S and the last W tokens, positions are ranks in the cache",
+    ),
+    Shape(
+        "static",
+        r"static_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
+        "static_8_256_64",
+        64,
+        "streaming at fixed shapes, its steps compiled: one graph for ever",
     ),
     Shape(
         "window",

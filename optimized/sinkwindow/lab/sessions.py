@@ -152,6 +152,39 @@ class StreamingSession(Session):
         self.cache.detach()
 
 
+class StaticSession(StreamingSession):
+    """The product with `static=True`: one compiled graph for every token after the prompt."""
+
+    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
+        """Makes the cache; nothing is compiled before the first step.
+
+        Args:
+            model: a causal language model in eval mode.
+            num_sinks: S [tokens].
+            window: W [tokens].
+            buffer: B [tokens].
+
+        Raises:
+            LabError: if the cache refuses the model or the numbers; its own message is kept.
+        """
+        super().__init__(model, num_sinks, window, buffer, static=True)
+        self.compile_with(**({"mode": "reduce-overhead"} if model.device.type == "cuda" else {}))
+
+    def compile_with(self, **options: Any) -> None:
+        """Chooses how the steps are compiled.
+
+        Args:
+            **options: of `torch.compile`.
+        """
+        self._compiled = torch.compile(self.model, fullgraph=True, **options)
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        if ids.shape[1] > 1 or self.cache.batch_size < 1:
+            return super()._feed(ids, last_only=last_only)
+        logits: torch.Tensor = self._compiled(input_ids=ids, **{self._cache_keyword: self.cache}).logits
+        return logits
+
+
 class RecomputeSession(Session):
     """Sliding window with re-computation: no cache at all, the last W token ids are the whole memory."""
 
@@ -232,6 +265,7 @@ def open_session(configuration: Configuration, model: PreTrainedModel) -> Sessio
         "eager_eviction": EagerEvictionSession,
         "absolute": AbsoluteSession,
         "call": partial(StreamingSession, evict="call"),
+        "static": StaticSession,
     }
     return kinds.get(configuration.kind, StreamingSession)(model, *configuration.limits)
 

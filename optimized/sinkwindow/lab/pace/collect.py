@@ -110,6 +110,10 @@ def measure(
         rows += tokens
         found.append(floor)
         memory.give_back()
+    for batch in plan.compiled:
+        say(f"{name}: compiled steps, batch {batch}")
+        rows += decode.compiled(model, name, batch, plan)
+        memory.give_back()
     for words, part in (("prefill", texts.prefill), ("peak memory", texts.memory), ("scoring", texts.scoring)):
         say(f"{name}: {words}")
         rows += part(model, name, plan)

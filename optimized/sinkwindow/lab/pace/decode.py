@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 from sinkwindow.lab.configurations import Configuration, parse, streaming
 from sinkwindow.lab.micro import AttentionSteps, BareAttention
 from sinkwindow.lab.pace.floors import SHORT, kept_bytes, read_weight_bytes, short_step
-from sinkwindow.lab.pace.plans import ATTENTION_BAR, BUFFER, LATE, LATE_BAR, LONGEST_BAR, TPOT_BARS, Plan
+from sinkwindow.lab.pace.plans import ATTENTION_BAR, BUFFER, COMPILED_BAR, LATE, LATE_BAR, LONGEST_BAR, TPOT_BARS, Plan
 from sinkwindow.lab.pace.records import Comparison, FloorRecord, Series
 from sinkwindow.lab.pace.sampling import Side, in_turns
+
+if TYPE_CHECKING:
+    from sinkwindow.lab.sessions import StaticSession
 
 BEFORE_REBASE = 30  # steps until the rebase that a late cache is brought in front of [tokens]
 
@@ -81,6 +84,10 @@ class Decoder:
         if more > 0:
             self.steps.fill(more)
             self.seen += more
+
+    def compile_with(self, **options: str) -> None:
+        """Chooses how the steps of a static cache are compiled, as `torch.compile` has it."""
+        cast("StaticSession", self.steps.session).compile_with(**options)
 
     def token_side(self) -> Side:
         """A whole step of the model."""
@@ -191,6 +198,44 @@ def tokens(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> tuple[l
         decoder.close()
     floors = _floors(model, name, batch, length, found)
     return _token_rows(name, batch, found, late.seen), floors
+
+
+def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Comparison]:
+    """Time per output token of a static cache, compiled, over the other cache of its sizes and over `DynamicCache`.
+
+    Args:
+        model: a causal language model in eval mode.
+        name: what to call it.
+        batch: rows.
+        plan: sizes, and what compiles.
+
+    Returns:
+        The comparisons.
+    """
+    torch.compiler.reset()  # a graph for another number of rows would be generalised to any
+    sizes, length = (plan.sinks, plan.window, BUFFER), mean_length(plan.limit, BUFFER)
+    static = Decoder(parse("static_{}_{}_{}".format(*sizes)), model, batch, plan.limit)
+    static.compile_with(backend=plan.backend)
+    dynamic = Decoder(streaming(*sizes), model, batch, plan.limit)
+    stock = Decoder(parse("baseline"), model, batch, length - 1)
+    ways = {"static, compiled": static, "ours": dynamic, "DynamicCache": stock}
+    sides = {way: decoder.token_side() for way, decoder in ways.items()}
+    found = in_turns(sides, plan.samples[batch], model.device)
+    for decoder in ways.values():
+        decoder.close()
+    bars = {"ours": COMPILED_BAR, "DynamicCache": TPOT_BARS.get(batch)}
+    return [
+        Comparison(
+            part="compiled",
+            model=name,
+            what=f"batch {batch}, over {other}{' at the same length' if other == 'DynamicCache' else ', eager'}",
+            ratio_kind="cost",
+            ours=found["static, compiled"],
+            other=found[other],
+            bar=bar,
+        )
+        for other, bar in bars.items()
+    ]
 
 
 def _floors(model: PreTrainedModel, name: str, batch: int, length: int, found: dict[str, Series]) -> FloorRecord:

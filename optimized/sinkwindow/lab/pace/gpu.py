@@ -22,7 +22,7 @@ from sinkwindow.lab.sessions import open_session
 from sinkwindow.lab.timing import clock_for, milliseconds
 
 SINKS = 4
-DENSE, STREAMING = "dense", "streaming, eager"
+DENSE, STREAMING, STATIC = "dense", "streaming, eager", "streaming, static and compiled"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Scale:
         turn: steps of one sample: enough that a step's own time outweighs the clock's.
         samples: turns per side.
         megabytes: tensor for the bandwidth [MB].
+        compile: how static steps are compiled, options of `torch.compile`.
     """
 
     models: tuple[tuple[str, torch.dtype], ...]
@@ -50,6 +51,7 @@ class Scale:
     turn: int
     samples: int
     megabytes: float
+    compile: dict[str, str]
 
 
 LARGE = Scale(
@@ -62,6 +64,7 @@ LARGE = Scale(
     turn=13,  # a fifth of the 65 steps between two evictions: five turns hold every length once
     samples=5,
     megabytes=2048.0,
+    compile={"mode": "reduce-overhead"},  # CUDA graphs
 )
 TINY = Scale(
     models=(("tiny-pythia", torch.float16), ("tiny", torch.bfloat16)),
@@ -73,6 +76,7 @@ TINY = Scale(
     turn=3,
     samples=2,
     megabytes=1.0,
+    compile={"backend": "eager"},  # captured and guarded all the same
 )
 
 
@@ -127,34 +131,42 @@ def decode_points(model: PreTrainedModel, name: str, limit: int, scale: Scale) -
     return points
 
 
-def streamed_point(model: PreTrainedModel, name: str, streamed: int, scale: Scale) -> PointRecord:
+def streamed_point(model: PreTrainedModel, name: str, streamed: int, scale: Scale, way: str = STREAMING) -> PointRecord:
     """Streaming after so many tokens; before the cache is full, its length is what it has seen.
+
+    Static steps are compiled. Their attention has no time of its own: it is a part of the graph.
 
     Args:
         model: a causal language model in eval mode.
         name: what to call it.
         streamed: tokens before the first step [tokens].
         scale: sizes.
+        way: `STREAMING` or `STATIC`.
 
     Returns:
         The point.
     """
-    decoder = Decoder(lazy(scale.middle), model, 1, streamed)
+    eager = lazy(scale.middle)
+    decoder = Decoder(
+        eager if way == STREAMING else parse(eager.name.replace("streaming", "static")), model, 1, streamed
+    )
+    if way == STATIC:
+        decoder.compile_with(**scale.compile)
     sides = {
-        STREAMING: repeated(decoder.token_side(), scale.turn),
+        way: repeated(decoder.token_side(), scale.turn),
         "short": repeated(Side(short_step(model, 1)), scale.turn),
     }
     tokens = per_step(in_turns(sides, scale.samples, model.device, warm_up=1), scale.turn)
     context = min(mean_length(scale.middle, BUFFER), streamed + scale.turn * scale.samples // 2)
     point = PointRecord(
         model=name,
-        way=STREAMING,
+        way=way,
         limit=scale.middle,
         streamed=streamed,
         context=context,
         read_bytes=read_weight_bytes(model) + kept_bytes(model, context, 1),
         cache_bytes=decoder.steps.session.cache_bytes,
-        tpot=tokens[STREAMING],
+        tpot=tokens[way],
         short=tokens["short"],
     )
     decoder.close()

@@ -152,14 +152,15 @@ def _model_parts(model: PreTrainedModel, name: str, scale: gpu.Scale, found: _Fo
     def decode(limit: int) -> None:
         found.points.extend(gpu.decode_points(model, name, limit, scale))
 
-    def late(streamed: int) -> None:
-        found.points.append(gpu.streamed_point(model, name, streamed, scale))
+    def late(streamed: int, way: str = gpu.STREAMING) -> None:
+        found.points.append(gpu.streamed_point(model, name, streamed, scale, way))
 
     def prompt(way: str, multiple: int) -> None:
         found.prompts.append(gpu.prompt_point(model, name, way, multiple, scale))
 
     limits = iter(scale.limits)
     yield _bound(decode, next(limits), kind=f"{name}: decode", name=f"{name}: S + W = {scale.limits[0]:,}")
+    yield _bound(late, scale.middle, gpu.STATIC, kind=f"{name}: compile", name=f"{name}: {gpu.STATIC}")
     for streamed in scale.streamed:
         yield _bound(late, streamed, kind=f"{name}: late", name=f"{name}: after {streamed:,} tokens")
     for multiple in scale.prompts:

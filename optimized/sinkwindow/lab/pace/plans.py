@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 ATTENTION_BAR = 1.15  # attention and cache update over bare SDPA
 TPOT_BARS = {1: 0.85, 8: 0.7}  # over DynamicCache held at the same length, by batch size
+COMPILED_BAR = 1.0  # a compiled step over an eager one of the same cache
 LATE_BAR = 1.02  # after 100,000 tokens over when first full
 LONGEST_BAR = 3.0  # longest step with an eviction, compaction or rebase over the median step
 PREFILL_BAR = 0.7  # of a dense chunked pass's tokens per second
@@ -34,6 +35,8 @@ class Plan:
         singles: tokens scored one by one after each block [tokens].
         megabytes: tensor for the bandwidth [MB].
         tricks: samples per side of a single trick.
+        compiled: rows with which steps are compiled.
+        backend: what compiles them.
     """
 
     shapes: tuple[str, ...]
@@ -51,6 +54,8 @@ class Plan:
     singles: int
     megabytes: float
     tricks: int
+    compiled: tuple[int, ...]
+    backend: str
 
     @property
     def limit(self) -> int:
@@ -74,6 +79,8 @@ FULL = Plan(
     singles=6,
     megabytes=512.0,
     tricks=40,
+    compiled=(1,),
+    backend="inductor",
 )
 QUICK = Plan(
     shapes=("tiny", "tiny-pythia"),
@@ -91,5 +98,7 @@ QUICK = Plan(
     singles=2,
     megabytes=1.0,
     tricks=3,
+    compiled=(1, 2),
+    backend="eager",  # the graph is captured all the same
 )
 BUFFER = 64  # the cache's default; 0 is the paper [tokens]

@@ -14,6 +14,7 @@ VERDICT = "speed-verdict"  # the place that a page with tables of a run must hav
 PARTS = {
     "attention": "Attention and cache update over bare SDPA",
     "tpot": "Time per output token",
+    "compiled": "Time per output token, compiled (`static=True`)",
     "longest": "The longest step with an eviction, compaction or rebase, over the median step",
     "prefill": "Prefill of 20 limits",
     "memory": "Peak memory of a prefill",
