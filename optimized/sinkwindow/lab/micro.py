@@ -20,7 +20,7 @@ from sinkwindow.lab.configurations import Configuration
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.sessions import Session, open_session
 
-FILL = 256  # columns of a call while a cache is being filled [tokens]
+FILL = 1024  # columns of a call while a cache is being filled [tokens]
 PERIOD = 4096  # made-up tokens repeat after so many [tokens]
 TOLERANCE = 1e-4  # largest error that float32 explains at any length; a rank that is off by one costs 0.01 and more
 
