@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from sinkwindow import supports
+from sinkwindow import StreamingCache, supports
 from wide_norms import keep_norms_wide
 
 VOCABULARY: Final = 50
@@ -246,12 +246,26 @@ def build(family: str, attention: str | None = None) -> PreTrainedModel:
     return model
 
 
+def can_be_static(family: str) -> bool:
+    """Tell whether `static=True` is accepted."""
+    try:
+        StreamingCache(build(family), 1, 4, 1, static=True).detach()
+    except ValueError:
+        return False
+    return True
+
+
+def _word(answer: object) -> str:
+    return "yes" if answer else "no"
+
+
 def table() -> str:
     """Render docs/support.md from what `supports` answers."""
     lines = [HEAD]
     for name, family in FAMILIES.items():
         answer = supports(build(name))
-        lines.append(f"| {family.title} | `{family.model_type}` | {family.positions} | {'yes' if answer else 'no'} |")
+        cells = (family.title, f"`{family.model_type}`", family.positions, _word(answer), _word(can_be_static(name)))
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append(REFUSALS)
     for name, family in REFUSED.items():
         lines.append(f"| {family.title} | `{family.model_type}` | {supports(build(name)).reason} |")
@@ -263,10 +277,11 @@ HEAD: Final = """\
 
 Made by `python tests/families.py > docs/support.md` from the tests' models and `sinkwindow.supports`; do not
 edit. Every line is a tiny random model that `tests/test_families.py` compares with the reference, in drawn splits into
-calls and with padding. `supports(model)` answers for yours.
+calls and with padding. `supports(model)` answers for yours. Static: `tests/test_static.py` compares the steps of
+`static=True`, for compiled graphs.
 
-| family | `model_type` | positions | streams |
-|---|---|---|---|"""
+| family | `model_type` | positions | streams | static |
+|---|---|---|---|---|"""
 
 REFUSALS: Final = """
 Where layers have a sliding window of their own, they keep it: sinks, window and buffer are the other layers'. Where all

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
 from families import FAMILIES as EVERY_FAMILY
-from families import FLOAT32_ISLAND, build
+from families import FLOAT32_ISLAND, build, can_be_static
 from sinkwindow import StreamingCache, ring
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROPES = ("default", "linear", "yarn")  # dynamic frequencies depend on the largest position: refused
-OWN_ATTENTION = {"bloom", "falcon", "falcon_alibi", "mpt"}
 
 
 @pytest.fixture(autouse=True)
@@ -88,27 +87,19 @@ def test_padded_rows_are_rows_alone(rule: Rule, seed: int, lengths: list[int], *
         assert cache.retained_tokens[row] == retained_after(sum(real_per_call(real, lengths)), **rule.arguments)
 
 
-def _static_families() -> list[str]:
-    found = []
-    for family in EVERY_FAMILY:
-        try:
-            StreamingCache(build(family), 1, 4, 1, static=True).detach()
-        except ValueError:
-            continue
-        found.append(family)
-    return found
+STATIC = [family for family in EVERY_FAMILY if can_be_static(family)]
 
 
 def test_only_three_things_keep_a_family_from_being_static() -> None:
     """Attention of its own, frequencies that depend on the length, and tables of positions."""
-    refused = set(EVERY_FAMILY) - set(_static_families())
+    refused = set(EVERY_FAMILY) - set(STATIC)
     assert len(refused) < len(EVERY_FAMILY) / 3
     for family in refused:
         with pytest.raises(ValueError, match=r"attends by itself|largest one"):
             StreamingCache(build(family), 1, 4, 1, static=True)
 
 
-@pytest.mark.parametrize("family", _static_families())
+@pytest.mark.parametrize("family", STATIC)
 def test_the_family_streams_as_the_reference_says(family: str) -> None:
     """Every family that can be static, with a native window or without, under each attention that takes a mask."""
     rule, lengths, ids = Rule(2, 6, 3), [9, 1, 1, 30, *[1] * 25], tokens(2, 2, 66)
