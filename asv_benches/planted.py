@@ -64,10 +64,11 @@ _storage.SLACK_SHARE = 1
         r"CacheBytes\.track_bytes",
     ),
     Plant(
-        "wrong: keys stay where they were first rotated",
+        "wrong: positions stop at the 64th",
         """
-from sinkwindow.rotation import Rotary as _Rotary
-_Rotary.move = lambda self, states, distance: states
+from sinkwindow.lanes import LaneCall as _LaneCall
+_positions = _LaneCall.positions
+_LaneCall.positions = lambda self, device: _positions(self, device).clamp(max=64)
 """,
         r"Perplexity\.track_perplexity",
     ),

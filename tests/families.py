@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -195,6 +196,10 @@ FAMILIES: Final[dict[str, Family]] = {
     "ernie4_5": _family("ernie4_5", "Ernie 4.5", HEAD_DIM, PAIRS),
 }
 
+# They came to AttentionInterface with transformers 5.24; before, they are refused, and not among these.
+for _late in ("gptj", "codegen"):
+    if not hasattr(import_module(f"transformers.models.{_late}.modeling_{_late}"), "ALL_ATTENTION_FUNCTIONS"):
+        del FAMILIES[_late]
 REFUSED: Final[dict[str, Family]] = {
     "gpt2": _family("gpt2", "GPT-2", GPT, "learned, absolute"),
     "opt": _family("opt", "OPT", {**BASE, "word_embed_proj_dim": 32, "ffn_dim": 40}, "learned, absolute"),

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from families import FAMILIES, FLOAT32_ISLAND, REFUSED, build, table
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
+from sinkwindow.versions import NEWEST_TESTED
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
     BOTH,
@@ -175,7 +179,18 @@ def test_a_model_whose_layers_all_slide_must_hold_the_list() -> None:
     assert worst(logits - reference_logits(model, ids, **rule.arguments)) < 1e-9
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < NEWEST_TESTED, reason="the table is the newest release's")
 def test_the_support_table_is_current() -> None:
     """docs/support.md is what `python tests/families.py` prints, and it names 25 families or more."""
     assert SUPPORT.read_text(encoding="utf-8") == table()
     assert len({family.model_type for family in FAMILIES.values()}) >= 25
+
+
+def test_a_model_that_attends_by_itself_is_refused_unless_it_is_known_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release may come before a family's `AttentionInterface`: its attention would not hear of evictions."""
+    model = build("llama")
+    monkeypatch.delattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+    answer = supports(model)
+    assert not answer
+    assert "'llama' bypasses AttentionInterface" in answer.reason
+    assert "pip install -U transformers" in answer.reason

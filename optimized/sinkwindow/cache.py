@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, cast
@@ -10,14 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
-from transformers.cache_utils import DynamicLayer
 
 from sinkwindow.attach import attach, close_call, open_call, open_step
 from sinkwindow.attention import ATTENTION_NAME, STEP_NAME, banded_attention, step_attention
 from sinkwindow.choices import OnOverflow, Positions, check_choices
 from sinkwindow.content import Content
 from sinkwindow.families import inspect_model
-from sinkwindow.inputs import Gate, rewritten
+from sinkwindow.inputs import Gate
 from sinkwindow.layer_view import views_of
 from sinkwindow.plan import (
     call_mask,
@@ -26,7 +24,6 @@ from sinkwindow.plan import (
 )
 from sinkwindow.retention import EvictMode, Retention
 from sinkwindow.ring import check_static
-from sinkwindow.versions import HAS_QUERY_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +38,6 @@ __all__ = ["StreamingCache"]
 
 AttentionInterface.register(ATTENTION_NAME, banded_attention)
 AttentionInterface.register(STEP_NAME, step_attention)
-CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 class StreamingCache(Cache):
@@ -151,24 +147,20 @@ class StreamingCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Count the columns fed so far, padding included: ``generate`` slices its inputs by it."""
-        if self._call is not None and not HAS_QUERY_OFFSET and self._content.stream.splits:
-            return self.get_query_offset()  # there, a model that attends by itself asks for its cached columns here
         return self._content.stream.state.columns
 
-    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Give the number of keys that a call returns and the column that the first one stands for.
 
         Args:
-            query_length: Columns of the call; before transformers 5.4 their positions, ``[columns]``.
+            query_length: Columns of the call.
             layer_idx: Index of the decoder layer.
         """
-        columns = query_length.shape[0] if isinstance(query_length, Tensor) else int(query_length)
         pool = self._content.pools[self._content.pool_of[layer_idx]]
-        if columns == 1 and self._call is None and pool.laid:
+        if query_length == 1 and self._call is None and pool.laid:
             return pool.size, 0
         held = pool.held(self._content.stream.state.lanes)
-        first_query = self.get_query_offset() if HAS_QUERY_OFFSET else self.get_seq_length()
-        return held + columns, first_query - held
+        return held + int(query_length), self.get_query_offset() - held
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Give the column of a call's first query, counted as in ``get_mask_sizes``."""
@@ -234,7 +226,8 @@ class StreamingCache(Cache):
         self._call = call
         open_call(decoder, self, call.banded, self.retention.capacity)
         positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
-        return kwargs | rewritten(kwargs, positions, call_mask(self._content.stream, call, inputs.device))
+        mask = call_mask(self._content.stream, call, inputs.device)
+        return kwargs | {"position_ids": positions, "attention_mask": mask}
 
     def begin_step(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Begin a call of one token per row at fixed shapes; traced where the model is compiled. As ``begin_call``.
@@ -333,15 +326,12 @@ class StreamingCache(Cache):
 
         Args:
             tokens_to_remove: Minus the number of columns; 0 only tells that the recorded past is not needed any more.
-                Where the installed transformers still crops to a positive length, so does this.
 
         Raises:
             ValueError: It is positive, more than was fed, or the tokens that the columns evicted are gone; nothing has
                 changed then.
         """
         fed = self.get_seq_length()
-        if CROPS_TO_LENGTH and tokens_to_remove > 0:
-            tokens_to_remove = min(0, tokens_to_remove - fed)
         if not 0 <= -tokens_to_remove <= fed:
             msg = f"tokens_to_remove must be minus a number between 0 and the {fed} fed, got {tokens_to_remove}."
             raise ValueError(msg)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -184,6 +186,12 @@ def inspect_model(model: nn.Module) -> ModelFacts:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(_refusal(config))
+    if _attends_by_itself(decoder) and not family.own_attention:
+        msg = (
+            f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {transformers.__version__}, "
+            "which it came to later: pip install -U transformers."
+        )
+        raise UnsupportedModelError(msg)
     windows = _windows(config)
     kinds = _kinds(decoder, family, windows)
     return ModelFacts(
@@ -211,6 +219,15 @@ def _refusal(config: PreTrainedConfig) -> str:
     if config.model_type in {"mamba", "mamba2", "rwkv", "falcon_mamba", "recurrent_gemma"}:
         return f"{name} keeps a state of fixed size instead of keys and values: it streams without a cache like this."
     return f"{name} is not known to stream exactly; known to work: {', '.join(sorted(FAMILIES))}."
+
+
+def _attends_by_itself(decoder: nn.Module) -> bool:
+    """Tell whether the files that a model's parts come from know nothing of ``AttentionInterface``.
+
+    That depends on the release: GPT-J and CodeGen came to it with transformers 5.24.
+    """
+    files = {type(part).__module__ for part in decoder.modules() if part is not decoder}
+    return not any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 def rotary_modules(decoder: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sinkwindow.stream import Stream
 
-__all__ = ["Gate", "Inputs", "read_inputs", "rewritten"]
+__all__ = ["Gate", "Inputs", "read_inputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +114,6 @@ def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None, *,
     mask = _new_columns(mask, rows, columns, seen_columns)
     real = None if mask is None or bool(mask.all()) else _real_columns(mask)
     return Inputs(rows, columns, tokens.device, real)
-
-
-def rewritten(kwargs: dict[str, Any], position_ids: Tensor, attention_mask: object) -> dict[str, object]:
-    """Give the arguments that a call gets instead of its own."""
-    changes: dict[str, object] = {"position_ids": position_ids, "attention_mask": attention_mask}
-    if "cache_position" in kwargs:  # before transformers 5.4: the model makes its own from get_seq_length
-        changes["cache_position"] = None
-    return changes
 
 
 def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:

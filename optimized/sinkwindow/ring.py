@@ -24,7 +24,6 @@ from torch import Tensor
 from sinkwindow.attention import STEP_NAME
 from sinkwindow.band import evicted_before
 from sinkwindow.families import FULL, SLIDING
-from sinkwindow.inputs import rewritten
 from sinkwindow.lanes import Lane, batch_slice
 from sinkwindow.moves import Write, Writes
 from sinkwindow.storage import KeyValue, Move, Row, SlotPool
@@ -174,7 +173,8 @@ class Ring:
             dtype = pools[0].banks[0].slots.keys.dtype
             least = torch.finfo(dtype).min
             masks = [torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, least) for mask in masks]
-        changes = rewritten(kwargs, (naturals - self.offset).double()[:, None], self._by_type(masks))
+        positions = (naturals - self.offset).double()[:, None]
+        changes: dict[str, object] = {"position_ids": positions, "attention_mask": self._by_type(masks)}
         return changes, STEP_NAME if self.step.lends else None
 
     def _by_type(self, masks: list[Tensor]) -> Tensor | dict[str, Tensor]:

@@ -17,7 +17,6 @@ from sinkwindow.lanes import Lane, LaneCall
 from sinkwindow.moves import Writes
 from sinkwindow.plan import first_cut, lane_call, needs_band, pool_call, rebased, rows_agree
 from sinkwindow.storage import Move, Row, SlotPool
-from sinkwindow.versions import HAS_QUERY_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -172,9 +171,7 @@ class Stream:
         """Say whether the model's own masks cannot describe a call; models that attend by themselves have none."""
         if self.splits:
             return False
-        one_mask = (
-            HAS_QUERY_OFFSET and len(self.pools) == 1
-        )  # a 2D mask then speaks of the cached columns of all layers
+        one_mask = len(self.pools) == 1  # a 2D mask then speaks of the cached columns of all layers
         uneven = not one_mask and not rows_agree(self.pools, self.state.lanes)
         return uneven or any(lane.padded for lane in lanes) or any(needs_band(pool, lanes) for pool in self.pools)
 

@@ -6,9 +6,9 @@ import inspect
 import warnings
 
 from packaging.version import Version
-from transformers import Cache, GenerationMixin
+from transformers import GenerationMixin
 
-__all__ = ["CACHE_ARGUMENT", "HAS_QUERY_OFFSET", "NEWEST_TESTED", "OLDEST", "check_transformers"]
+__all__ = ["CACHE_ARGUMENT", "NEWEST_TESTED", "OLDEST", "check_transformers"]
 
 # What `generate` and `forward` call the cache: `cache` from transformers 5.24 on, `past_key_values` before.
 CACHE_ARGUMENT = (
@@ -17,11 +17,8 @@ CACHE_ARGUMENT = (
     else "past_key_values"
 )
 
-OLDEST = Version("5.0.0")  # AttentionInterface and the layered Cache as this package uses them
+OLDEST = Version("5.16.0")  # caches answer for their queries' place, crop by minus a number, and may record the past
 NEWEST_TESTED = Version("5.24.0")
-
-# Whether masks ask the cache where a call's queries stand; before, they stand where the columns fed so far end.
-HAS_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
 
 
 def check_transformers(version: str) -> None:
