@@ -21,7 +21,7 @@ ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Beyond four workers the time goes into importing torch once per worker.
 PARALLEL: Final = ("-n", "logical", "--maxprocesses", "4")
 # The oldest that pyproject.toml allows, one with the older mask interface, and the newest that the tests run on.
-COMPAT: Final = ("5.16.0", "5.20.0", "5.24.0")
+COMPAT: Final = ("5.21.0", "5.22.2", "5.24.0")
 VERSIONS: Final = (
     "import platform, torch, transformers;"
     "print('python', platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"

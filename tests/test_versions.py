@@ -12,7 +12,7 @@ from sinkwindow.versions import NEWEST_TESTED, check_transformers
 
 def test_an_older_release_is_refused_with_the_way_out() -> None:
     """The message names both versions and the command that helps."""
-    with pytest.raises(ImportError, match=r"needs transformers >= 5\.16\.0, found 4\.57\.6: pip install -U"):
+    with pytest.raises(ImportError, match=r"needs transformers >= 5\.21\.0, found 4\.57\.6: pip install -U"):
         check_transformers("4.57.6")
 
 

@@ -17,7 +17,7 @@ CACHE_ARGUMENT = (
     else "past_key_values"
 )
 
-OLDEST = Version("5.16.0")  # caches answer for their queries' place, crop by minus a number, and may record the past
+OLDEST = Version("5.21.0")  # before, tests fail: stock Gemma 2 to 5.20, chunked prompts on a filled cache to 5.16
 NEWEST_TESTED = Version("5.24.0")
 
 
