@@ -250,6 +250,7 @@ def test_rows_are_reordered_and_caches_copied() -> None:
     cache = rule.cache(model, static=True)
     stream(model, cache, ids[:, :30], [8] + [1] * 22)
     cache.reorder_cache(rows)
+    assert not cache.can_crop(20)  # the ring has no room for what they evicted
     twin = copy.deepcopy(cache)
     for one in (cache, twin):
         assert one.is_compileable
@@ -303,18 +304,17 @@ def test_an_interrupted_step_gives_the_attention_back() -> None:
 @pytest.mark.parametrize("part", ["_take_places", "_lay", "_unroll"])
 def test_an_interrupted_laying_is_begun_again(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever dies between two kinds of calls, the stream knows where it stands."""
-    rule, model, ids = Rule(2, 5, 1), ModelSpec().model(), tokens(16, 2, 50)
+    rule, model, ids = Rule(2, 5, 1), ModelSpec().model(), tokens(16, 2, 60)
     expected = reference_logits(model, ids, **rule.arguments)
     cache = rule.cache(model, static=True)
     stream(model, cache, ids[:, :20], [5] + [1] * 15)
     with monkeypatch.context() as patch:
         patch.setattr(ring.Ring if part == "_take_places" else ring, part, _die)
         with pytest.raises(RuntimeError, match="the machine stops"):
-            call(model, cache, ids[:, 20:25])
+            call(model, cache, ids[:, 20:40])  # longer than the ring: nothing of the list before it is left there
     start = cache.seen_tokens[0]
-    assert cache.seen_tokens == [start] * 2
     assert cache.retained_tokens == [retained_after(start, **rule.arguments)] * 2
-    assert worst(stream(model, cache, ids[:, start:], [1] * (50 - start)) - expected[:, start:]) < EXACT
+    assert worst(stream(model, cache, ids[:, start:], [1] * (60 - start)) - expected[:, start:]) < EXACT
 
 
 def _interrupt(*_: object) -> None:

@@ -170,8 +170,6 @@ class StreamingCache(Cache):
         """Say that there is no maximum."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.20
-
     def update(
         self,
         key_states: Tensor,

@@ -65,8 +65,6 @@ class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
         """Say that there is no maximum."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.20
-
 
 def views_of(facts: ModelFacts, *, is_compileable: bool) -> list[Any]:
     """Tell transformers which layers have a window of their own: it makes a mask for each kind."""
