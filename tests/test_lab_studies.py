@@ -344,7 +344,10 @@ def test_recall_counts_all_questions() -> None:
         ("streaming_4_12_0", 1, 3),
         ("streaming_4_12_0", 3, 3),
     ]
-    assert study.example.startswith("The number of the ")
+    fact, between, question = study.example.splitlines()
+    assert fact == question, "and the right answer"
+    assert fact.startswith("The number of the ")
+    assert between == "... 3 lines of the text ...", "a report quotes no corpus"
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------

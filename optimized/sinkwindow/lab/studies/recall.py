@@ -22,7 +22,6 @@ from sinkwindow.lab.studies.lines import Answer, Lines, in_tokens, make_lines
 from sinkwindow.lab.study_records import RecallPoint, RecallStudy
 
 CODE = ("sessions", "configurations", "studies.recall", "studies.lines")
-SHOWN = 400  # characters of the first text that the report quotes
 
 
 class Hits(Record):
@@ -127,6 +126,9 @@ def _points(row: Configuration, pages: Sequence[_Page], hits: Sequence[Sequence[
 
 
 def _example(lines: Lines) -> str:
-    """The first fact and what follows it."""
-    start = lines.text.rfind("\n", 0, lines.questions[0].fact_end) + 1
-    return lines.text[start : min(start + SHOWN, lines.questions[0].end + 1)]
+    """The first fact and its question; of the lines between them only the number, they are the corpus's."""
+    first = lines.questions[0]
+    start = lines.text.rfind("\n", 0, first.fact_end) + 1
+    asked = lines.text.rfind("\n", 0, first.start) + 1
+    between = f"... {first.lines_back} line{'s' if first.lines_back > 1 else ''} of the text ..."
+    return f"{lines.text[start : first.fact_end]}.\n{between}\n{lines.text[asked : first.end]}."
