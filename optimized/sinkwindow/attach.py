@@ -102,7 +102,8 @@ def open_call(
     decoder: PreTrainedModel, cache: StreamingCache, banded: dict[int, BandedLayer] | None, exact_from: int
 ) -> None:
     """Let a streaming call begin: with a band, the decoder's attention steps back for as long as the call lasts."""
-    enter_call(banded, weights=decoder.config._attn_implementation == "eager", exact_from=exact_from)  # noqa: SLF001
+    weights = banded is not None and decoder.config._attn_implementation == "eager"  # noqa: SLF001
+    enter_call(banded, weights=weights, exact_from=exact_from)
     open_step(decoder, cache, None if banded is None else ATTENTION_NAME)
 
 

@@ -223,9 +223,8 @@ class StreamingCache(Cache):
         call = self._content.stream.begin(inputs)
         self._call = call
         open_call(decoder, self, call.banded, self.retention.capacity)
-        positions = torch.stack([lane.positions(inputs.device) for lane in call.lanes])
         mask = call_mask(self._content.stream, call, inputs.device)
-        return kwargs | {"position_ids": positions, "attention_mask": mask}
+        return kwargs | {"position_ids": call.positions(inputs.device), "attention_mask": mask}
 
     def begin_step(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Begin a call of one token per row at fixed shapes; traced where the model is compiled. As ``begin_call``.

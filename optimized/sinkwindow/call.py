@@ -19,19 +19,14 @@ from sinkwindow.storage import KeyValue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TypeAlias
 
     from sinkwindow.lanes import LaneCall
     from sinkwindow.storage import Bank, Move, SlotPool
 
+    _Target: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # keys and values to write, keys and values to read
+
 __all__ = ["PoolCall"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """One layer's share of a bank during a call that writes into the slots."""
-
-    write: KeyValue
-    read: KeyValue
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -72,10 +67,9 @@ class PoolCall:
             return
         end, columns = self.pool.end, self.lanes[0].columns
         for bank in self.pool.banks:
-            writes = [tensor[..., end : end + columns, :].unbind() for tensor in bank.slots]
-            reads = [tensor[..., end - self.held : end + columns, :].unbind() for tensor in bank.slots]
-            for layer, write_key, write_value, read_key, read_value in zip(bank.layers, *writes, *reads, strict=True):
-                self._targets[layer] = _Target(KeyValue(write_key, write_value), KeyValue(read_key, read_value))
+            writes = [tensor.narrow(3, end, columns).unbind() for tensor in bank.slots]
+            reads = [tensor.narrow(3, end - self.held, self.held + columns).unbind() for tensor in bank.slots]
+            self._targets.update(zip(bank.layers, zip(*writes, *reads, strict=True), strict=True))
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys and values, and hand back all that its queries may look at.
@@ -113,10 +107,10 @@ class PoolCall:
         return self.pool.absorb(after, self.evicted, self._windows, self._sinks)
 
     def _store(self, layer: int, fresh: KeyValue) -> KeyValue:
-        target = self._targets[layer]
-        target.write.keys.copy_(fresh.keys)
-        target.write.values.copy_(fresh.values)
-        return target.read
+        to_keys, to_values, keys, values = self._targets[layer]
+        to_keys.copy_(fresh.keys)
+        to_values.copy_(fresh.values)
+        return KeyValue(keys, values)
 
     def _keep_aside(self, layer: int, fresh: KeyValue) -> KeyValue:
         """Put the cached columns in front, and keep of both what the window will need."""

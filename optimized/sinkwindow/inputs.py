@@ -72,6 +72,8 @@ class Gate:
         return inputs
 
     def _check_room(self, stream: Stream, inputs: Inputs) -> None:
+        if self.may_evict and self.last_position is None:
+            return
         most = max(stream.seen_after(inputs))
         if not self.may_evict and stream.would_evict(inputs):
             msg = (

@@ -156,7 +156,7 @@ def call_mask(stream: Stream, call: StreamCall, device: torch.device) -> Tensor 
 
 def rows_agree(pools: Sequence[SlotPool], before: Sequence[Lane]) -> bool:
     """Say whether all rows hold equally many tokens, in every pool."""
-    return all(
+    return len(before) == 1 or all(
         len({pool.length(lane, row) for lane, row in zip(before, pool.rows, strict=True)}) == 1 for pool in pools
     )
 

@@ -41,7 +41,8 @@ class Rotary:
         cos, sin = self._cos_sin(distance, states.device, wide)
         width = 2 * self.inv_freq.shape[0]
         first, second = self._split(states[..., :width].to(wide))
-        turned = self._join(first * cos - second * sin, second * cos + first * sin).to(states.dtype)
+        ahead, behind = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        turned = self._join(ahead, behind).to(states.dtype)
         return turned if width == states.shape[-1] else torch.cat((turned, states[..., width:]), dim=-1)
 
     def _cos_sin(self, distance: int | Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,8 @@ class Rotary:
     def _split(self, rotary: Tensor) -> tuple[Tensor, Tensor]:
         if self.interleaved:
             return rotary[..., 0::2], rotary[..., 1::2]
-        return rotary[..., : rotary.shape[-1] // 2], rotary[..., rotary.shape[-1] // 2 :]
+        first, second = rotary.chunk(2, dim=-1)
+        return first, second
 
     def _join(self, first: Tensor, second: Tensor) -> Tensor:
         if self.interleaved:

@@ -193,13 +193,13 @@ class SlotPool:
     def _place(self, r: int, lane: Lane, row: Row) -> None:
         sinks = self.retention.sinks(lane.seen)
         start = self.end - self.length(lane, row)
-        to = (slice(None), batch_slice(r, len(self.rows)), slice(None), slice(start, start + sinks))
+        row_of = (slice(None), batch_slice(r, len(self.rows)), slice(None))
+        source, to = (*row_of, slice(sinks)), (*row_of, slice(start, start + sinks))
         self._record(to)
         self._set_row(r, replace(row, placed=-1, floor=self.retention.first(row.evicted)))  # what is lost, first
         for bank in self.banks:
-            keys, values = (tensor[to[:3]][:, :, :, :sinks] for tensor in bank.sinks)
-            bank.slots.keys[to] = self.rotary.move(keys, self.shift(row.evicted) - row.offset)
-            bank.slots.values[to] = values
+            bank.slots.keys[to] = self.rotary.move(bank.sinks.keys[source], self.shift(row.evicted) - row.offset)
+            bank.slots.values[to] = bank.sinks.values[source]
         self._set_row(r, replace(self.rows[r], placed=row.evicted))
 
     def _set_row(self, r: int, row: Row) -> None:

@@ -79,6 +79,11 @@ class StreamCall:
     pools: list[PoolCall]
     banded: dict[int, BandedLayer] | None
 
+    def positions(self, device: torch.device) -> Tensor:
+        """Give the rotation position of each column, ``[lanes, columns]`` int64."""
+        rows = [lane.positions(device) for lane in self.lanes]
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
 
 @dataclass(frozen=True, slots=True)
 class _Target:

@@ -102,8 +102,12 @@ class AttentionSteps:
             message = f"configuration {configuration.name!r} has no cache: choose baseline or a streaming one"
             raise LabError(message)
         self._streams = hasattr(self.cache, "begin_call")
+        self._token = self._ids(1)
         self._query, self._key, self._value = self._made_up(1)
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def _ids(self, columns: int) -> torch.Tensor:
+        return torch.zeros((self._batch, columns), dtype=torch.long, device=self._model.device)
 
     def _made_up(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value of some tokens."""
@@ -213,7 +217,7 @@ class AttentionSteps:
         """Does what a model's forward does to its cache."""
         positions = None
         if self._streams:
-            ids = torch.zeros((self._batch, columns), dtype=torch.long, device=self._model.device)
+            ids = self._token if columns == 1 else self._ids(columns)
             positions = self.cache.begin_call(self._model.base_model, {"input_ids": ids})["position_ids"]
         for layer in range(self.sizes.layers):
             layer_work(layer, positions)
