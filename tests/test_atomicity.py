@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sinkwindow import moves
+from sinkwindow.storage import SlotPool
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
@@ -84,6 +85,25 @@ def test_another_call_of_the_model_after_a_death_is_a_stock_call(kind: type[Base
         call(model, cache, ids)
     assert torch.equal(model(ids).logits, stock)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_death_while_rows_part_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch, *, padded: bool) -> None:
+    """Padding makes rows count for themselves; where that is interrupted, calls with and without padding go on."""
+    rule, model, ids = Rule(1, 4, 1), ModelSpec().model(), tokens(0, 2, 12)
+    mask = torch.ones_like(ids)
+    cache = rule.cache(model)
+    call(model, cache, ids[:, :9])
+    before = observe(cache)
+    mask[0, 9] = 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SlotPool, "split_rows", _interrupted)
+        call(model, cache, ids[:, 9:], mask)
+    assert observe(cache) == before
+    mask[0, 9] = 0 if padded else 1
+    expected = reference_logits(model, ids, mask, **rule.arguments)[:, 9:]
+    real = mask[:, 9:].bool()
+    assert worst((call(model, cache, ids[:, 9:], mask) - expected)[real]) < EXACT
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -220,3 +240,7 @@ def test_a_bad_call_is_refused_before_anything_changes(name: str) -> None:
     assert (observe(cache), observe(elsewhere)) == before
     expected = reference_logits(model, ids, **rule.arguments)
     assert worst(call(model, cache, ids[:, 11:]) - expected[:, 11:]) < EXACT
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -127,3 +127,20 @@ def test_the_padding_of_a_batch_is_taken_back_row_by_row() -> None:
     kept_mask = torch.cat([mask[:, :24], mask[:, 32:]], dim=1)
     expected = reference_logits(model, kept, kept_mask, **rule.arguments)[:, 24:]
     assert worst(call(model, cache, kept[:, 24:]) - expected) < EXACT
+
+
+def test_rows_that_part_take_their_recorded_past_along() -> None:
+    """Padding that comes while evicted tokens are recorded gives each row a count of its own, and its own past."""
+    rule, model, ids = Rule(1, 1), ModelSpec(max_positions=24).model(), tokens(1, 2, 27)
+    mask = torch.ones_like(ids)
+    mask[0, 23] = 0
+    cache = rule.cache(model)
+    call(model, cache, ids[:, :1])
+    cache.activate_past_recording()
+    call(model, cache, ids[:, 1:23])
+    logits = call(model, cache, ids[:, 23:25], mask[:, :25])  # its positions start again: the windows move
+    assert worst((logits - reference_logits(model, ids[:, :25], mask[:, :25], **rule.arguments)[:, 23:])[1]) < EXACT
+    cache.crop(-2)
+    assert cache.seen_tokens == [23, 23]
+    expected = reference_logits(model, ids, **rule.arguments)[:, 23:]
+    assert worst(call(model, cache, ids[:, 23:]) - expected) < EXACT

@@ -205,6 +205,12 @@ class SlotPool:
     def _set_row(self, r: int, row: Row) -> None:
         self.rows = [*self.rows[:r], row, *self.rows[r + 1 :]]
 
+    def split_rows(self, count: int) -> None:
+        """Let rows that were known as one be known one by one; doing it again changes nothing."""
+        if len(self.rows) < count:
+            self._floors = self._floors[:1] * count
+            self.rows = self.rows * count
+
     def _record(self, to: tuple[slice, ...]) -> None:
         """While recording, save what sinks are about to overwrite."""
         if self.recording:

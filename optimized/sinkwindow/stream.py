@@ -214,6 +214,8 @@ class Stream:
             self.state = replace(self.state, lanes=(Lane(),))
             for pool in self.pools:
                 pool.rows = [Row()]
+        for pool in self.pools:
+            pool.split_rows(len(self.state.lanes))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -229,9 +231,9 @@ class Stream:
 
     def _split_lanes(self, batch: int) -> None:
         """Give every row a lane of its own, from now on; what the rows have seen stays as it is."""
-        for pool in self.pools:
-            pool.rows = pool.rows * batch
         self.state = replace(self.state, lanes=self.state.lanes * batch)
+        for pool in self.pools:
+            pool.split_rows(batch)
 
     def _events(self, call: StreamCall, before: list[int], after: list[Row]) -> list[Eviction]:
         events: list[Eviction] = []
