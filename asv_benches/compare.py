@@ -38,6 +38,16 @@ def passes(base: str, head: str, factor: float, bench: str | None) -> list[list[
     ]
 
 
+def comparison(command: list[str]) -> list[str]:
+    """Gives the command that shows what did run: `asv continuous` compares nothing where a benchmark failed.
+
+    Args:
+        command: one of `passes`.
+    """
+    factor, commits = command[command.index("--factor") + 1], command[-2:]
+    return ["asv", "compare", "--only-changed", "--factor", factor, *commits]
+
+
 def compare(base: str, head: str, *, factor: float, bench: str | None, gpu: bool, root: Path) -> int:
     """Runs both passes to their end, whatever the first one says.
 
@@ -58,12 +68,14 @@ def compare(base: str, head: str, *, factor: float, bench: str | None, gpu: bool
     codes = []
     for command in passes(base, head, factor, bench):
         stamp.touch()
-        codes.append(subprocess.run(command, cwd=root, check=False).returncode)
+        code = subprocess.run(command, cwd=root, check=False).returncode
+        if code not in (0, SLOWER):
+            subprocess.run(comparison(command), cwd=root, check=False)
         selected = command[command.index("--bench") + 1]
         complete = judged.stdout.strip()
         findings = gate.judge(root / ".asv" / "results", stamp, gpu=gpu, complete=complete, selected=selected)
         sys.stdout.write(findings.text() + "\n")
-        codes.append(findings.code)
+        codes.append(findings.code or code)
     return next((code for code in codes if code not in (0, SLOWER)), max(codes))
 
 

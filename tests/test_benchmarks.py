@@ -302,6 +302,23 @@ def test_comparison_runs_exact_figures_and_times_apart() -> None:
     assert all("--interleave-rounds" in command for command in (exact, timed))
 
 
+def test_a_failed_benchmark_hides_no_other_regression(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where asv gives up because something failed, what did run is compared, and the status says that it failed."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 2 if "continuous" in command else 0, stdout="0123\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gate, "judge", lambda *_, **__: gate.Findings(failed=["CacheBytes"]))
+    code = compare.compare("base", "head", factor=1.2, bench=None, gpu=False, root=tmp_path)
+    assert code == gate.FAILED
+    shown = [command for command in ran if command[1] == "compare"]
+    assert [command[command.index("--factor") + 1] for command in shown] == [str(compare.EXACT_FACTOR), "1.2"]
+    assert all(command[-2:] == ["base", "head"] for command in shown)
+
+
 def test_configuration_has_no_unknown_keys() -> None:
     """Asv takes a misspelt key without a word."""
     lines = (ROOT / "asv.conf.json").read_text("utf-8").splitlines()
