@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from families import FAMILIES, FLOAT32_ISLAND, REFUSED, build, table
+from families import FAMILIES, FLOAT32_ISLAND, REFUSED, TRAINED, build, table
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
 from sinkwindow.versions import NEWEST_TESTED
 from sinkwindow_reference import reference_logits, retained_after
@@ -37,6 +37,9 @@ from strategies import (
     worst,
 )
 
+if TYPE_CHECKING:
+    from sinkwindow.retention import EvictMode
+
 SUPPORT = Path(__file__).parents[1] / "docs" / "support.md"
 # transformers makes angles and norms in float32: this near a stock model comes to exact mathematics.
 STOCK = 3e-5
@@ -49,6 +52,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 @budget(0.05)
 def test_the_family_streams_as_the_reference_says(family: str, rule: Rule, seed: int, lengths: list[int]) -> None:
     """Logits within the bound and the same tokens retained, after every call of drawn splits, in both modes."""
+    assume(family not in COUNTS_PADDING or rule.evict == "token" or rule.capacity + max(lengths) <= TRAINED)
     model, ids = build(family), tokens(seed, 1, sum(lengths))
     expected = reference_logits(model, ids, chunks=lengths, **rule.arguments)
     cache = rule.cache(model)
@@ -88,6 +92,20 @@ def test_padding_that_would_count_as_distance_is_refused(family: str) -> None:
     with pytest.raises(ValueError, match="pads row 0 after its first token"):
         call(model, cache, ids[:, 6:], mask)
     assert observe(cache) == before
+
+
+@pytest.mark.parametrize(("evict", "padded"), [("call", False), ("token", True)])
+def test_a_call_beyond_the_table_of_columns_is_refused(evict: EvictMode, *, padded: bool) -> None:
+    """Where an ALiBi of columns comes from a table, a longer call is refused by both numbers; shorter ones go on."""
+    model, ids = build("mpt"), tokens(0, 1, 80)
+    mask = torch.ones_like(ids)
+    mask[:, : 70 if padded else 0] = 0
+    cache = StreamingCache(model, 1, 4, 1, evict=evict)
+    with pytest.raises(ValueError, match=rf"brings \d+ columns beside 0 cached ones, .* ends at {TRAINED}"):
+        call(model, cache, ids, mask)
+    assert cache.seen_tokens == [0]
+    expected = reference_logits(model, ids[:, 70:], num_sinks=1, window=4, buffer=1, evict=evict, chunks=[10])
+    assert worst(call(model, cache, ids[:, 70:]) - expected) < FAMILIES["mpt"].bound
 
 
 @families

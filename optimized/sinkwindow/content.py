@@ -38,7 +38,8 @@ class Content:
             SlotPool(rule_of(kind, retention), kind.rotary, kind.layers, ranked, ring=static) for kind in facts.kinds
         ]
         self.pool_of = {layer: index for index, pool in enumerate(pools) for layer in pool.layers}
-        self._stream = Stream(pools, position_bound(retention, facts), splits=facts.own_attention)
+        longest = facts.trained_length if facts.counts_columns else None
+        self._stream = Stream(pools, position_bound(retention, facts), splits=facts.own_attention, longest=longest)
         self.ring = Ring(self._stream, [kind.window is not None for kind in facts.kinds]) if static else None
 
     @property

@@ -141,7 +141,7 @@ class ModelFacts:
         counts_columns: See ``Family``.
         trained_length: Positions that the model was trained on [tokens]; ``None`` where it knows none.
         length_dependent: Whether positions must stay below it: frequencies depend on the largest, or there is a table.
-        has_table: Whether positions index a table of that length.
+        has_table: Whether positions, or columns where they are counted, index a table of that length.
         native_window: The sliding window that all layers share [tokens], or ``None``.
     """
 
@@ -202,7 +202,7 @@ def inspect_model(model: nn.Module) -> ModelFacts:
         counts_columns=family.counts_columns,
         trained_length=_trained_length(config),
         length_dependent=bool(_rope_types(decoder) & LENGTH_DEPENDENT_ROPE) or _has_table(decoder),
-        has_table=_has_table(decoder),
+        has_table=family.counts_columns or _has_table(decoder),
         native_window=windows[0] if windows[0] is not None and None not in windows else None,
     )
 

@@ -101,11 +101,13 @@ class Stream:
         pools: The first one's rule is the stream's; others hold layers with a window of their own.
         bound: Rotation positions stay below it.
         splits: Whether the model attends by itself, so that calls come split where they evict.
+        longest: Columns, cached ones included, that the model can attend to in one call; ``None`` for any number.
     """
 
-    def __init__(self, pools: list[SlotPool], bound: int, *, splits: bool = False) -> None:
+    def __init__(self, pools: list[SlotPool], bound: int, *, splits: bool = False, longest: int | None = None) -> None:
         self.pools = pools
         self.splits = splits
+        self._longest = longest
         self.rule = pools[0].retention
         self.state = State()
         self._bound = bound
@@ -127,8 +129,13 @@ class Stream:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def begin(self, inputs: Inputs) -> StreamCall:
-        """Plan a call and bring the pools in order for it; what the stream holds does not change."""
+        """Plan a call and bring the pools in order for it; what the stream holds does not change.
+
+        Raises:
+            ValueError: The model cannot attend to so many columns.
+        """
         self.complete()
+        self._check_length(inputs.columns)
         if inputs.real is not None and len(self.state.lanes) < inputs.batch:
             self._split_lanes(inputs.batch)
         real = inputs.real or [None] * len(self.state.lanes)
@@ -142,6 +149,17 @@ class Stream:
         banded: dict[int, BandedLayer] | None = {} if self._needs_band(lanes) else None
         pools = [pool_call(pool, before, lanes, banded) for pool in self.pools]
         return StreamCall(before, lanes, inputs.batch, pools, banded)
+
+    def _check_length(self, columns: int) -> None:
+        if self._longest is None:
+            return
+        held = self.pools[0].held(self.state.lanes)
+        if held + columns > self._longest:
+            msg = (
+                f"The call brings {columns} columns beside {held} cached ones, and this model's ALiBi table ends at "
+                f"{self._longest}; feed shorter calls, with less padding."
+            )
+            raise ValueError(msg)
 
     def first_cut(self, inputs: Inputs) -> int | None:
         """Give the column at which a call must be split for a model that attends by itself, ``None`` for nowhere."""
