@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "call_mask",
+    "check_columns",
     "check_lengths",
     "check_original_positions",
     "first_cut",
@@ -64,6 +65,20 @@ def check_lengths(rule: Retention, facts: ModelFacts) -> None:
         UserWarning,
         stacklevel=4,
     )
+
+
+def check_columns(held: int, columns: int, longest: int) -> None:
+    """Compare a call with the columns that the model can attend to at once.
+
+    Raises:
+        ValueError: It brings more than fit beside the cached ones.
+    """
+    if held + columns > longest:
+        msg = (
+            f"The call brings {columns} columns beside {held} cached ones, and this model's ALiBi table ends at "
+            f"{longest}; feed shorter calls, with less padding."
+        )
+        raise ValueError(msg)
 
 
 def check_original_positions(facts: ModelFacts) -> None:

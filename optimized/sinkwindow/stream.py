@@ -15,7 +15,7 @@ from sinkwindow.events import Eviction, evictions
 from sinkwindow.history import History, Past
 from sinkwindow.lanes import Lane, LaneCall
 from sinkwindow.moves import Writes
-from sinkwindow.plan import first_cut, lane_call, needs_band, pool_call, rebased, rows_agree
+from sinkwindow.plan import check_columns, first_cut, lane_call, needs_band, pool_call, rebased, rows_agree
 from sinkwindow.storage import Move, Row, SlotPool
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ class Stream:
             ValueError: The model cannot attend to so many columns.
         """
         self.complete()
-        self._check_length(inputs.columns)
+        if self._longest is not None:
+            check_columns(self.pools[0].held(self.state.lanes), inputs.columns, self._longest)
         if inputs.real is not None and len(self.state.lanes) < inputs.batch:
             self._split_lanes(inputs.batch)
         real = inputs.real or [None] * len(self.state.lanes)
@@ -149,17 +150,6 @@ class Stream:
         banded: dict[int, BandedLayer] | None = {} if self._needs_band(lanes) else None
         pools = [pool_call(pool, before, lanes, banded) for pool in self.pools]
         return StreamCall(before, lanes, inputs.batch, pools, banded)
-
-    def _check_length(self, columns: int) -> None:
-        if self._longest is None:
-            return
-        held = self.pools[0].held(self.state.lanes)
-        if held + columns > self._longest:
-            msg = (
-                f"The call brings {columns} columns beside {held} cached ones, and this model's ALiBi table ends at "
-                f"{self._longest}; feed shorter calls, with less padding."
-            )
-            raise ValueError(msg)
 
     def first_cut(self, inputs: Inputs) -> int | None:
         """Give the column at which a call must be split for a model that attends by itself, ``None`` for nowhere."""
