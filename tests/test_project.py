@@ -101,6 +101,21 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     assert found == []
 
 
+def test_links_lead_to_files_that_git_keeps() -> None:
+    """A page that is there on one desk only, being ignored, is a dead link in every clone."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    run = subprocess.run(listed, cwd=ROOT, check=False, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip("not a git clone: nobody can say which files are kept")
+    kept = set(run.stdout.splitlines())
+    pages = sorted(name for name in kept if name.endswith(".md"))
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", _read(page))]
+    assert len(links) > 10
+    targets = {(page, link): os.path.normpath(Path(page).parent / link) for page, link in links}
+    folders = {str(parent) for name in kept for parent in Path(name).parents}
+    assert not [pair for pair, target in targets.items() if target not in kept | folders]
+
+
 def test_files_stay_short() -> None:
     """A Python file can be read in one sitting: under 400 lines."""
     lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in _text_files() if path.suffix == ".py"}
