@@ -144,3 +144,13 @@ def test_rows_that_part_take_their_recorded_past_along() -> None:
     assert cache.seen_tokens == [23, 23]
     expected = reference_logits(model, ids, **rule.arguments)[:, 23:]
     assert worst(call(model, cache, ids[:, 23:]) - expected) < EXACT
+
+
+def test_sinks_of_another_life_do_not_stand_in() -> None:
+    """After everything is taken back, as many evictions as before place the sinks of the new text."""
+    rule, model, ids = Rule(1, 1, 4), ModelSpec(max_positions=18).model(), tokens(0, 2, 23)
+    cache = rule.cache(model)
+    stream(model, cache, ids[:, :11], [1] * 11)
+    cache.crop(-11)
+    logits = stream(model, cache, ids[:, 11:], [9, 3])
+    assert worst(logits - reference_logits(model, ids[:, 11:], **rule.arguments)) < EXACT

@@ -322,7 +322,10 @@ class Stream:
 
     def _cut(self, pool: SlotPool, lanes: Sequence[Lane], target: _Target, index: int) -> Move:
         pool.restore_overwritten()
-        rows = [replace(row, evicted=count) for row, count in zip(pool.rows, target.evicted[index], strict=True)]
+        rows = [
+            row if count == row.evicted else replace(row, evicted=count, placed=-1)  # as many may be evicted again
+            for row, count in zip(pool.rows, target.evicted[index], strict=True)
+        ]
         end = pool.end - target.removed[0]
         if len(set(target.removed)) == 1 and end >= max(map(pool.length, lanes, rows)):
             return Move(Writes([]), pool.banks, rows, end)
