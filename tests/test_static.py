@@ -189,6 +189,7 @@ def test_generate_compiles_the_steps() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch, of itself
+# The other tests of this file trace the same graph without generating code; the workflows' machines have a compiler.
 @pytest.mark.skipif(not (which("g++") or which("clang++")), reason="torch compiles for the CPU with a C++ compiler")
 def test_the_whole_compiler_agrees() -> None:
     """Code generated for the CPU gives the logits of the reference."""

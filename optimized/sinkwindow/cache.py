@@ -160,7 +160,7 @@ class StreamingCache(Cache):
         if query_length == 1 and self._call is None and pool.laid:
             return pool.size, 0
         held = pool.held(self._content.stream.state.lanes)
-        return held + int(query_length), self.get_query_offset() - held
+        return held + query_length, self.get_query_offset() - held
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Give the column of a call's first query, counted as in ``get_mask_sizes``."""

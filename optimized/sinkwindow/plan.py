@@ -76,7 +76,7 @@ def check_columns(held: int, columns: int, longest: int) -> None:
     if held + columns > longest:
         msg = (
             f"The call brings {columns} columns beside {held} cached ones, and this model's ALiBi table ends at "
-            f"{longest}; feed shorter calls, with less padding."
+            f'{longest}; feed shorter calls, or use evict="token", which splits them.'
         )
         raise ValueError(msg)
 
@@ -176,8 +176,12 @@ def rows_agree(pools: Sequence[SlotPool], before: Sequence[Lane]) -> bool:
     )
 
 
-def first_cut(pool: SlotPool, before: Sequence[Lane], columns: int, real: Sequence[list[int] | None]) -> int | None:
+def first_cut(
+    pool: SlotPool, before: Sequence[Lane], columns: int, real: Sequence[list[int] | None], longest: int | None
+) -> int | None:
     """Give the column after which a call must be split so that none of its queries meets an eviction of the same call.
+
+    Nor may a piece, padding included, be longer than the model can attend to.
 
     Returns:
         A column within the call, ``None`` when the call can run in one piece.
@@ -185,7 +189,8 @@ def first_cut(pool: SlotPool, before: Sequence[Lane], columns: int, real: Sequen
     rule = pool.retention
     if rule.evict == "call":
         return None
-    cuts = []
+    most = columns if longest is None else longest - pool.held(before)
+    cuts = [most] if most < columns else []
     for lane, row, places in zip(before, pool.rows, real, strict=True):
         room = rule.capacity - pool.length(lane, row)
         if (columns if places is None else len(places)) > room:

@@ -157,7 +157,7 @@ class Stream:
         lanes = self.state.lanes * (inputs.batch if inputs.real and len(self.state.lanes) == 1 else 1)
         real = inputs.real or [None] * len(lanes)
         pool = replace(self.pools[0], rows=self.pools[0].rows * (len(lanes) // len(self.state.lanes)))
-        return first_cut(pool, lanes, inputs.columns, real)
+        return first_cut(pool, lanes, inputs.columns, real, self._longest)
 
     def seen_after(self, inputs: Inputs) -> list[int]:
         """Count the tokens that each row, or all rows, will have seen after a call."""
@@ -323,9 +323,11 @@ class Stream:
     def _cut(self, pool: SlotPool, lanes: Sequence[Lane], target: _Target, index: int) -> Move:
         pool.restore_overwritten()
         rows = [
-            row if count == row.evicted else replace(row, evicted=count, placed=-1)  # as many may be evicted again
-            for row, count in zip(pool.rows, target.evicted[index], strict=True)
-        ]
+            replace(
+                row, evicted=count, floor=min(row.floor, lane.seen), placed=row.placed if count == row.evicted else -1
+            )
+            for row, lane, count in zip(pool.rows, lanes, target.evicted[index], strict=True)
+        ]  # what is fed now stands; and sinks that stand for so many evicted are another text's when as many are again
         end = pool.end - target.removed[0]
         if len(set(target.removed)) == 1 and end >= max(map(pool.length, lanes, rows)):
             return Move(Writes([]), pool.banks, rows, end)
