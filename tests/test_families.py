@@ -37,7 +37,8 @@ from strategies import (
     worst,
 )
 
-SUPPORT = Path(__file__).parents[1] / "docs" / "support.md"
+README = Path(__file__).parents[1] / "README.md"
+SUPPORT = README.parent / "docs" / "support.md"
 # transformers makes angles and norms in float32: this near a stock model comes to exact mathematics.
 STOCK = 3e-5
 COUNTS_PADDING = {"mpt"}  # its ALiBi counts columns, so padding between tokens is refused
@@ -204,9 +205,11 @@ def test_a_model_whose_layers_all_slide_must_hold_the_list() -> None:
 # Earlier releases do without GPT-J and CodeGen, which they refuse: their table is a shorter one.
 @pytest.mark.skipif(Version(transformers.__version__) < NEWEST_TESTED, reason="the table is the newest release's")
 def test_the_support_table_is_current() -> None:
-    """docs/support.md is what `python tests/families.py` prints, and it names 25 families or more."""
+    """docs/support.md is what `python tests/families.py` prints, 25 families or more, as many as the README says."""
     assert SUPPORT.read_text(encoding="utf-8") == table()
-    assert len({family.model_type for family in FAMILIES.values()}) >= 25
+    count = len({family.model_type for family in FAMILIES.values()})
+    assert count >= 25
+    assert f"[{count} families](docs/support.md)" in README.read_text(encoding="utf-8")
 
 
 def test_a_model_that_attends_by_itself_is_refused_unless_it_is_known_to(monkeypatch: pytest.MonkeyPatch) -> None:
