@@ -31,6 +31,7 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 table.facts td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere; min-width: 5rem; }
+table.facts th { text-align: left; }
 table.facts td:first-child { overflow-wrap: normal; }
 figure { margin: 1.5rem 0; max-width: 40rem; }
 figure svg { display: block; width: 100%; height: auto; }
