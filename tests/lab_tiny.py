@@ -10,6 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sinkwindow.lab import records
+from sinkwindow.lab.bench import Bench
+from sinkwindow.lab.corpora import Corpus
+from sinkwindow.lab.models import LoadedModel, describe
+from sinkwindow.lab.store import Store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,9 +65,25 @@ def random_ids(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, len(WORDS), (1, count), generator=torch.Generator().manual_seed(seed))
 
 
-def random_text(count: int) -> str:
+def random_text(count: int, seed: int = 0) -> str:
     """That many words."""
-    return " ".join(WORDS[index] for index in random_ids(count)[0].tolist())
+    return " ".join(WORDS[index] for index in random_ids(count, seed)[0].tolist())
+
+
+def text_of_lines(count: int) -> str:
+    """Words, five to a line."""
+    words = random_text(5 * count).split()
+    return "\n".join(" ".join(words[start : start + 5]) for start in range(0, len(words), 5))
+
+
+def loaded_tiny() -> LoadedModel:
+    """The tiny model in float64, as the lab loads one."""
+    return LoadedModel(tiny_model(), tiny_tokenizer(), describe(tiny_model(), "tiny", "test"))
+
+
+def tiny_bench(store: Store | None = None) -> Bench:
+    """The tiny model on one text."""
+    return Bench(loaded_tiny(), [Corpus("words", (text_of_lines(60),), "test")], store=store or Store())
 
 
 def machine_record() -> records.MachineRecord:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lab_tiny import random_ids, random_text, save_tiny, tiny_model, tiny_tokenizer
-from sinkwindow.lab import corpora, methods, models, perplexity, pieces, tokens
+from lab_tiny import loaded_tiny, random_ids, random_text, save_tiny, tiny_model, tiny_tokenizer
+from sinkwindow.lab import corpora, methods, perplexity, pieces, tokens
 from sinkwindow.lab.cli import main
 from sinkwindow.lab.configurations import parse
 from sinkwindow.lab.corpora import Corpus
@@ -42,11 +42,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         main([str(one) for one in arguments])
     captured = capsys.readouterr()
     return int(stop.value.code or 0), captured.out, captured.err
-
-
-def loaded_tiny() -> models.LoadedModel:
-    """The tiny model in float64."""
-    return models.LoadedModel(tiny_model(), tiny_tokenizer(), models.describe(tiny_model(), "tiny", "test"))
 
 
 def words(*texts: str) -> Corpus:

@@ -60,6 +60,51 @@ def test_record_says_what_was_scored() -> None:
     assert all(one.tokens_per_second > 0 for one in found)
 
 
+def starts(*counts: int) -> list[tokens.TokenText]:
+    """The first tokens of one text."""
+    corpus = Corpus("words", (random_text(90),), "test")
+    return [tokens.encode(corpus, tiny_tokenizer(), tokens=count) for count in counts]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not parse(name).depends_on_calls])
+def test_one_reading_scores_every_length_as_if_read_alone(name: str) -> None:
+    """Lengths on both sides of evictions and of a block's end; all of a record but the time is the same."""
+    texts = starts(2, 9, 30, 41, 80)
+    found = perplexity.measure_stages(parse(name), tiny_model(), texts, block=7)
+    for text, stage in zip(texts, found, strict=True):
+        alone = perplexity.measure(parse(name), tiny_model(), text, block=7)
+        assert (stage.nll - alone.nll).abs().max() < 1e-9
+        exact = {"seconds", "tokens_per_second", "perplexity", "mean_nll", "standard_error", "bits_per_byte"}
+        if parse(name).kind in ("baseline", "streaming", "window"):  # the others' stores depend on the last call
+            assert stage.record.model_dump(exclude=exact) == alone.record.model_dump(exclude=exact)
+        assert stage.record.perplexity == pytest.approx(alone.record.perplexity, rel=1e-9)
+    seconds = [one.record.seconds for one in found]
+    assert seconds == sorted(set(seconds)), "the time since the start"
+
+
+def test_what_depends_on_calls_is_scored_one_length_at_a_time() -> None:
+    """The seed's rules score otherwise when a call ends elsewhere, so a shorter length is no start of a longer one."""
+    dependent = [name for name in (*NAMES, "call_2_6") if parse(name).depends_on_calls]
+    assert dependent == ["eager_eviction_2_6_0", "call_2_6"]
+    short, long = starts(30, 60)
+    for name in ("call_2_6", "eager_eviction_2_6_4"):
+        with pytest.raises(LabError, match="measure each length by itself"):
+            perplexity.measure_stages(parse(name), tiny_model(), [short, long])
+        session = open_session(parse(name), tiny_model())
+        parts = [perplexity.token_losses(session, ids, block=7) for ids in (short.ids, long.ids[:, 29:])]
+        alone = perplexity.measure(parse(name), tiny_model(), long, block=7).nll
+        assert (torch.cat(parts) - alone).abs().max() > 1e-3
+
+
+def test_stages_must_be_starts_of_one_text() -> None:
+    """Otherwise losses of one text would be told as another's."""
+    other = tokens.encode(Corpus("other", (random_text(40, seed=9),), "test"), tiny_tokenizer(), tokens=20)
+    short, long = starts(20, 30)
+    for pair in ([other, long], [long, short], [short, short]):
+        with pytest.raises(LabError, match="are not the start of"):
+            perplexity.measure_stages(parse("baseline"), tiny_model(), pair)
+
+
 @pytest.mark.parametrize(("block", "count"), [(0, 5), (-1, 5), (4, 1)])
 def test_nothing_to_score_is_an_error(block: int, count: int) -> None:
     """Blocks of no token and texts without a target are refused."""

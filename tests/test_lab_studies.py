@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from lab_tiny import random_text, save_tiny, tiny_model, tiny_tokenizer
-from sinkwindow.lab import experiments, models, store, study_tables
-from sinkwindow.lab.bench import Bench, model_digest
+from lab_tiny import save_tiny, text_of_lines, tiny_bench, tiny_tokenizer
+from sinkwindow.lab import experiments, store, study_tables
+from sinkwindow.lab.bench import Bench
 from sinkwindow.lab.cli import main
 from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.corpora import Corpus
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.report import Report
 from sinkwindow.lab.studies import collect, lines, plans, recall, scores, steps, where
@@ -45,12 +44,6 @@ TINY = plans.StudyPlan(
 STUDIES = ("mistakes", "sinks", "sizes", "along", "steps", "where", "recall")
 
 
-def text_of_lines(count: int) -> str:
-    """Words, five to a line."""
-    words = random_text(5 * count).split()
-    return "\n".join(" ".join(words[start : start + 5]) for start in range(0, len(words), 5))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and two texts."""
@@ -66,12 +59,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         main([str(one) for one in arguments])
     captured = capsys.readouterr()
     return int(stop.value.code or 0), captured.out, captured.err
-
-
-def bench(keeper: store.Store | None = None) -> Bench:
-    """The tiny model on one text."""
-    loaded = models.LoadedModel(tiny_model(), tiny_tokenizer(), models.describe(tiny_model(), "tiny", "test"))
-    return Bench(loaded, [Corpus("words", (text_of_lines(60),), "test")], store=keeper or store.Store())
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
@@ -125,7 +112,7 @@ def test_all_parts_are_measured_rendered_and_reused(
 def test_each_experiment_shows_a_generation_of_its_own_length() -> None:
     """One generation serves both; re-computation is cut short in both."""
     tables = (experiments.Experiment("short", 40, 12, 6), experiments.Experiment("long", 60, 12, 15))
-    one = bench()
+    one = tiny_bench()
     rows = [parse("baseline"), parse("recompute_8")]
     report = experiments.run(one.loaded, one.corpora, rows, experiments.Plan(tables, 2, 4, rounds=1))
     found = {
@@ -156,10 +143,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Bench, "losses", losses)
     with pytest.raises(KeyboardInterrupt):
-        scores.score_study(bench(store.Store(tmp_path)), "sinks", rows, 40)
+        scores.score_study(tiny_bench(store.Store(tmp_path)), "sinks", rows, 40)
     assert len(list(tmp_path.iterdir())) == 2
     keeper = store.Store(tmp_path)
-    found = scores.score_study(bench(keeper), "sinks", rows, 40)
+    found = scores.score_study(tiny_bench(keeper), "sinks", rows, 40)
     assert (keeper.reused, len(found.scores)) == (2, 3)
 
 
@@ -179,47 +166,6 @@ def test_user_errors_are_one_line(
     status, out, err = run(capsys, *(one.format(folder=folder) for one in arguments))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
-
-
-# -- finished measurements --------------------------------------------------------------------------------------------
-
-
-def test_another_key_is_another_measurement(tmp_path: Path) -> None:
-    """Configuration, text, model and code are all in the key."""
-    keeper = store.Store(tmp_path)
-    one = bench(keeper)
-    text = one.text(one.corpora[0], 40)
-    first = one.losses("x", parse("baseline"), text)
-    assert torch.equal(one.losses("x", parse("baseline"), text).nll, first.nll)
-    assert keeper.reused == 1
-    one.losses("x", parse("baseline"), one.text(one.corpora[0], 41))
-    one.losses("x", parse("streaming_2_6_3"), text)
-    assert keeper.reused == 1
-    key = {"a": 1, "code": store.code_version("perplexity")}
-    assert store.code_version("perplexity") != store.code_version("perplexity", "sessions")
-    assert keeper._path("x", key, "json") != keeper._path("x", {**key, "a": 2}, "json")
-
-
-def test_broken_files_are_measured_again(tmp_path: Path) -> None:
-    """A file that was cut off or is of another version is no measurement."""
-    for attempt in range(2):
-        keeper = store.Store(tmp_path)
-        one = bench(keeper)
-        one.losses("x", parse("baseline"), one.text(one.corpora[0], 40))
-        keeper.record("hits", {"a": 1}, recall.Hits, lambda: recall.Hits(found=[True]))
-        assert keeper.reused == 0, attempt
-        for path in tmp_path.iterdir():
-            path.write_bytes(b'{"value": {"old": 1}}')
-
-
-def test_models_are_told_apart_by_their_weights() -> None:
-    """A folder has no digest of its own: its weights are the digest."""
-    first = bench().loaded
-    other = models.LoadedModel(tiny_model(torch.float32), first.tokenizer, first.record)
-    assert model_digest(first) == model_digest(bench().loaded)
-    assert model_digest(first) != model_digest(other)
-    named = models.describe(tiny_model(), "tiny", "test", sha256="abc")
-    assert model_digest(models.LoadedModel(tiny_model(), first.tokenizer, named)) == "tiny abc"
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
@@ -249,7 +195,7 @@ def test_distance_bins_hold_every_target_once() -> None:
 
 def test_before_the_first_eviction_nothing_is_lost() -> None:
     """The targets that the comparison leaves out are equal, the next one is not."""
-    one = bench()
+    one = tiny_bench()
     text = one.text(one.corpora[0], 60)
     dense, streaming = (one.losses("x", parse(name), text).nll for name in ("baseline", "streaming_4_12_0"))
     assert (dense - streaming)[:17].abs().max() < 1e-5
@@ -268,7 +214,7 @@ def test_stretches_of_a_text() -> None:
 
 def test_sinks_share_one_size_of_cache() -> None:
     """S + W is the same in every row; without sinks it is the plain window."""
-    study = scores.sinks(bench(), (0, 1, 4), 8, 40)
+    study = scores.sinks(tiny_bench(), (0, 1, 4), 8, 40)
     assert [one.name for one in study.configurations] == [
         "baseline",
         "window_0_8",
@@ -279,7 +225,7 @@ def test_sinks_share_one_size_of_cache() -> None:
 
 def test_steps_are_timed_where_they_say() -> None:
     """Places, sizes and memory; re-computation stores nothing."""
-    study = steps.steps(bench(), places=(10, 30), cache=8, sizes=(6, 8), repeats=3, recompute_repeats=1)
+    study = steps.steps(tiny_bench(), places=(10, 30), cache=8, sizes=(6, 8), repeats=3, recompute_repeats=1)
     assert [(one.configuration, one.tokens_seen, len(one.step_ms)) for one in study.along] == [
         ("baseline", 10, 3),
         ("baseline", 30, 3),
@@ -337,7 +283,7 @@ def test_an_answer_counts_when_every_token_was_the_first_choice() -> None:
 
 def test_recall_counts_all_questions() -> None:
     """Every distance, every text, every configuration."""
-    study = recall.recall(bench(), ("baseline", "streaming_4_12_0"), (0, 1, 2), (1, 3))
+    study = recall.recall(tiny_bench(), ("baseline", "streaming_4_12_0"), (0, 1, 2), (1, 3))
     assert [(one.configuration, one.lines_back, one.asked) for one in study.points] == [
         ("baseline", 1, 3),
         ("baseline", 3, 3),
@@ -373,7 +319,7 @@ def test_the_full_plan_is_the_one_that_was_asked_for() -> None:
 def test_the_number_of_measurements_is_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The progress bar ends where it should."""
     begun: list[str] = []
-    one = bench()
+    one = tiny_bench()
     monkeypatch.setattr(one.reporter, "begin", lambda label, _: begun.append(label))
     found = collect.collect(one, TINY, STUDIES)
     assert len(begun) == collect.count_measurements(TINY, STUDIES, 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,12 @@ class Bench:
     bos: BosPolicy = "none"
     store: Store = field(default_factory=Store)
     reporter: Reporter = field(default_factory=Silent)
+    _texts: dict[tuple[str, int], tokens.TokenText] = field(default_factory=dict, init=False)
+    # By configuration and corpus, then by number of tokens.
+    _foreseen: defaultdict[tuple[Configuration, str], dict[int, tokens.TokenText]] = field(
+        default_factory=lambda: defaultdict(dict), init=False
+    )
+    _read: dict[Hashable, Perplexity] = field(default_factory=dict, init=False)
 
     def text(self, corpus: Corpus, count: int) -> tokens.TokenText:
         """The first tokens of a text.
@@ -42,10 +49,21 @@ class Bench:
         Returns:
             The tokens.
         """
-        known = self._texts.setdefault((corpus.name, count), [])
-        if not known:
-            known.append(tokens.encode(corpus, self.loaded.tokenizer, tokens=count, bos=self.bos))
-        return known[0]
+        known = (corpus.name, count)
+        if known not in self._texts:
+            self._texts[known] = tokens.encode(corpus, self.loaded.tokenizer, tokens=count, bos=self.bos)
+        return self._texts[known]
+
+    def foresee(self, readings: Iterable[tuple[Configuration, Corpus, int]]) -> None:
+        """Names what will be read, so that a text is read once, to the greatest length, and not once per length.
+
+        Args:
+            readings: how to remember, one of the texts, how many tokens.
+        """
+        for configuration, corpus, count in readings:
+            if not configuration.depends_on_calls:
+                text = self.text(corpus, count)
+                self._foreseen[configuration, corpus.name][text.ids.shape[1]] = text
 
     def losses(self, label: str, configuration: Configuration, text: tokens.TokenText) -> Perplexity:
         """Every token's loss, measured once.
@@ -58,14 +76,36 @@ class Bench:
         Returns:
             The record and the losses.
         """
-        self.reporter.begin(f"{label}: PPL {configuration.name}, {text.corpus}", len(text.targets))
-        key = {**self.origin, **described(configuration), "code": code_version(*SCORING), "block": BLOCK}
-        key |= {"corpus": text.corpus, "text": text.sha256, "lengths": list(text.lengths), "bos": text.bos}
-        return self.store.losses(
-            f"nll-{configuration.name}",
-            key,
-            lambda: perplexity.measure(configuration, self.loaded.model, text, on_block=self.reporter.advance),
-        )
+        known = _reading_of(configuration, text)
+        stages = [text] if known in self._read else self._stages(configuration, text)
+        self.reporter.begin(f"{label}: PPL {configuration.name}, {text.corpus}", len(stages[-1].targets))
+        if known not in self._read:
+            self._read_stages(configuration, stages)
+        return self._read[known]
+
+    def _stages(self, configuration: Configuration, text: tokens.TokenText) -> list[tokens.TokenText]:
+        """The text and all that was foreseen of it, the shortest first."""
+        foreseen = self._foreseen.get((configuration, text.corpus), {})
+        alike = foreseen.get(text.ids.shape[1])
+        if alike is None or alike.sha256 != text.sha256:
+            return [text]
+        return [foreseen[count] for count in sorted(foreseen)]
+
+    def _read_stages(self, configuration: Configuration, stages: Sequence[tokens.TokenText]) -> None:
+        """Finds the losses of each stage: all are kept at once, or an interruption would lose the long ones."""
+
+        @functools.cache
+        def measured() -> list[Perplexity]:
+            model, advance = self.loaded.model, self.reporter.advance
+            if len(stages) == 1:
+                return [perplexity.measure(configuration, model, stages[0], on_block=advance)]
+            return perplexity.measure_stages(configuration, model, stages, on_block=advance)
+
+        for number, stage in enumerate(stages):
+            key = {**self.origin, **described(configuration), "code": code_version(*SCORING), "block": BLOCK}
+            key |= {"corpus": stage.corpus, "text": stage.sha256, "lengths": list(stage.lengths), "bos": stage.bos}
+            found = self.store.losses(f"nll-{configuration.name}", key, lambda number=number: measured()[number])  # type: ignore[misc]
+            self._read[_reading_of(configuration, stage)] = found
 
     def score(self, label: str, configuration: Configuration, corpus: Corpus, count: int) -> PerplexityRecord:
         """The record alone of `losses` over the first tokens of a text.
@@ -91,9 +131,10 @@ class Bench:
             "machine": machine.fingerprint(self.loaded.model.device),
         }
 
-    @functools.cached_property
-    def _texts(self) -> dict[tuple[str, int], list[tokens.TokenText]]:
-        return {}
+
+def _reading_of(configuration: Configuration, text: tokens.TokenText) -> Hashable:
+    """What tells one reading from another while model and BOS policy stay."""
+    return configuration, text.corpus, text.sha256, text.lengths
 
 
 def described(configuration: Configuration) -> dict[str, Any]:

@@ -129,6 +129,11 @@ class Configuration:
             raise LabError(message)
         return self.num_sinks, self.window, self.buffer
 
+    @property
+    def depends_on_calls(self) -> bool:
+        """Whether it matters where one call ends and the next begins, as by the paper's rule it does not."""
+        return self.kind in ("call", "eager_eviction")
+
     def record(self) -> ConfigurationRecord:
         """The configuration as it is written beside its measurements."""
         return ConfigurationRecord(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sinkwindow.lab import attention_time, machine, speed
@@ -160,6 +161,10 @@ def run(
     """
     bench = Bench(loaded, corpora, bos, store or Store(), reporter or Silent())
     tables = _Tables(bench, configurations, plan)
+    if "experiments" in parts:
+        bench.foresee(tables.readings())
+    if plan.studies:
+        bench.foresee(collect.readings(plan.studies, parts, corpora))
     experiments = [tables.experiment(one) for one in plan.experiments] if "experiments" in parts else []
     return Report(
         quick=plan.quick,
@@ -186,6 +191,13 @@ class _Tables:
     configurations: Sequence[Configuration]
     plan: Plan
     _known: dict[tuple[Configuration, int, int], Generations] = field(default_factory=dict)
+
+    def readings(self) -> Iterator[tuple[Configuration, Corpus, int]]:
+        """What the experiments score."""
+        for experiment, configuration in itertools.product(self.plan.experiments, self.configurations):
+            if scores_perplexity(configuration):
+                for corpus in self.bench.corpora:
+                    yield configuration, corpus, experiment.perplexity_tokens
 
     def experiment(self, experiment: Experiment) -> ExperimentRecord:
         scores = {one.name: self._scores(experiment, one) for one in self.configurations}

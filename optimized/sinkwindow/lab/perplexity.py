@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -124,6 +125,66 @@ def measure(
             session.close()
     nll = torch.cat(totals.nll)
     return Perplexity(_record(configuration, text, totals, nll, block=block), nll)
+
+
+def measure_stages(
+    configuration: Configuration,
+    model: PreTrainedModel,
+    texts: Sequence[TokenText],
+    *,
+    block: int = BLOCK,
+    on_block: Callable[[int], None] | None = None,
+) -> list[Perplexity]:
+    """One reading of a text, looked at after several lengths; a loss does not depend on what comes later.
+
+    Args:
+        configuration: how to remember; not one whose losses depend on where calls end.
+        model: a causal language model in eval mode.
+        texts: starts of one text, ascending.
+        block: tokens per call [tokens]; a call ends with each length, too.
+        on_block: told how many targets each block added.
+
+    Returns:
+        For each length what `measure` finds.
+
+    Raises:
+        LabError: if a text is not the start of the next one, or as `measure`.
+    """
+    _check_starts(configuration, texts)
+    device = next(model.parameters()).device
+    clock = clock_for(device)
+    session = open_session(configuration, model)
+    nll, seconds = torch.empty(0, dtype=torch.float64), 0.0
+    found = []
+    try:
+        for text in texts:
+            marks = [clock.mark()]
+            further = text.ids[:, len(nll) :].to(device)
+            nll = torch.cat((nll, token_losses(session, further, block=block, on_block=on_block)))
+            marks.append(clock.mark())
+            seconds += clock.seconds(marks)[1]
+            totals = _Totals()
+            totals.add(session, seconds)
+            found.append(Perplexity(_record(configuration, text, totals, nll, block=block), nll))
+    finally:
+        session.close()
+    return found
+
+
+def _check_starts(configuration: Configuration, texts: Sequence[TokenText]) -> None:
+    if configuration.depends_on_calls:
+        message = f"{configuration.name} scores otherwise where a call ends elsewhere: measure each length by itself"
+        raise LabError(message)
+    for short, long in itertools.pairwise(texts):
+        count = short.ids.shape[1]
+        if (
+            short.lengths
+            or long.lengths
+            or count >= long.ids.shape[1]
+            or not torch.equal(short.ids, long.ids[:, :count])
+        ):
+            message = f"{count} tokens of {short.corpus} are not the start of {long.ids.shape[1]} of {long.corpus}"
+            raise LabError(message)
 
 
 @dataclass

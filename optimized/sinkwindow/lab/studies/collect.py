@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from sinkwindow.lab.bench import Bench
+from sinkwindow.lab.configurations import Configuration, parse
+from sinkwindow.lab.corpora import Corpus
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.studies import recall, scores, steps, where
 from sinkwindow.lab.studies.plans import StudyPlan
@@ -28,6 +30,13 @@ COLLECTORS: dict[str, Callable[[Bench, StudyPlan], Any]] = {
     "recall": lambda bench, plan: recall.recall(bench, plan.recall, plan.recall_seeds, plan.recall_lines),
 }
 PARTS = ("experiments", *COLLECTORS)
+# What each study scores, and over how many tokens; `along` reads the first text only.
+SCORED: dict[str, Callable[[StudyPlan], tuple[list[Configuration], int]]] = {
+    "mistakes": lambda plan: ([parse(name) for name in plan.mistakes], plan.mistakes_tokens),
+    "sinks": lambda plan: (scores.sink_rows(plan.sinks, plan.sinks_cache), plan.sinks_tokens),
+    "sizes": lambda plan: (scores.size_rows(plan.sizes), plan.sizes_tokens),
+    "along": lambda plan: ([parse(name) for name in plan.along], plan.along_tokens),
+}
 
 
 def chosen_parts(names: str | None) -> tuple[str, ...]:
@@ -73,6 +82,26 @@ def count_measurements(plan: StudyPlan, parts: Collection[str], corpora: int) ->
         "recall": len(plan.recall) * len(plan.recall_seeds),
     }
     return sum(counts[part] for part in parts if part in counts)
+
+
+def readings(
+    plan: StudyPlan, parts: Collection[str], corpora: Sequence[Corpus]
+) -> Iterator[tuple[Configuration, Corpus, int]]:
+    """What `collect` will read from end to end, for `Bench.foresee`.
+
+    Args:
+        plan: how much is measured.
+        parts: which studies.
+        corpora: the texts.
+
+    Yields:
+        Configuration, text, tokens.
+    """
+    for part in parts:
+        if part in SCORED:
+            rows, count = SCORED[part](plan)
+            for corpus in corpora[:1] if part == "along" else corpora:
+                yield from ((row, corpus, count) for row in rows)
 
 
 def collect(bench: Bench, plan: StudyPlan, parts: Collection[str]) -> Studies:

@@ -38,8 +38,7 @@ def sinks(bench: Bench, counts: Sequence[int], cache: int, tokens: int) -> Score
     Returns:
         The dense model first, then one row per number.
     """
-    rows = [_streaming(count, cache) for count in counts]
-    return score_study(bench, "sinks", [parse("baseline"), *rows], tokens)
+    return score_study(bench, "sinks", sink_rows(counts, cache), tokens)
 
 
 def sizes(bench: Bench, caches: Sequence[int], tokens: int) -> ScoreStudy:
@@ -53,8 +52,17 @@ def sizes(bench: Bench, caches: Sequence[int], tokens: int) -> ScoreStudy:
     Returns:
         The dense model first, then one row per size.
     """
-    rows = [_streaming(4, cache) for cache in caches]
-    return score_study(bench, "sizes", [parse("baseline"), *rows], tokens)
+    return score_study(bench, "sizes", size_rows(caches), tokens)
+
+
+def sink_rows(counts: Sequence[int], cache: int) -> list[Configuration]:
+    """The configurations of `sinks`."""
+    return [parse("baseline"), *(_streaming(count, cache) for count in counts)]
+
+
+def size_rows(caches: Sequence[int]) -> list[Configuration]:
+    """The configurations of `sizes`."""
+    return [parse("baseline"), *(_streaming(4, cache) for cache in caches)]
 
 
 def score_study(bench: Bench, label: str, rows: Sequence[Configuration], tokens: int) -> ScoreStudy:
