@@ -180,6 +180,20 @@ def test_a_record_inside_the_block_is_up_to_date(monkeypatch: pytest.MonkeyPatch
     assert held[0] == 1
 
 
+def test_the_peak_of_tensors_is_exact() -> None:
+    """What lives at once counts: 12 MB before the first is freed, 10 MB after; what was there before does not."""
+    before = torch.zeros(1_000_000)
+
+    def work() -> None:
+        first, second = torch.zeros(1_000_000), torch.zeros(2_000_000)
+        del first
+        third = torch.zeros(500_000) + before[:500_000]
+        del second, third
+
+    assert memory.tensor_peak(torch.device("cpu"), work) == 12_000_000
+    assert memory.tensor_peak(torch.device("cpu"), lambda: None) == 0
+
+
 def test_peak_memory_sees_an_allocation() -> None:
     """A tensor that lives and dies inside the block shows in its peak."""
     with peak_memory(torch.device("cpu"), weight_bytes=1_000) as watch:

@@ -239,7 +239,7 @@ def _drop(row: Row, columns: int) -> None:
             row.pop()
 
 
-# Fewer operations and fewer steps go there and back more often: where padding, a record and a roll-back meet, faults hid.
+# Fewer operations and fewer steps go there and back more often: where padding, record and roll-back meet, faults hid.
 EXAMPLES: Final = 2_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 40
 Feeding.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=12)
 Streams.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=30)

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkwindow.lab.configurations import Configuration, parse, streaming
-from sinkwindow.lab.memory import peak_memory
+from sinkwindow.lab.memory import tensor_peak
 from sinkwindow.lab.pace.plans import BUFFER, BY_TOKEN_BAR, FLAT_BAR, PREFILL_BAR, Plan
 from sinkwindow.lab.pace.records import Comparison, Series
 from sinkwindow.lab.perplexity import token_losses
@@ -14,7 +14,6 @@ from sinkwindow.lab.sessions import Session, open_session
 from sinkwindow.lab.timing import clock_for, milliseconds
 
 LONG, SHORTER = 20, 5  # prompts, in limits
-PEAKS = 3  # times that a peak is looked for, the highest counts: samples of the resident set can miss it
 NAMES = {"ours": "ours", "dense": "dense, same chunks", "held": "dense, cut to S + W before each chunk (inexact)"}
 
 
@@ -99,22 +98,17 @@ def memory(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
     """
     lazy = streaming(plan.sinks, plan.prompt_window, BUFFER)
     limit = plan.sinks + plan.prompt_window
-    grown_mb(model, lazy, SHORTER * limit, plan.chunk)  # libraries take memory at their first call and keep it
-    peaks: dict[int, list[float]] = {SHORTER: [], LONG: []}
-    for _ in range(PEAKS):
-        for times, found in peaks.items():
-            found.append(grown_mb(model, lazy, times * limit, plan.chunk))
+    peaks = {times: peak_mb(model, lazy, times * limit, plan.chunk) for times in (LONG, SHORTER)}
     ours, other = (
-        Series(name=f"ours, {times * limit:,} tokens", unit="MB", values=[max(peaks[times])])
-        for times in (LONG, SHORTER)
+        Series(name=f"ours, {times * limit:,} tokens", unit="MB", values=[peak]) for times, peak in peaks.items()
     )
-    what = f"peak above the weights, prompt of {LONG} limits over {SHORTER}, chunks of {plan.chunk}, S + W = {limit}"
+    what = f"tensors above the weights, prompt of {LONG} limits over {SHORTER}, chunks of {plan.chunk}, S + W = {limit}"
     bar = FLAT_BAR
     return [Comparison(part="memory", model=name, what=what, ratio_kind="cost", ours=ours, other=other, bar=bar)]
 
 
-def grown_mb(model: PreTrainedModel, configuration: Configuration, count: int, chunk: int) -> float:
-    """What a prefill adds to memory at its peak.
+def peak_mb(model: PreTrainedModel, configuration: Configuration, count: int, chunk: int) -> float:
+    """What a prefill adds to the weights at its peak, cache and activations.
 
     Args:
         model: a causal language model in eval mode.
@@ -123,16 +117,17 @@ def grown_mb(model: PreTrainedModel, configuration: Configuration, count: int, c
         chunk: tokens per call [tokens].
 
     Returns:
-        The peak above what there was before [MB]; on a CPU of the process's resident set.
+        The most that its tensors need at once [MB].
     """
     ids = token_ids(model, count)
-    with peak_memory(model.device, 0) as watch:
+
+    def read() -> None:
         session = open_session(configuration, model)
         for part in torch.split(ids, chunk, dim=1):
             session.feed(part, last_only=True)
         session.close()
-    record = watch.record()
-    return max(record.peak_bytes - record.before_bytes, 1) / 1e6
+
+    return tensor_peak(model.device, read) / 1e6
 
 
 def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
