@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -83,6 +84,7 @@ def tensor_peak(device: torch.device, work: Callable[[], object]) -> int:
         with peak_memory(device, 0) as watch:
             work()
         return watch.peak_bytes - watch.before_bytes
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes to the terminal that it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     results = cast("Any", profiler).profiler.kineto_results
