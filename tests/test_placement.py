@@ -40,7 +40,7 @@ def _feed(pool: SlotPool, lane: Lane, columns: int, offset: int) -> Lane:
 
 
 def _tensors(pool: SlotPool) -> list[tuple[list[int], Tensor]]:
-    return [(bank.layers, tensor) for bank in pool.banks for tensor in (*bank.slots, *bank.sinks)]
+    return [(list(bank.layers), tensor) for bank in pool.banks for tensor in (*bank.slots, *bank.sinks)]
 
 
 def test_no_tensor_is_shared_across_devices() -> None:
@@ -51,6 +51,6 @@ def test_no_tensor_is_shared_across_devices() -> None:
         lane = _feed(pool, lane, columns, offset)
     pool.recording = True
     pool.apply(pool.relocation((lane,)))
-    assert [bank.layers for bank in pool.banks] == [[0, 2], [1]]
+    assert [list(bank.layers) for bank in pool.banks] == [[0, 2], [1]]
     for layers, tensor in _tensors(pool):
         assert {tensor.device} == {DEVICES[layer] for layer in layers}

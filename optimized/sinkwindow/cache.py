@@ -190,15 +190,15 @@ class StreamingCache(Cache):
         Raises:
             RuntimeError: The call does not come from the model that the cache was made for, or the cache is detached.
         """
-        if self._content.ring is not None and self._content.ring.step is not None:
-            return self._content.ring.update(layer_idx, key_states, value_states)
-        if self._call is None:
+        if self._call is not None:  # first, and short: this runs for every layer of every token
+            return self._call.pools[self._content.pool_of[layer_idx]].update(layer_idx, key_states, value_states)
+        if self._content.ring is None or self._content.ring.step is None:
             msg = (
                 "This StreamingCache serves the model it was made with, while attached: the call comes from another "
                 "model or after detach(). Make a StreamingCache(model, ...) for the model that you call."
             )
             raise RuntimeError(msg)
-        return self._call.pools[self._content.pool_of[layer_idx]].update(layer_idx, key_states, value_states)
+        return self._content.ring.update(layer_idx, key_states, value_states)
 
     # -- the life of a call -------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ hold no retained token, or keeps what it will need aside; dropping the plan drop
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,33 @@ from sinkwindow.storage import KeyValue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import TypeAlias
 
     from sinkwindow.lanes import LaneCall
     from sinkwindow.storage import Bank, Move, SlotPool
 
-    _Target: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # keys and values to write, keys and values to read
-
 __all__ = ["PoolCall"]
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    """Give a tensor without its history; most have none, and asking costs a tenth of detaching."""
-    return tensor.detach() if tensor.requires_grad else tensor
+class _Slices(NamedTuple):
+    """The slots that a call uses of a bank, layer by layer.
+
+    Attributes:
+        places: For each of the model's layer indices, where it comes in the others.
+        to_keys: Where the call's keys go.
+        to_values: Where its values go.
+        keys: What is handed back, cached keys in front.
+        values: The same of the values.
+    """
+
+    places: dict[int, int]
+    to_keys: tuple[Tensor, ...]
+    to_values: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+def _without_bank(layer: int) -> KeyError:
+    return KeyError(f"Layer {layer} has no bank.")
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +67,7 @@ class PoolCall:
     held: int
     evicted: list[int]
     banded: dict[int, BandedLayer] | None
-    _targets: dict[int, _Target] = field(default_factory=dict)
+    _slices: list[_Slices] = field(default_factory=list)
     _windows: dict[int, KeyValue] = field(default_factory=dict)
     _sinks: dict[int, KeyValue] = field(default_factory=dict)
     _bands: dict[torch.device, Band] = field(default_factory=dict)
@@ -62,14 +76,16 @@ class PoolCall:
 
     def __post_init__(self) -> None:
         """Slice all layers of a bank at once: a handful of views per call instead of a handful per layer."""
-        self._needs_sinks = not self.in_slots or self.banded is not None or any(True for _ in self._births())
+        num_sinks = self.pool.retention.num_sinks
+        brings_sinks = any(lane.seen < num_sinks for lane in self.lanes)
+        self._needs_sinks = not self.in_slots or self.banded is not None or brings_sinks
         if not self.in_slots:
             return
         end, columns = self.pool.end, self.lanes[0].columns
         for bank in self.pool.banks:
-            writes = [tensor.narrow(3, end, columns).unbind() for tensor in bank.slots]
-            reads = [tensor.narrow(3, end - self.held, self.held + columns).unbind() for tensor in bank.slots]
-            self._targets.update(zip(bank.layers, zip(*writes, *reads, strict=True), strict=True))
+            writes = (tensor.narrow(3, end, columns).unbind() for tensor in bank.slots)
+            reads = (tensor.narrow(3, end - self.held, self.held + columns).unbind() for tensor in bank.slots)
+            self._slices.append(_Slices(bank.layers, *writes, *reads))
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys and values, and hand back all that its queries may look at.
@@ -82,12 +98,11 @@ class PoolCall:
         Returns:
             Keys and values, ``[batch, kv_heads, held + columns, ...]``.
         """
-        fresh = KeyValue(_detached(key), _detached(value))
         if self._needs_sinks:
-            self._sinks[layer] = self._collect_sinks(layer, fresh)
-        states = self._store(layer, fresh) if self.in_slots else self._keep_aside(layer, KeyValue(key, value))
+            self._sinks[layer] = self._collect_sinks(layer, KeyValue(key.detach(), value.detach()))
         if self.banded is not None:
             self.banded[layer] = BandedLayer(self._band(key.device), self.pool.rotary, *self._sinks[layer])
+        states = self._store(layer, key, value) if self.in_slots else self._keep_aside(layer, KeyValue(key, value))
         self._done.add(layer)
         return states
 
@@ -97,8 +112,8 @@ class PoolCall:
         Raises:
             RuntimeError: Some layer never handed over its keys; nothing is taken over then.
         """
-        missing = [layer for layer in self.pool.layers if layer not in self._done]
-        if missing:
+        if len(self._done) < len(self.pool.layers):
+            missing = [layer for layer in self.pool.layers if layer not in self._done]
             msg = f"Layers {missing} did not update the cache in this call; it is undone."
             raise RuntimeError(msg)
         if self.in_slots:
@@ -106,11 +121,13 @@ class PoolCall:
         after = [lane.after for lane in self.lanes]
         return self.pool.absorb(after, self.evicted, self._windows, self._sinks)
 
-    def _store(self, layer: int, fresh: KeyValue) -> KeyValue:
-        to_keys, to_values, keys, values = self._targets[layer]
-        to_keys.copy_(fresh.keys)
-        to_values.copy_(fresh.values)
-        return KeyValue(keys, values)
+    def _store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        for places, to_keys, to_values, keys, values in self._slices:
+            if (place := places.get(layer)) is not None:
+                to_keys[place].copy_(key.detach() if key.requires_grad else key)  # asking costs a tenth of detaching
+                to_values[place].copy_(value.detach() if value.requires_grad else value)
+                return keys[place], values[place]
+        raise _without_bank(layer)
 
     def _keep_aside(self, layer: int, fresh: KeyValue) -> KeyValue:
         """Put the cached columns in front, and keep of both what the window will need."""
@@ -186,9 +203,8 @@ class PoolCall:
     def _locate(self, layer: int) -> tuple[Bank, int]:
         for bank in self.pool.banks:
             if layer in bank.layers:
-                return bank, bank.layers.index(layer)
-        msg = f"Layer {layer} has no bank."
-        raise KeyError(msg)
+                return bank, bank.layers[layer]
+        raise _without_bank(layer)
 
     def _band(self, device: torch.device) -> Band:
         if device not in self._bands:

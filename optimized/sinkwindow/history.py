@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sinkwindow.lanes import LaneCall
     from sinkwindow.retention import Retention
     from sinkwindow.storage import SlotPool
 
@@ -38,20 +39,25 @@ class History:
     """The calls that a roll-back may cross.
 
     Args:
-        depth: Calls to remember; more than can be rolled back is of no use.
+        rules: Of the pools. As many calls are remembered as the longest list has tokens: no roll-back crosses more.
     """
 
-    def __init__(self, depth: int) -> None:
-        self._calls: deque[Past] = deque(maxlen=depth)
+    def __init__(self, rules: Sequence[Retention]) -> None:
+        self._rules = rules
+        self._evicts_by_call = any(rule.evict == "call" for rule in rules)
+        self._calls: deque[Past] = deque(maxlen=max(rule.capacity for rule in rules))
 
-    def record(self, call: Past, rules: Sequence[Retention]) -> None:
-        """Remember a call if counting alone cannot undo it."""
-        if any(real is not None for real in call.real) or any(rule.evict == "call" for rule in rules):
-            self._calls.append(call)
+    def needs(self, lanes: Sequence[LaneCall]) -> bool:
+        """Say whether counting alone cannot undo a call, so that it must be recorded."""
+        return self._evicts_by_call or any(lane.real is not None for lane in lanes)
+
+    def record(self, call: Past) -> None:
+        """Remember a call."""
+        self._calls.append(call)
 
     def copy(self) -> History:
         """Copy the record; its entries never change."""
-        twin = History(self._calls.maxlen or 0)
+        twin = History(self._rules)
         twin._calls.extend(self._calls)
         return twin
 

@@ -141,7 +141,8 @@ def pool_call(
     """Bring a pool's slots in order and plan its part of a call."""
     columns = lanes[0].columns
     plain = not any(lane.padded or len(lane.segments) > 1 for lane in lanes)  # aligned, and rotated at one offset
-    in_slots = plain and pool.fits(before, columns)
+    held = pool.held(before)
+    in_slots = plain and bool(pool.banks) and held + columns <= pool.size  # after a move if need be
     if pool.needs_move(before, columns if in_slots else 0):
         pool.apply(pool.relocation(before))
     in_slots = in_slots and pool.end + columns <= pool.size
@@ -150,7 +151,7 @@ def pool_call(
     evicted = [
         pool.retention.evicted_after(lane.seen_after, row.evicted) for lane, row in zip(lanes, pool.rows, strict=True)
     ]
-    return PoolCall(pool, lanes, in_slots, pool.held(before), evicted, banded)
+    return PoolCall(pool, lanes, in_slots, held, evicted, banded)
 
 
 def padding_mask(pool: SlotPool, before: Sequence[Lane], lanes: Sequence[LaneCall], device: torch.device) -> Tensor:

@@ -271,7 +271,7 @@ class Ring:
         for index, pool in enumerate(self.stream.pools):
             for bank in pool.banks:
                 slots, sinks = (KeyValue(*(tensor[0] for tensor in pair)) for pair in (bank.slots, bank.sinks))
-                layers[bank.layers[0]] = RingLayer(index, pool.rotary, slots, sinks)
+                layers[next(iter(bank.layers))] = RingLayer(index, pool.rotary, slots, sinks)
         known = self._layers.values()
         if [p.slots.keys.data_ptr() for p in known] != [p.slots.keys.data_ptr() for p in layers.values()]:
             self._layers = layers

@@ -28,7 +28,7 @@ from sinkwindow.lanes import batch_slice
 from sinkwindow.moves import Write, Writes, by_layers, from_aside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from sinkwindow.lanes import Lane, LaneCall
     from sinkwindow.retention import Retention
@@ -72,12 +72,12 @@ class Bank:
     """Tensors of the layers that share shape, dtype and device, so that one operation serves them all.
 
     Attributes:
-        layers: The model's layer indices, in order.
+        layers: The place of each of the model's layer indices, in order.
         slots: Keys ``[layers, batch, kv_heads, slots, head_dim]`` and values likewise.
         sinks: Sinks as first rotated, ``[layers, batch, kv_heads, num_sinks, head_dim]``, never moved.
     """
 
-    layers: list[int]
+    layers: dict[int, int]
     slots: KeyValue
     sinks: KeyValue
 
@@ -158,10 +158,6 @@ class SlotPool:
     def held(self, lanes: Sequence[Lane]) -> int:
         """Count the cached columns that a call gets to see: those of the longest row."""
         return max(self.length(lane, row) for lane, row in zip(lanes, self.rows, strict=True))
-
-    def fits(self, lanes: Sequence[Lane], fresh: int) -> bool:
-        """Whether ``fresh`` more tokens find slots, after a move if need be."""
-        return bool(self.banks) and self.held(lanes) + fresh <= self.size
 
     def apply(self, move: Move) -> None:
         """Carry a move out; carrying it out again changes nothing, so an interrupted one is finished by ``recover``."""
@@ -283,7 +279,7 @@ class SlotPool:
         )
         writes: list[Write] = []
         for bank in banks:
-            for position, layer in enumerate(bank.layers):
+            for layer, position in bank.layers.items():
                 for target, source in zip(bank.slots, windows[layer], strict=True):
                     writes.append(from_aside(target[position, :, :, end - source.shape[2] : end], source))
                 for target, source in zip(bank.sinks, sinks[layer], strict=True):
@@ -360,7 +356,7 @@ def _alike(layers: list[int], windows: dict[int, KeyValue]) -> Iterator[list[int
     yield from groups.values()
 
 
-def _bank(layers: list[int], like: Sequence[Tensor], size: int, num_sinks: int) -> Bank:
+def _bank(layers: Collection[int], like: Sequence[Tensor], size: int, num_sinks: int) -> Bank:
     """Allocate zeros: a slot that a mask hides is still multiplied by a weight of zero, so it must be finite."""
 
     def zeros(tensor: Tensor, tokens: int) -> Tensor:
@@ -369,4 +365,5 @@ def _bank(layers: list[int], like: Sequence[Tensor], size: int, num_sinks: int) 
 
     with torch.inference_mode(mode=False):  # tensors made in inference mode could not be written outside it
         slots = KeyValue(*(zeros(tensor, size) for tensor in like))
-        return Bank(layers, slots, KeyValue(*(zeros(tensor, num_sinks) for tensor in like)))
+        places = {layer: place for place, layer in enumerate(layers)}
+        return Bank(places, slots, KeyValue(*(zeros(tensor, num_sinks) for tensor in like)))

@@ -142,7 +142,8 @@ class Stream:
         real = inputs.real or [None] * len(self.state.lanes)
         fresh = [inputs.columns if columns is None else len(columns) for columns in real]
         before = rebased(self.state.lanes, self.pools[0], fresh, self._bound)
-        self.state = replace(self.state, lanes=before)
+        if before is not self.state.lanes:
+            self.state = replace(self.state, lanes=before)
         lanes: list[LaneCall] = [
             lane_call(lane, inputs.columns, columns, self._bound, self.rule)
             for lane, columns in zip(before, real, strict=True)
@@ -194,10 +195,9 @@ class Stream:
         before = [[row.evicted for row in pool.rows] for pool in self.pools]
         events = self._events(call, before[0], moves[0][1].rows)
         state, columns = self.state, call.lanes[0].columns
-        self._history.record(
-            Past(state.columns, columns, [lane.real for lane in call.lanes], before, state.num_evictions),
-            [pool.retention for pool in self.pools],
-        )
+        if self._history.needs(call.lanes):
+            real = [lane.real for lane in call.lanes]
+            self._history.record(Past(state.columns, columns, real, before, state.num_evictions))
         after = State(
             lanes=tuple(lane.after for lane in call.lanes),
             columns=state.columns + columns,
@@ -251,7 +251,7 @@ class Stream:
         return events
 
     def _new_history(self) -> History:
-        return History(max(pool.retention.capacity for pool in self.pools))
+        return History([pool.retention for pool in self.pools])
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
