@@ -1,4 +1,4 @@
-"""Bytes: what the cache allocates, exactly, and what a generation adds to the process or to the GPU at its peak."""
+"""Bytes, counted: what the cache allocates, and what a generation needs above the weights at its peak."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CacheBytes:
 
 
 class PeakMemory:
-    """Growth during a prefill and some tokens: resident memory of the process, or the GPU allocator's peak."""
+    """Tensors beside the weights during a prefill and some tokens, at their peak."""
 
     params: ClassVar = [["baseline", "streaming_4_252", "streaming_4_1020"], DEVICES]
     param_names: ClassVar = ["configuration", "device"]
@@ -39,7 +39,6 @@ class PeakMemory:
 
     @shown_as("Peak memory above the weights", unit="bytes")
     def track_peak(self, *_: object) -> int:
-        """Generates, warmed up, as the tables do."""
+        """Counts, as the tables do."""
         ids = token_ids(self.model, PROMPT)
-        memory = lab("speed").measure_round(self.configuration, self.model, ids, NEW_TOKENS).memory
-        return int(memory.peak_bytes - memory.before_bytes)
+        return int(lab("memory").generation_peaks(self.configuration, self.model, ids, (NEW_TOKENS,))[0].tensor_bytes)

@@ -105,15 +105,14 @@ def machine_record() -> records.MachineRecord:
 
 def generation(times: list[float]) -> records.GenerationRecord:
     """A generation with these token times [s]."""
-    memory = records.MemoryRecord(
-        device="cpu",
-        weight_bytes=500_000_000,
-        before_bytes=700_000_000,
-        peak_bytes=750_000_000,
-        reserved_peak_bytes=None,
-    )
     return records.GenerationRecord(
-        prompt_tokens=5, token_times_s=times, kept_tokens=7, cache_bytes=1_000_000, evictions=1, memory=memory
+        prompt_tokens=5,
+        prompt_times_s=times[:1],
+        token_times_s=times,
+        kept_tokens=7,
+        cache_bytes=1_000_000,
+        evictions=1,
+        memory=records.MemoryRecord(weight_bytes=500_000_000, tensor_bytes=50_000_000),
     )
 
 

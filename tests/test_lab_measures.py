@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
-from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lab_tiny import generation, random_ids, tiny_model
-from sinkwindow.lab import attention_time, memory, speed
+from lab_tiny import random_ids, tiny_model
 from sinkwindow.lab.configurations import parse
 from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.memory import peak_memory
-from sinkwindow.lab.records import SpeedRecord
 from sinkwindow.lab.sessions import Session, open_session
-from sinkwindow.lab.timing import HostClock, spread
 from sinkwindow_reference import reference_logits
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NAMES = (
     "baseline",
@@ -31,36 +20,6 @@ NAMES = (
     "eager_eviction_2_6_0",
     "absolute_2_6_3",
 )
-
-
-class FakeTime:
-    """A clock that the fake model moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def clock(self) -> HostClock:
-        """A clock that reads this time."""
-        return HostClock(now=lambda: self.now)
-
-
-class FakeSession(Session):
-    """Takes 2 s for a prefill, then a given time for each token; always predicts token 7."""
-
-    def __init__(self, time: FakeTime, steps: list[float]) -> None:
-        self._time, self._steps = time, [2.0, *steps]
-        self.fed: list[list[int]] = []
-
-    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        assert last_only
-        self.fed.append(ids[0].tolist())
-        self._time.now += self._steps.pop(0)
-        return torch.nn.functional.one_hot(torch.tensor([[7]]), 10).float()
-
-    @property
-    def kept_tokens(self) -> int:
-        """Nothing is kept."""
-        return 0
 
 
 def feed_in(session: Session, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -79,79 +38,7 @@ def logits_of(name: str, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return feed_in(open_session(parse(name), tiny_model()), ids, sizes)
 
 
-# -- speed ------------------------------------------------------------------------------------------------------------
-
-
-def test_token_times_come_from_the_clock() -> None:
-    """The prefill counts into the first token, every later token is fed alone, nothing is fed after the last."""
-    time = FakeTime()
-    session = FakeSession(time, [0.25, 0.5])
-    assert speed.token_times(session, torch.tensor([[1, 2, 3]]), 3, clock=time.clock()) == [2.0, 2.25, 2.75]
-    assert session.fed == [[1, 2, 3], [7], [7]]
-
-
-def test_the_clock_waits_for_the_device() -> None:
-    """Time that the device needs after the call returned belongs to the step."""
-    time = FakeTime()
-
-    def wait() -> None:
-        time.now += 10.0
-
-    marks = [HostClock(now=lambda: time.now, wait=wait).mark() for _ in range(2)]
-    assert marks[1] - marks[0] == 10.0
-
-
-def test_generation_figures() -> None:
-    """TTFT is the first time, TPOT leaves the first token out, throughput counts all tokens over all time."""
-    record = generation([2.0, 2.25, 2.75])
-    assert record.ttft_s == 2.0
-    assert record.tpot_ms == 375.0
-    assert record.total_s == 2.75
-    assert record.throughput == 3 / 2.75
-    assert record.step_ms == [250.0, 500.0]
-    assert record.memory.peak_gb == pytest.approx(0.55)
-
-
-def test_medians_over_rounds() -> None:
-    """One slow round does not move the median."""
-    rounds = [generation([1.0, 1.1]), generation([1.0, 1.2]), generation([9.0, 19.0])]
-    record = SpeedRecord(configuration="baseline", rounds=rounds)
-    assert record.median("tpot_ms") == pytest.approx(200.0)
-    assert record.median("ttft_s") == 1.0
-
-
-@pytest.mark.parametrize("count", [-1, 0, 1])
-def test_fewer_than_two_tokens_have_no_tpot(count: int) -> None:
-    """The first token is a prefill: a time per token needs a second one."""
-    with pytest.raises(LabError, match="generate 2 or more"):
-        speed.token_times(FakeSession(FakeTime(), []), torch.tensor([[1]]), count, clock=FakeTime().clock())
-
-
-def test_measured_speed_is_complete_and_interleaved() -> None:
-    """Every round of every configuration is there, in the order a, b, a, b."""
-    order: list[str] = []
-    rows = [parse("baseline"), parse("streaming_2_6_3")]
-    found = speed.measure(
-        rows, tiny_model(), random_ids(12), [5, 4], rounds=2, on_start=lambda one, _: order.append(one.name)
-    )
-    assert order == ["baseline", "streaming_2_6_3"] * 2
-    assert [[one.generated_tokens for one in record.rounds] for record in found] == [[5, 5], [4, 4]]
-    assert found[0].rounds[0].kept_tokens == 12 + 5 - 1  # the last token is not fed
-    assert found[1].rounds[0].cache_bytes > 0
-
-
-def test_a_short_generation_is_the_start_of_a_long_one() -> None:
-    """Stages share their times; what is kept, stored and evicted is that of their own place."""
-    row, prompt = parse("streaming_2_6_3"), random_ids(7)
-    short, long = speed.measure_stages(row, tiny_model(), prompt, (4, 30))
-    assert short.token_times_s == long.token_times_s[:4]
-    assert (short.generated_tokens, long.generated_tokens) == (4, 30)
-    alone = [speed.measure_round(row, tiny_model(), prompt, count) for count in (4, 30)]
-    for found, expected in zip((short, long), alone, strict=True):
-        assert (found.kept_tokens, found.evictions) == (expected.kept_tokens, expected.evictions)
-        assert found.cache_bytes == expected.cache_bytes
-    assert short.memory.peak_bytes <= long.memory.peak_bytes
-    assert long.evictions > short.evictions
+# -- sessions ---------------------------------------------------------------------------------------------------------
 
 
 def test_recomputation_reads_a_context_without_running_it() -> None:
@@ -168,50 +55,6 @@ def test_recomputation_reads_a_context_without_running_it() -> None:
     assert ran == []
     assert (quiet.kept_tokens, quiet.evictions) == (busy.kept_tokens, busy.evictions) == (8, 21)
     assert torch.equal(quiet.feed(ids[:, 29:]), busy.feed(ids[:, 29:]))
-
-
-def test_a_record_inside_the_block_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where no sample was taken in between."""
-    monkeypatch.setattr(memory, "INTERVAL", 1e6)
-    with peak_memory(torch.device("cpu"), weight_bytes=1_000) as watch:
-        held = torch.ones(20_000_000)
-        inside = watch.record()
-    assert inside.peak_bytes - inside.before_bytes > 60_000_000
-    assert held[0] == 1
-
-
-def test_the_peak_of_tensors_is_exact() -> None:
-    """What lives at once counts: 12 MB before the first is freed, 10 MB after; what was there before does not."""
-    before = torch.zeros(1_000_000)
-
-    def work() -> None:
-        first, second = torch.zeros(1_000_000), torch.zeros(2_000_000)
-        del first
-        third = torch.zeros(500_000) + before[:500_000]
-        del second, third
-
-    assert memory.tensor_peak(torch.device("cpu"), work) == 12_000_000
-    assert memory.tensor_peak(torch.device("cpu"), lambda: None) == 0
-
-
-def test_peak_memory_sees_an_allocation() -> None:
-    """A tensor that lives and dies inside the block shows in its peak."""
-    with peak_memory(torch.device("cpu"), weight_bytes=1_000) as watch:
-        torch.ones(20_000_000)
-    record = watch.record()
-    assert record.peak_bytes - record.before_bytes > 60_000_000
-    assert record.peak_gb > 0.06
-
-
-def test_spread_keeps_quartiles() -> None:
-    """Median and quartiles; one sample is its own spread; none is an error."""
-    assert (spread([4.0, 1.0, 2.0, 3.0, 5.0]).median, spread([4.0, 1.0, 2.0, 3.0, 5.0]).upper) == (3.0, 4.0)
-    assert spread([2.0]).lower == 2.0
-    with pytest.raises(ValueError, match="nothing was measured"):
-        spread([])
-
-
-# -- sessions ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -330,68 +173,3 @@ def test_cache_bytes_are_exact() -> None:
     session = open_session(parse("baseline"), tiny_model())
     session.feed(random_ids(10))
     assert session.cache_bytes == 2 * 2 * 2 * 4 * 8 * 10
-
-
-# -- attention time ---------------------------------------------------------------------------------------------------
-
-
-def test_stop_watch_adds_outer_calls_only() -> None:
-    """A timed call inside a timed call is part of it."""
-    time = FakeTime()
-    watch = attention_time.StopWatch(time.clock())
-
-    def step(seconds: float) -> Callable[[], None]:
-        def run() -> None:
-            time.now += seconds
-
-        return run
-
-    inner = watch.wrap(step(1.0))
-
-    def outer() -> None:
-        step(2.0)()
-        inner()
-
-    watch.wrap(outer)()
-    time.now += 50.0  # outside: not counted
-    inner()
-    assert (watch.seconds, watch.calls) == (4.0, 2)
-
-
-def test_watching_counts_every_layer_and_leaves_no_trace() -> None:
-    """One update and one attention per layer; the cache and transformers are as before, the logits too."""
-    model, ids, cache = tiny_model(), random_ids(9), DynamicCache()
-    expected = model(input_ids=ids, use_cache=False).logits
-    with attention_time.attention_watched(cache, HostClock()) as watch:
-        session = open_session(parse("baseline"), model)
-        session.cache = cache
-        assert torch.equal(session.feed(ids), expected)
-    assert watch.calls == 2 * 2
-    assert watch.seconds > 0
-    assert "update" not in vars(cache)
-    assert "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
-
-
-def test_attention_that_cannot_be_isolated_is_an_error() -> None:
-    """A model that calls its own attention gives no number rather than a wrong one."""
-    with (
-        pytest.raises(LabError, match="cannot be isolated"),
-        attention_time.attention_watched(DynamicCache(), HostClock()),
-    ):
-        pass
-    assert "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
-
-
-@pytest.mark.parametrize("name", ["baseline", "streaming_2_6_3", "recompute_8"])
-def test_attention_probes_are_spread_over_the_generation(name: str) -> None:
-    """Places start at the prompt's end, samples are positive, and the mean is of medians."""
-    found = attention_time.measure(parse(name), tiny_model(), random_ids(30), prompt_tokens=12, new_tokens=20, probes=4)
-    assert [probe.tokens_seen for probe in found.probes] == [12, 17, 22, 27]
-    assert all(len(probe.step_ms) == 3 and min(probe.step_ms) > 0 for probe in found.probes)
-    assert found.milliseconds > 0
-
-
-def test_short_generations_have_fewer_probes() -> None:
-    """Places never overlap, and there is always one."""
-    assert attention_time.places(500, 7, 16) == [500, 503]
-    assert attention_time.places(500, 2, 16) == [500]

@@ -130,7 +130,9 @@ def _numbers(report: Report) -> list[float]:
     rows = [row for one in report.experiments for row in one.rows]
     found = [getattr(one, name) for row in rows for one in row.perplexities for name in type(one).model_fields]
     rounds = [one for row in rows if row.speed for one in row.speed.rounds]
-    found += [one.memory.peak_gb for one in rounds] + [value for one in rounds for value in (*one.step_ms, one.ttft_s)]
+    found += [one.memory.peak_gb for one in rounds if one.memory] + [
+        value for one in rounds for value in (*one.step_ms, one.ttft_s)
+    ]
     found += [getattr(one, name) for one in rounds for name in ("tpot_ms", "total_s", "throughput")]
     found += [one.cache_bytes / 1e6 for one in rounds]
     found += [value for one in rounds for value in (spread(one.step_ms).lower, spread(one.step_ms).upper)]
@@ -157,11 +159,16 @@ def test_quick_runs_say_so() -> None:
     assert "A quick run" not in tables.render(make_report())
 
 
-def test_legend_explains_the_memory_column() -> None:
-    """The definition differs between CPU and GPU: only the one that was used is shown."""
-    page = tables.render(make_report())
-    assert "(CPU)" in page
-    assert "(GPU)" not in page
+def test_memory_is_explained_or_not_measured() -> None:
+    """0.55 GB are 0.50 of weights and 0.05 of other tensors; a device that does not tell shows no number."""
+    report = make_report()
+    page = tables.render(report)
+    assert "**Peak Mem**: weights plus" in page
+    assert cells(page, "baseline")[-1] == "0.550"
+    content = report.model_dump()
+    for generated in content["experiments"][0]["rows"][0]["speed"]["rounds"]:
+        generated["memory"] = None
+    assert cells(tables.render(Report.model_validate(content)), "baseline")[-1] == "-"
 
 
 def test_records_survive_json() -> None:
@@ -179,11 +186,16 @@ def test_tables_refuse_ragged_rows() -> None:
 
 
 def test_plans_count_their_measurements() -> None:
-    """Two experiments of one generation each; re-computation is not scored, mistakes are not timed."""
+    """Re-computation is not scored, mistakes are not timed; all generate together, and are probed together."""
     rows = [parse(name) for name in ("baseline", "recompute_8", "stale_ranks_2_6", "window_0_8")]
-    scored, timed = 3, 2
-    assert experiments.count_measurements(experiments.QUICK, rows, 2, ("experiments",)) == (
-        2 * (scored * 2 + timed) + timed
+    tables, scored, corpora = 2, 3, 2
+    assert (
+        experiments.count_measurements(experiments.QUICK, rows, corpora, ("experiments",))
+        == tables * scored * corpora + 2
+    )
+    mistakes = rows[2:]
+    assert (
+        experiments.count_measurements(experiments.QUICK, mistakes, corpora, ("experiments",)) == tables * 2 * corpora
     )
 
 

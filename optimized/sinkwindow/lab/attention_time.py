@@ -2,12 +2,13 @@
 
 Never inside a run whose TPOT is reported: the waiting alone would change it. The probed steps are spread evenly over
 a generation; between them the text is fed in long calls, which leaves every session in the state that it has there.
+Configurations that are compared are probed in turns, place by place, so that a slow minute hits all of them alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,52 +100,59 @@ def attention_watched(cache: Any, clock: HostClock) -> Iterator[StopWatch]:
 
 
 def measure(
-    configuration: Configuration,
+    configurations: Sequence[Configuration],
     model: PreTrainedModel,
     text: torch.Tensor,
     *,
     prompt_tokens: int,
     new_tokens: int,
-    probes: int = PROBES,
+    probes: Sequence[int],
     on_probe: Callable[[int], None] | None = None,
-) -> AttentionRecord:
-    """Isolated attention time of one configuration over a generation.
+) -> list[AttentionRecord]:
+    """Isolated attention time of several configurations over a generation, in turns.
 
     Args:
-        configuration: how to remember.
+        configurations: which ones, in the order of a turn.
         model: a causal language model in eval mode.
         text: [1, tokens], what is fed; repeated from its start where it ends before prompt and generation.
         prompt_tokens: where the generation starts [tokens].
         new_tokens: its length [tokens].
-        probes: places to look at.
-        on_probe: told each place's number.
+        probes: for each configuration, the number of places to look at.
+        on_probe: told each place [tokens].
 
     Returns:
-        The samples.
+        The samples of each configuration.
 
     Raises:
-        LabError: if the configuration or the model does not allow it.
+        LabError: if a configuration or the model does not allow it.
     """
     device = next(model.parameters()).device
     clock = HostClock(wait=waiter(device))
-    stream = _Stream(text.to(device))
-    session = open_session(configuration, model)
-    found = []
-    try:
-        for number, place in enumerate(places(prompt_tokens, new_tokens, probes)):
-            stream.feed_until(session, place)
-            found.append(AttentionProbe(tokens_seen=place, step_ms=_probe(session, stream, clock)))
-            if on_probe is not None:
-                on_probe(number)
-    finally:
-        session.close()
-    return AttentionRecord(
-        configuration=configuration.name,
-        prompt_tokens=prompt_tokens,
-        generated_tokens=new_tokens,
-        layers=int(model.config.num_hidden_layers),
-        probes=found,
-    )
+    todo = [places(prompt_tokens, new_tokens, count) for count in probes]
+    found: list[list[AttentionProbe]] = [[] for _ in configurations]
+    with ExitStack() as stack:
+        streams = []
+        for configuration in configurations:
+            session = open_session(configuration, model)
+            stack.callback(session.close)
+            streams.append(_Stream(session, text.to(device)))
+        for place in sorted({place for own in todo for place in own}):
+            for stream, own, samples in zip(streams, todo, found, strict=True):
+                if place in own:
+                    stream.feed_until(place)
+                    samples.append(AttentionProbe(tokens_seen=place, step_ms=_probe(stream, clock)))
+                    if on_probe is not None:
+                        on_probe(place)
+    return [
+        AttentionRecord(
+            configuration=configuration.name,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=new_tokens,
+            layers=int(model.config.num_hidden_layers),
+            probes=samples,
+        )
+        for configuration, samples in zip(configurations, found, strict=True)
+    ]
 
 
 def places(prompt_tokens: int, new_tokens: int, probes: int) -> list[int]:
@@ -163,29 +171,29 @@ def places(prompt_tokens: int, new_tokens: int, probes: int) -> list[int]:
 
 
 class _Stream:
-    """A text read in order, from the start again at its end."""
+    """A text that a session reads in order, from the start again at its end."""
 
-    def __init__(self, text: torch.Tensor) -> None:
+    def __init__(self, session: Session, text: torch.Tensor) -> None:
+        self.session = session
         self._text = text
-        self.seen = 0
+        self._seen = 0
 
-    def take(self, count: int) -> torch.Tensor:
-        columns = torch.arange(self.seen, self.seen + count, device=self._text.device) % self._text.shape[1]
-        self.seen += count
-        return self._text[:, columns]
+    def feed(self, count: int) -> None:
+        columns = torch.arange(self._seen, self._seen + count, device=self._text.device) % self._text.shape[1]
+        self._seen += count
+        self.session.feed(self._text[:, columns], last_only=True)
 
-    def feed_until(self, session: Session, place: int) -> None:
-        while self.seen < place:
-            session.feed(self.take(min(FEED, place - self.seen)), last_only=True)
+    def feed_until(self, place: int) -> None:
+        while self._seen < place:
+            self.feed(min(FEED, place - self._seen))
 
 
-def _probe(session: Session, stream: _Stream, clock: HostClock) -> list[float]:
+def _probe(stream: _Stream, clock: HostClock) -> list[float]:
     """Milliseconds of `STEPS` decode steps, each with one token."""
-    session.feed(stream.take(1), last_only=True)  # the step after a long call warms the caches of the CPU
+    stream.feed(1)  # the step after a long call warms the caches of the CPU
     samples = []
     for _ in range(STEPS):
-        token = stream.take(1)
-        with attention_watched(session.cache, clock) as watch:
-            session.feed(token, last_only=True)
+        with attention_watched(stream.session.cache, clock) as watch:
+            stream.feed(1)
         samples.append(1e3 * watch.seconds)
     return samples

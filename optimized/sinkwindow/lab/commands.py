@@ -133,7 +133,7 @@ def speed(
     prompt: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 500,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
     configs: Annotated[str, typer.Option(help="Configurations, separated by commas.")] = "baseline,streaming_8_256",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.")] = 1,
+    rounds: Annotated[int, typer.Option(help="How often all generate, in turns; medians are shown.")] = 1,
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -150,14 +150,14 @@ def speed(
     text = corpora.load_corpus(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype)
     ids = encode(text, loaded.tokenizer, tokens=prompt)
-    with Bars(len(rows) * max(rounds, 1)) as bars:
+    with Bars(max(rounds, 1)) as bars:
         records = timing.measure(
             rows,
             loaded.model,
             ids.ids,
-            [tokens] * len(rows),
+            tokens,
             rounds=rounds,
-            on_start=lambda one, count: bars.begin(f"speed {one.name}", count),
+            on_round=lambda _: bars.begin("speed, in turns", tokens * len(rows)),
             on_token=lambda _: bars.advance(),
         )
     origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
@@ -261,5 +261,6 @@ def _perplexity_line(record: PerplexityRecord) -> str:
 def _speed_line(record: SpeedRecord) -> str:
     return (
         f"{record.configuration}: TTFT {record.median('ttft_s'):.3f} s  TPOT {record.median('tpot_ms'):.2f} ms  "
-        f"total {record.median('total_s'):.2f} s  {record.median('throughput'):.2f} tok/s  {record.peak_gb:.3f} GB"
+        f"total {record.median('total_s'):.2f} s  {record.median('throughput'):.2f} tok/s"
+        + ("" if record.peak_gb is None else f"  {record.peak_gb:.3f} GB")
     )

@@ -1,8 +1,8 @@
-"""Peak memory of a run: of the process, sampled while the run is timed, or of its tensors, exact, in a run of its own.
+"""Peak memory of a piece of work, counted in its tensors: exact, and the same in every run.
 
-A GPU's allocator keeps its own peak. A CPU has none, so a thread samples the resident set of the process, after the
-garbage collector and the C library have given back what earlier runs left behind. Where a few percent matter, torch's
-profiler tells of every tensor that is allocated or freed; it slows a run down, so nothing is timed then.
+A GPU's allocator keeps its own peak. A CPU has none, so torch's profiler tells of every tensor that is allocated or
+freed; it slows the work down, so nothing is timed then. What the process holds beside its tensors is not counted: its
+resident set moves by tens of megabytes from one run to the next, more than a small model's cache.
 """
 
 from __future__ import annotations
@@ -10,64 +10,24 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import math
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
-from sinkwindow.lab.errors import require
+from sinkwindow.lab.configurations import Configuration
 from sinkwindow.lab.records import MemoryRecord
+from sinkwindow.lab.sessions import Session, open_session
 
-INTERVAL = 0.01  # between two samples [s]: a decode step of a small model on a CPU takes four times as long
-
-
-def _nothing() -> None:
-    """Nothing runs any more."""
-
-
-@dataclass
-class Watch:
-    """What a block needs, so far and once it has ended."""
-
-    device: torch.device
-    weight_bytes: int
-    before_bytes: int = 0
-    peak_bytes: int = 0
-    reserved_peak_bytes: int | None = None
-    look: Callable[[], None] = _nothing  # brings the figures up to date while the block runs
-
-    def record(self) -> MemoryRecord:
-        """What was seen so far."""
-        self.look()
-        return MemoryRecord(
-            device="cuda" if self.device.type == "cuda" else "cpu",
-            weight_bytes=self.weight_bytes,
-            before_bytes=self.before_bytes,
-            peak_bytes=self.peak_bytes,
-            reserved_peak_bytes=self.reserved_peak_bytes,
-        )
-
-
-@contextmanager
-def peak_memory(device: torch.device, weight_bytes: int) -> Iterator[Watch]:
-    """Watches the memory of a block.
-
-    Args:
-        device: where the model runs.
-        weight_bytes: the model's parameters [bytes].
-
-    Yields:
-        A watch, complete once the block has ended.
-    """
-    give_back()
-    watch = Watch(device, weight_bytes)
-    manager = _cuda_peak(watch) if device.type == "cuda" else _resident_peak(watch)
-    with manager:
-        yield watch
+COUNTED = ("cpu", "cuda")  # devices that tell
+PIECE = "sinkwindow: piece {}"  # what the profiler calls a piece of work
+STEPS = 40  # steps looked at: a window is moved to the front within as many, for lists of up to 600 tokens
+FEED = 256  # tokens of a call that brings a session to the steps that are looked at [tokens]
 
 
 def tensor_peak(device: torch.device, work: Callable[[], object]) -> int:
@@ -75,21 +35,95 @@ def tensor_peak(device: torch.device, work: Callable[[], object]) -> int:
 
     Args:
         device: where they are.
-        work: what is run; how long it takes means nothing.
+        work: what is run; on a CPU how long it takes means nothing.
 
     Returns:
         The highest sum of live tensors above what there was before [bytes].
     """
-    if device.type == "cuda":
-        with peak_memory(device, 0) as watch:
-            work()
-        return watch.peak_bytes - watch.before_bytes
+    return tensor_peaks(device, [work])[0]
+
+
+def tensor_peaks(device: torch.device, pieces: Sequence[Callable[[], object]]) -> list[int]:
+    """Runs pieces of work, one after the other, and counts what each needs at most, all tensors at once.
+
+    What one piece frees of another's is known only because all are watched together.
+
+    Args:
+        device: where the tensors are.
+        pieces: what is run; on a CPU how long it takes means nothing.
+
+    Returns:
+        For each piece the highest sum of live tensors above what there was before the first one [bytes].
+    """
+    return _allocator_peaks(device, pieces) if device.type == "cuda" else _profiled_peaks(pieces)
+
+
+def _allocator_peaks(device: torch.device, pieces: Sequence[Callable[[], object]]) -> list[int]:
+    torch.cuda.synchronize()
+    before, peaks = torch.cuda.memory_allocated(device), []
+    for piece in pieces:
+        torch.cuda.reset_peak_memory_stats(device)
+        piece()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    return peaks
+
+
+def _profiled_peaks(pieces: Sequence[Callable[[], object]]) -> list[int]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes to the terminal that it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    results = cast("Any", profiler).profiler.kineto_results
-    changes = sorted((one.start_ns(), int(one.nbytes())) for one in results.events() if one.name() == "[memory]")
-    return max(itertools.accumulate((count for _, count in changes), initial=0))
+        for number, piece in enumerate(pieces):
+            with torch.profiler.record_function(PIECE.format(number)):
+                piece()
+    events = cast("Any", profiler).profiler.kineto_results.events()
+    changes = sorted((one.start_ns(), int(one.nbytes())) for one in events if one.name() == "[memory]")
+    begun = {one.name(): one.start_ns() for one in events}
+    starts = [begun[PIECE.format(number)] for number in range(len(pieces))]
+    peaks, live = [0] * len(pieces), 0
+    for number, (start, end) in enumerate(itertools.pairwise([*starts, math.inf])):
+        own = [count for time, count in changes if start <= time < end]
+        sums = list(itertools.accumulate(own, initial=live))
+        peaks[number], live = max(sums), sums[-1]
+    return peaks
+
+
+def generation_peaks(
+    configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor, stages: Sequence[int]
+) -> list[MemoryRecord | None]:
+    """Peaks of a generation up to each number of tokens.
+
+    The prompt and the last steps of each stage are looked at; between them the session is fed in long calls, which
+    leave the cache as single tokens would.
+
+    Args:
+        configuration: how to remember.
+        model: a causal language model in eval mode.
+        prompt: [1, tokens], on the model's device; its tokens are fed again and again.
+        stages: ascending numbers of new tokens [tokens].
+
+    Returns:
+        A record per stage; None where the device does not tell.
+    """
+    if prompt.device.type not in COUNTED:
+        return [None] * len(stages)
+    session, seen = open_session(configuration, model), prompt.shape[1]
+    pieces: list[Callable[[], object]] = [partial(session.feed, prompt, last_only=True)]
+    for stage in stages:
+        end = prompt.shape[1] + stage - 1  # the last token is not fed
+        steps = min(STEPS, end - seen)
+        pieces += [partial(_read_on, session, prompt, end - steps - seen), partial(_take, session, prompt, steps)]
+        seen = end
+    try:
+        first, *peaks = tensor_peaks(prompt.device, pieces)
+    finally:
+        session.close()
+    highest = itertools.accumulate([first, *peaks[1::2]], max)  # the long calls are not the generation's
+    return [MemoryRecord(weight_bytes=weight_bytes(model), tensor_bytes=peak) for peak in list(highest)[1:]]
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """A model's parameters [bytes]."""
+    return sum(one.numel() * one.element_size() for one in model.parameters())
 
 
 def give_back() -> None:
@@ -101,48 +135,14 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-@contextmanager
-def _cuda_peak(watch: Watch) -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats(watch.device)
-    watch.before_bytes = torch.cuda.memory_allocated(watch.device)
-
-    def look() -> None:
-        watch.peak_bytes = torch.cuda.max_memory_allocated(watch.device)
-        watch.reserved_peak_bytes = torch.cuda.max_memory_reserved(watch.device)
-
-    watch.look = look
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize()
-        look()
-        watch.look = _nothing
+def _read_on(session: Session, text: torch.Tensor, count: int) -> None:
+    """Feeds some more tokens in long calls."""
+    step = min(FEED, text.shape[1])
+    for start in range(0, count, step):
+        session.read(text[:, : min(step, count - start)])
 
 
-@contextmanager
-def _resident_peak(watch: Watch) -> Iterator[None]:
-    process = require("psutil").Process()
-
-    def resident() -> int:
-        return int(process.memory_info().rss)
-
-    def look() -> None:
-        watch.peak_bytes = max(watch.peak_bytes, resident())
-
-    watch.before_bytes = watch.peak_bytes = resident()
-    watch.look, stop = look, threading.Event()
-    sampler = threading.Thread(target=_sample, args=(look, stop), daemon=True)
-    sampler.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        sampler.join()
-        look()
-        watch.look = _nothing
-
-
-def _sample(look: Callable[[], None], stop: threading.Event) -> None:
-    while not stop.wait(INTERVAL):
-        look()
+def _take(session: Session, text: torch.Tensor, steps: int) -> None:
+    """Feeds single tokens."""
+    for _ in range(steps):
+        session.feed(text[:, :1], last_only=True)

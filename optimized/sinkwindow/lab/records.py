@@ -120,35 +120,31 @@ class PerplexityRecord(Record):
 
 
 class MemoryRecord(Record):
-    """Memory of one generation.
+    """Memory of one generation: the weights, and the highest sum of all other tensors that live at once."""
 
-    On a GPU `peak_bytes` is the allocator's peak, weights included. On a CPU it is the resident set of the process:
-    only its growth over `before_bytes` belongs to the run.
-    """
-
-    device: Literal["cuda", "cpu"]
     weight_bytes: int
-    before_bytes: int
-    peak_bytes: int
-    reserved_peak_bytes: int | None
+    tensor_bytes: int
 
     @property
     def peak_gb(self) -> float:
-        """Peak [GB]: on a GPU the allocated peak; on a CPU exact weight bytes plus the growth of the resident set."""
-        if self.device == "cuda":
-            return self.peak_bytes / 1e9
-        return (self.weight_bytes + self.peak_bytes - self.before_bytes) / 1e9
+        """Both together [GB]."""
+        return (self.weight_bytes + self.tensor_bytes) / 1e9
 
 
 class GenerationRecord(Record):
-    """One greedy generation: `token_times_s[i]` is when token i was there, counted from the start of the prefill."""
+    """One greedy generation: `token_times_s[i]` is when token i was there, counted from the start of the prefill.
+
+    The prompt was read several times, `prompt_times_s`; the first token counts with their median. `memory` is None on
+    a device that does not tell.
+    """
 
     prompt_tokens: int
+    prompt_times_s: list[float] = Field(min_length=1)
     token_times_s: list[float] = Field(min_length=2)
     kept_tokens: int
     cache_bytes: int
     evictions: int
-    memory: MemoryRecord
+    memory: MemoryRecord | None
 
     @property
     def generated_tokens(self) -> int:
@@ -183,7 +179,7 @@ class GenerationRecord(Record):
 
 
 class SpeedRecord(Record):
-    """Several generations of one configuration; rounds of different configurations are interleaved."""
+    """Several generations of one configuration; those of different configurations took turns, a token each."""
 
     configuration: str
     rounds: list[GenerationRecord] = Field(min_length=1)
@@ -193,9 +189,10 @@ class SpeedRecord(Record):
         return float(statistics.median(getattr(one, name) for one in self.rounds))
 
     @property
-    def peak_gb(self) -> float:
-        """Largest peak of the rounds [GB]."""
-        return max(one.memory.peak_gb for one in self.rounds)
+    def peak_gb(self) -> float | None:
+        """Largest peak of the rounds [GB], None where the device does not tell."""
+        peaks = [one.memory.peak_gb for one in self.rounds if one.memory is not None]
+        return max(peaks, default=None)
 
 
 class AttentionProbe(Record):
@@ -218,6 +215,18 @@ class AttentionRecord(Record):
     def milliseconds(self) -> float:
         """Mean over the places of each place's median [ms]."""
         return statistics.fmean(statistics.median(probe.step_ms) for probe in self.probes)
+
+    def until(self, new_tokens: int) -> AttentionRecord:
+        """What a shorter generation would have shown.
+
+        Args:
+            new_tokens: its length [tokens].
+
+        Returns:
+            The record without the later places.
+        """
+        probes = [one for one in self.probes if one.tokens_seen < self.prompt_tokens + new_tokens]
+        return self.model_copy(update={"generated_tokens": new_tokens, "probes": probes})
 
 
 class RowRecord(Record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sinkwindow.lab.records import BosPolicy, CorpusRecord, ExperimentRecord, MachineRecord, ModelRecord, Record
 from sinkwindow.lab.study_records import Studies
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Report(Record):

@@ -1,11 +1,15 @@
-"""Speed of a greedy generation: TTFT, TPOT, total time, throughput and peak memory.
+"""Speed of greedy generations: TTFT, TPOT, total time, throughput and peak memory.
 
-The loop is our own, so that nothing but the model, its cache and one argmax is inside the measured times.
+Configurations that are compared generate in turns, a token each: on a machine that is slower in one minute than in the
+next, generations one after the other would compare minutes. The loop is our own, so that nothing but the model, its
+cache and one argmax is inside the measured times.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,128 +17,160 @@ from transformers import PreTrainedModel
 
 from sinkwindow.lab.configurations import Configuration
 from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.memory import peak_memory
-from sinkwindow.lab.records import GenerationRecord, SpeedRecord
+from sinkwindow.lab.memory import generation_peaks
+from sinkwindow.lab.records import GenerationRecord, MemoryRecord, SpeedRecord
 from sinkwindow.lab.sessions import Session, open_session
 from sinkwindow.lab.timing import Clock, clock_for
 
 WARM_UP_TOKENS = 4  # decode steps before anything is timed: threads start, kernels are chosen, weights are paged in
+PROMPTS = 3  # times that each configuration reads the prompt; the median is its TTFT
 
 
-def token_times(
-    session: Session,
+@dataclass
+class Run:
+    """One configuration's generation under way.
+
+    Attributes:
+        start: opens a fresh session.
+        prompt: [1, tokens].
+        clock: marks places in time, after the device's work.
+        session: the last one opened; it generates.
+        token: what is fed next, [1, 1].
+    """
+
+    start: Callable[[], Session]
+    prompt: torch.Tensor
+    clock: Clock
+    session: Session | None = None
+    token: torch.Tensor | None = None
+    _prompts: list[tuple[Any, Any]] = field(default_factory=list)
+    _steps: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def read_prompt(self) -> None:
+        """Reads the prompt in a fresh session."""
+        self.close()
+        self.session = self.start()
+        self._prompts.append(self._timed(self.session, self.prompt))
+
+    def step(self) -> None:
+        """Generates a token, after the one that the prompt has given."""
+        assert self.session is not None  # noqa: S101 - a prompt comes first
+        assert self.token is not None  # noqa: S101
+        self._steps.append(self._timed(self.session, self.token))
+
+    def warm_up(self) -> None:
+        """Does all of that a few times, and forgets it."""
+        self.read_prompt()
+        for _ in range(WARM_UP_TOKENS):
+            self.step()
+        self._prompts.clear()
+        self._steps.clear()
+
+    def close(self) -> None:
+        """Takes the session off the model."""
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+    def prompt_times(self) -> list[float]:
+        """Time from each prompt's start to its first token [s]."""
+        return [self._seconds(pair) for pair in self._prompts]
+
+    def token_times(self) -> list[float]:
+        """When each token was there, had the steps followed upon the prompt without others between them [s]."""
+        times = [statistics.median(self.prompt_times())]
+        for pair in self._steps:
+            times.append(times[-1] + self._seconds(pair))
+        return times
+
+    def _timed(self, session: Session, ids: torch.Tensor) -> tuple[Any, Any]:
+        before = self.clock.mark()
+        self.token = session.feed(ids, last_only=True).argmax(dim=-1)
+        return before, self.clock.mark()
+
+    def _seconds(self, pair: tuple[Any, Any]) -> float:
+        return self.clock.seconds(pair)[1]
+
+
+def generate(
+    configurations: Sequence[Configuration],
+    model: PreTrainedModel,
     prompt: torch.Tensor,
-    new_tokens: int,
+    stages: Sequence[Sequence[int]],
     *,
-    clock: Clock,
+    clock: Clock | None = None,
     on_token: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Generates greedily and notes when each token was there.
+) -> list[list[GenerationRecord]]:
+    """One generation of each configuration, in turns, looked at after each of its numbers of tokens.
+
+    A shorter generation is the start of a longer one. Memory is counted in another generation, which nothing times.
 
     Args:
-        session: fresh.
+        configurations: which ones, in the order of a turn.
+        model: a causal language model in eval mode.
         prompt: [1, tokens].
-        new_tokens: how many tokens to generate; the end-of-text token does not stop it [tokens].
-        clock: marks places in time, after the device's work.
+        stages: for each configuration, ascending numbers of new tokens; the end-of-text token stops none [tokens].
+        clock: the device's own by default.
         on_token: told each token's number, after its time was taken.
 
     Returns:
-        One time per new token, counted from the start of the prefill [s].
+        For each configuration a record per stage, as if the generation had ended there.
 
     Raises:
-        LabError: if `new_tokens` is below 2: the time per token after the first needs a second one.
+        LabError: if a configuration does not fit the model, or a stage is below 2: the time per token after the first
+            needs a second one.
     """
-    if new_tokens < 2:  # noqa: PLR2004 - see above
-        message = f"new_tokens={new_tokens} has no time per output token: generate 2 or more"
+    shortest = min(min(own) for own in stages)
+    if shortest < 2:  # noqa: PLR2004 - see above
+        message = f"new_tokens={shortest} has no time per output token: generate 2 or more"
         raise LabError(message)
-    marks = [clock.mark()]
-    token = prompt
-    for number in range(new_tokens):
-        token = session.feed(token, last_only=True).argmax(dim=-1)
-        marks.append(clock.mark())
-        if on_token is not None:
-            on_token(number)
-    return clock.seconds(marks)[1:]
-
-
-def measure_round(
-    configuration: Configuration,
-    model: PreTrainedModel,
-    prompt: torch.Tensor,
-    new_tokens: int,
-    *,
-    clock: Clock | None = None,
-    on_token: Callable[[int], None] | None = None,
-) -> GenerationRecord:
-    """One generation of one configuration, warmed up and watched.
-
-    Args:
-        configuration: how to remember.
-        model: a causal language model in eval mode.
-        prompt: [1, tokens].
-        new_tokens: how many tokens to generate [tokens].
-        clock: the device's own by default.
-        on_token: told each token's number.
-
-    Returns:
-        All times and the memory.
-
-    Raises:
-        LabError: if the configuration does not fit the model, or `new_tokens` is below 2.
-    """
-    return measure_stages(configuration, model, prompt, (new_tokens,), clock=clock, on_token=on_token)[0]
-
-
-def measure_stages(
-    configuration: Configuration,
-    model: PreTrainedModel,
-    prompt: torch.Tensor,
-    stages: Sequence[int],
-    *,
-    clock: Clock | None = None,
-    on_token: Callable[[int], None] | None = None,
-) -> list[GenerationRecord]:
-    """One generation, looked at after each number of tokens: a shorter one is the start of a longer one.
-
-    Args:
-        configuration: how to remember.
-        model: a causal language model in eval mode.
-        prompt: [1, tokens].
-        stages: ascending numbers of new tokens [tokens].
-        clock: the device's own by default.
-        on_token: told each token's number.
-
-    Returns:
-        A record per stage, as if the generation had ended there.
-
-    Raises:
-        LabError: if the configuration does not fit the model, or a stage is below 2.
-    """
     device = next(model.parameters()).device
-    prompt = prompt.to(device)
-    _warm_up(configuration, model, prompt)
-    session = open_session(configuration, model)
-    facts: dict[int, dict[str, Any]] = {}
-
-    def note(number: int) -> None:
-        if number + 1 in stages:
-            facts[number + 1] = _facts(session) | {"memory": watch.record()}
-        if on_token is not None:
-            on_token(number)
-
+    prompt, clock = prompt.to(device), clock or clock_for(device)
+    runs = [Run(lambda one=one: open_session(one, model), prompt, clock) for one in configurations]  # type: ignore[misc]
     try:
-        with peak_memory(device, _weight_bytes(model)) as watch:
-            times = token_times(session, prompt, max(stages), clock=clock or clock_for(device), on_token=note)
+        facts = take_turns(runs, stages, on_token)
     finally:
-        session.close()
-    rounded = [round(time, 7) for time in times]  # a tenth of a microsecond
-    return [
-        GenerationRecord(prompt_tokens=prompt.shape[1], token_times_s=rounded[:stage], **facts[stage])
-        for stage in stages
-    ]
+        for run in runs:
+            run.close()
+    found = []
+    for configuration, run, own, seen in zip(configurations, runs, stages, facts, strict=True):
+        peaks = generation_peaks(configuration, model, prompt, own)
+        found.append([_record(run, stage, one, peak) for stage, one, peak in zip(own, seen, peaks, strict=True)])
+    return found
 
 
-def _facts(session: Session) -> dict[str, int]:
+def take_turns(
+    runs: Sequence[Run], stages: Sequence[Sequence[int]], on_token: Callable[[int], None] | None = None
+) -> list[list[dict[str, int]]]:
+    """Lets every run read its prompt some times and generate, in turns.
+
+    Args:
+        runs: fresh.
+        stages: for each run, ascending numbers of new tokens [tokens].
+        on_token: told each token's number, after its time was taken.
+
+    Returns:
+        For each run and stage, what its session then kept.
+    """
+    facts: list[list[dict[str, int]]] = [[] for _ in runs]
+    for run in runs:
+        run.warm_up()
+    for _ in range(PROMPTS):
+        for run in runs:
+            run.read_prompt()
+    for number in range(1, max(map(max, stages)) + 1):
+        for run, own, seen in zip(runs, stages, facts, strict=True):
+            if 1 < number <= own[-1]:  # the prompt has given the first
+                run.step()
+            if number in own:
+                seen.append(_facts(run.session))
+            if number <= own[-1] and on_token is not None:
+                on_token(number - 1)
+    return facts
+
+
+def _facts(session: Session | None) -> dict[str, int]:
+    assert session is not None  # noqa: S101 - a prompt comes first
     return {
         "kept_tokens": session.kept_tokens,
         "cache_bytes": session.cache_bytes,
@@ -142,57 +178,60 @@ def _facts(session: Session) -> dict[str, int]:
     }
 
 
+def _record(run: Run, stage: int, facts: dict[str, int], memory: MemoryRecord | None) -> GenerationRecord:
+    return GenerationRecord(
+        prompt_tokens=run.prompt.shape[1],
+        prompt_times_s=_rounded(run.prompt_times()),
+        token_times_s=_rounded(run.token_times()[:stage]),
+        kept_tokens=facts["kept_tokens"],
+        cache_bytes=facts["cache_bytes"],
+        evictions=facts["evictions"],
+        memory=memory,
+    )
+
+
+def _rounded(times: list[float]) -> list[float]:
+    return [round(time, 7) for time in times]  # a tenth of a microsecond
+
+
 def measure(
     configurations: Sequence[Configuration],
     model: PreTrainedModel,
     prompt: torch.Tensor,
-    new_tokens: Sequence[int],
+    new_tokens: int,
     *,
     rounds: int = 1,
-    on_start: Callable[[Configuration, int], None] | None = None,
+    on_round: Callable[[int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> list[SpeedRecord]:
-    """Speed of several configurations in interleaved rounds, so that a slow minute hits all of them alike.
+    """Speed of several configurations, in turns.
 
     Args:
-        configurations: which ones, in the order of a round.
+        configurations: which ones, in the order of a turn.
         model: a causal language model in eval mode.
         prompt: [1, tokens].
-        new_tokens: tokens to generate, one number per configuration [tokens].
-        rounds: how often each one runs.
-        on_start: told each generation's configuration and length before it.
+        new_tokens: tokens to generate [tokens].
+        rounds: how often all of them generate.
+        on_round: told each round's number before it.
         on_token: told each token's number.
 
     Returns:
         One record per configuration.
 
     Raises:
-        LabError: if a configuration does not fit the model, or `rounds` is below 1.
+        LabError: if a configuration does not fit the model, `new_tokens` is below 2 or `rounds` below 1.
     """
     if rounds < 1:
         message = f"rounds={rounds} must be 1 or more"
         raise LabError(message)
     collected: list[list[GenerationRecord]] = [[] for _ in configurations]
-    for _ in range(rounds):
-        for own, configuration, count in zip(collected, configurations, new_tokens, strict=True):
-            if on_start is not None:
-                on_start(configuration, count)
-            own.append(measure_round(configuration, model, prompt, count, on_token=on_token))
+    for number in range(rounds):
+        if on_round is not None:
+            on_round(number)
+        found = generate(configurations, model, prompt, [(new_tokens,)] * len(configurations), on_token=on_token)
+        for own, generations in zip(collected, found, strict=True):
+            own.extend(generations)
     return [
         SpeedRecord(configuration=configuration.name, rounds=own)
         for configuration, own in zip(configurations, collected, strict=True)
     ]
-
-
-def _warm_up(configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor) -> None:
-    session = open_session(configuration, model)
-    try:
-        token = session.feed(prompt, last_only=True).argmax(dim=-1)
-        for _ in range(WARM_UP_TOKENS):
-            token = session.feed(token, last_only=True).argmax(dim=-1)
-    finally:
-        session.close()
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(one.numel() * one.element_size() for one in model.parameters())

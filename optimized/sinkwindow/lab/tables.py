@@ -25,14 +25,13 @@ WORDS = (
     "**PPL**: exp of the mean loss over all targets, each scored once, the text read once from its start.",
     "**Total Time**: prefill and generation. **Throughput**: new tokens over that time.",
     "**Avg Attn**: cache work plus attention of one token, all layers, averaged over a generation of its own.",
-    "**TTFT**: prefill and the first token. **TPOT**: (last - first) / (tokens - 1), the first token excluded.",
+    "**TTFT**: prefill and the first token, the median of several prompts.",
+    "**TPOT**: (last - first) / (tokens - 1), the first token excluded.",
+    "Rows take turns, a token each: a slow minute of the machine hits all of them alike.",
     f"**{NOT_MEASURED}**: not measured. The speed of a mistake is of no interest, re-computation is slow to score.",
     "Generations from one prompt are one: a shorter one is the start of a longer one.",
+    "**Peak Mem**: weights plus the highest sum of all other tensors alive at once, counted; 1 GB = 10^9 bytes.",
 )
-MEMORY = {
-    "cpu": "exact weight bytes plus the growth of the process's resident set during the run, sampled (CPU)",
-    "cuda": "the allocator's peak during the run, weights included (GPU)",
-}
 
 
 def render(report: Report) -> str:
@@ -127,7 +126,8 @@ def _facts(row: RowRecord, experiment: ExperimentRecord) -> list[str]:
     total = f"{row.speed.median('total_s'):.2f}" if whole else NOT_MEASURED
     throughput = f"{row.speed.median('throughput'):.2f}" if whole else NOT_MEASURED
     times = [f"{row.speed.median('ttft_s'):.3f}", f"{row.speed.median('tpot_ms'):.2f}"]
-    return [total, attention, *times, throughput, f"{row.speed.peak_gb:.3f}"]
+    peak = row.speed.peak_gb
+    return [total, attention, *times, throughput, NOT_MEASURED if peak is None else f"{peak:.3f}"]
 
 
 def _short_runs(experiment: ExperimentRecord) -> list[Text]:
@@ -147,10 +147,7 @@ def _short_runs(experiment: ExperimentRecord) -> list[Text]:
 
 def _legend(report: Report) -> Bullets:
     seen = {row.configuration.name: row.configuration for one in report.experiments for row in one.rows}
-    kinds = sorted({row.speed.rounds[0].memory.device for one in report.experiments for row in one.rows if row.speed})
-    lines = [meaning(one) for one in seen.values()]
-    lines += [*WORDS, *(f"**Peak Mem**: {MEMORY[kind]}; 1 GB = 10^9 bytes." for kind in kinds)]
-    return Bullets(tuple(lines))
+    return Bullets((*map(meaning, seen.values()), *WORDS))
 
 
 def _score_table(experiment: ExperimentRecord) -> list[Block]:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkwindow.lab.configurations import Configuration, parse, streaming
-from sinkwindow.lab.memory import peak_memory
+from sinkwindow.lab.memory import tensor_peak, weight_bytes
 from sinkwindow.lab.micro import BareAttention
 from sinkwindow.lab.pace.decode import Decoder, mean_length
 from sinkwindow.lab.pace.floors import kept_bytes, read_weight_bytes, short_step
@@ -174,7 +174,7 @@ def streamed_point(model: PreTrainedModel, name: str, streamed: int, scale: Scal
 
 
 def prompt_point(model: PreTrainedModel, name: str, way: str, multiple: int, scale: Scale) -> PromptRecord:
-    """A prompt read in chunks, alone on the device, after one that warms it up.
+    """A prompt read in chunks, twice: once its tensors are counted, then, warm, it is timed.
 
     Args:
         model: a causal language model in eval mode.
@@ -195,18 +195,16 @@ def prompt_point(model: PreTrainedModel, name: str, way: str, multiple: int, sca
             session.feed(chunk, last_only=True)
         session.close()
 
-    read(ids[:, : 2 * scale.chunk])
-    with peak_memory(model.device, 0) as watch:
-        took = milliseconds(lambda: read(ids), clock) / ids.shape[1]
-    memory = watch.record()
+    peak = tensor_peak(model.device, lambda: read(ids))
+    took = milliseconds(lambda: read(ids), clock) / ids.shape[1]
     return PromptRecord(
         model=name,
         way=way,
         tokens=ids.shape[1],
         chunk=scale.chunk,
         series=Series(name=way, unit="ms/token", values=[took]),
-        before_bytes=memory.before_bytes,
-        peak_bytes=memory.peak_bytes,
+        weight_bytes=weight_bytes(model),
+        tensor_bytes=peak,
     )
 
 

@@ -15,7 +15,7 @@ WORDS = (
     "**TPOT / short**: over the same model's step with 8 tokens of context in the stock cache.",
     "**Attention**: cache work plus attention of one token, all layers; **/ bare**: over SDPA on ready-made tensors.",
     "Dense is `DynamicCache` held at the mean length of the streaming cache; a sample is several steps on end.",
-    "**Peak**: the allocator's peak while a prompt is read, weights included (on a CPU the process's resident set).",
+    "**Grown**: the highest sum of tensors beside the weights while a prompt is read; **Peak**: weights included.",
     "A law allows twice the error of the reference's own mathematics in the dtype, plus one rounding step.",
 )
 
@@ -112,7 +112,7 @@ PROMPT_HEADER = ("Model", "Way", "Prompt", "Chunk", "ms/token", "tok/s", "Peak (
 
 def _prompt(one: PromptRecord) -> tuple[str, ...]:
     took = one.series.median
-    sizes = [f"{one.peak_bytes / 1e9:.3f}", f"{(one.peak_bytes - one.before_bytes) / 1e9:.3f}"]
+    sizes = [f"{(one.weight_bytes + one.tensor_bytes) / 1e9:.3f}", f"{one.tensor_bytes / 1e9:.3f}"]
     return (one.model, one.way, f"{one.tokens:,}", f"{one.chunk:,}", f"{took:.4f}", f"{1e3 / took:,.0f}", *sizes)
 
 

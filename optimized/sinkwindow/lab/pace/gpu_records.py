@@ -62,8 +62,8 @@ class PromptRecord(Record):
     tokens: int
     chunk: int
     series: Series
-    before_bytes: int
-    peak_bytes: int
+    weight_bytes: int
+    tensor_bytes: int
 
 
 class GpuReport(Record):
