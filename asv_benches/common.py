@@ -66,25 +66,30 @@ def without_gpu(params: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
     return [] if has_cuda() else [combination for combination in itertools.product(*params) if "cuda" in combination]
 
 
-def lab(module: str) -> Any:
+def lab(module: str, needs: str | None = None) -> Any:
     """Imports a module of the lab, as it was at the commit being measured.
 
     Args:
         module: name below `sinkwindow.lab`.
+        needs: a name in it without which it is of no use.
 
     Returns:
         The module.
 
     Raises:
-        NotImplementedError: if the commit has no such module: its numbers are missing then, not wrong.
+        NotImplementedError: if the commit has no such module or name: its numbers are missing then, not wrong.
     """
     try:
-        return importlib.import_module(f"sinkwindow.lab.{module}")
+        found = importlib.import_module(f"sinkwindow.lab.{module}")
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("sinkwindow"):
             raise
         message = f"this commit has no {error.name}"
         raise NotImplementedError(message) from error
+    if needs is not None and not hasattr(found, needs):
+        message = f"this commit has no {needs} in sinkwindow.lab.{module}"
+        raise NotImplementedError(message)
+    return found
 
 
 @functools.cache

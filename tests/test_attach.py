@@ -19,6 +19,7 @@ from sinkwindow import StreamingCache, UnsupportedModelError, supports
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
+    CACHE_NAME,
     EXACT,
     ModelSpec,
     Rule,
@@ -117,6 +118,25 @@ def test_two_threads_do_not_meet(model: PreTrainedModel) -> None:
     logits = stream(model, RULE.cache(model), ids, [5, 1, 1, 13])
     assert worst(heard[0] - expected) < EXACT
     assert worst(logits - reference_logits(model, ids, **RULE.arguments)) < EXACT
+
+
+def test_a_forward_of_its_own_is_asked_for_its_own_names(model: PreTrainedModel) -> None:
+    """Two decoders of one class, one with a forward set on it: positional arguments are named by each one's own."""
+    ids = tokens(0, 1, 12)
+    expected = reference_logits(model, ids, **RULE.arguments)
+    decoder = model.base_model
+    stock = decoder.forward
+
+    def forward(cache: StreamingCache, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return stock(input_ids=input_ids, **{CACHE_NAME: cache}, **kwargs)
+
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # not typed in transformers
+    with torch.no_grad():
+        plain = decoder(ids, **{CACHE_NAME: RULE.cache(model)}).last_hidden_state
+        decoder.forward = forward
+        turned = decoder(RULE.cache(model), ids).last_hidden_state
+    assert worst(head(plain) - expected) < EXACT
+    assert worst(head(turned) - expected) < EXACT
 
 
 # -- what is changed, and put back ----------------------------------------------------------------------------------

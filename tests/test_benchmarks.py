@@ -170,13 +170,17 @@ def test_cache_bytes_of_streaming_stay_flat() -> None:
     assert suite.track_bytes("streaming_4_252", 100) == suite.track_bytes("streaming_4_252", 1) > 0
 
 
-def test_peak_memory_is_growth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stood before the run is not counted."""
+def test_peak_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in every run, above what the cache takes; of an older commit's lab no number rather than a failure."""
     suite = bench_memory.PeakMemory()
     monkeypatch.setattr(bench_memory, "PROMPT", 300)
     suite.setup("streaming_4_60", "cpu")
     suite.model = common.model_for("cpu")
-    assert 0 <= suite.track_peak() < 1e9
+    cache = common.filled("streaming_4_60", "cpu", 1).session.cache_bytes
+    assert cache < suite.track_peak() == suite.track_peak() < 300 * cache
+    monkeypatch.delattr("sinkwindow.lab.memory.generation_peaks")
+    with pytest.raises(NotImplementedError, match="no generation_peaks"):
+        suite.setup("streaming_4_60", "cpu")
 
 
 def test_whole_text_is_read_once() -> None:

@@ -62,7 +62,7 @@ class FakeSession(Session):
 def fake_run(name: str, time: FakeTime, fed: list[tuple[str, list[int]]], sessions: list[list[float]]) -> speed.Run:
     """A run whose sessions, the one of the warm-up first, take these times."""
     left = [list(times) for times in sessions]
-    return speed.Run(lambda: FakeSession(time, name, fed, left.pop(0)), PROMPT, time.clock())
+    return speed.Run(lambda: FakeSession(time, name, fed, left.pop(0)), PROMPT, time.clock(), lambda: None)
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
@@ -95,8 +95,40 @@ def test_each_run_has_its_own_times() -> None:
     assert (slow.prompt_times(), slow.token_times()) == ([70.0, 60.0, 80.0], [70.0, 100.0, 140.0])
 
 
-def test_every_session_is_closed() -> None:
-    """Those of the warm-up and of each prompt as well, or hooks would stay on the model."""
+def test_a_prompt_closes_the_session_before() -> None:
+    """One session is open at a time: the ones of the warm-up and of the prompts before would hold their caches."""
+    time, fed = FakeTime(), list[tuple[str, list[int]]]()
+    opened: list[FakeSession] = []
+    closed: list[FakeSession] = []
+
+    def start() -> FakeSession:
+        session = FakeSession(time, "a", fed, [1.0])
+        session.close = lambda: closed.append(session)  # type: ignore[method-assign]
+        opened.append(session)
+        return session
+
+    run = speed.Run(start, PROMPT, time.clock(), lambda: None)
+    speed.take_turns([run], [(2,)])
+    assert closed == opened[:-1]
+    run.close()
+    run.close()
+    assert closed == opened
+
+
+def test_a_run_waits_for_the_device_before_it_starts() -> None:
+    """What another run has left to do is not this one's time."""
+    time, fed = FakeTime(), list[tuple[str, list[int]]]()
+
+    def wait() -> None:
+        time.now += 100.0
+
+    run = speed.Run(lambda: FakeSession(time, "a", fed, [1.0]), PROMPT, time.clock(), wait)
+    speed.take_turns([run], [(3,)])
+    assert run.token_times() == [1.0, 2.0, 3.0]
+
+
+def test_hooks_leave_with_a_generation_that_fails() -> None:
+    """Sessions under way are closed, or their hooks would stay on the model."""
     model = tiny_model()
     decoder = model.base_model
     with pytest.raises(RuntimeError, match="enough"):
@@ -210,7 +242,9 @@ def test_pieces_are_watched_together() -> None:
     assert memory.tensor_peaks(torch.device("cpu"), pieces) == [8_000_000, 12_000_000, 6_000_000]
 
 
-@pytest.mark.parametrize("name", ["baseline", "streaming_2_6_3", "streaming_4_20_0", "recompute_8"])
+@pytest.mark.parametrize(
+    "name", ["baseline", "streaming_2_6_3", "streaming_4_20_0", "streaming_4_20_45", "recompute_8"]
+)
 def test_peaks_are_those_of_the_whole_generation(name: str) -> None:
     """Looking at the prompt and at the last steps finds what watching every step would."""
     model, prompt = tiny_model(), random_ids(12)

@@ -129,6 +129,15 @@ def test_each_experiment_shows_a_generation_of_its_own_length() -> None:
     }
 
 
+def test_mistakes_alone_are_scored_and_not_timed() -> None:
+    """Nothing takes turns then."""
+    one = tiny_bench()
+    tables = (experiments.Experiment("short", 40, 12, 6),)
+    report = experiments.run(one.loaded, one.corpora, [parse("stale_ranks_2_6_3")], experiments.Plan(tables, 2, 4))
+    (row,) = report.experiments[0].rows
+    assert (len(row.perplexities), row.speed, row.attention) == (1, None, None)
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished before Ctrl-C is not measured again."""
     rows = [parse(name) for name in ("baseline", "window_0_8", "streaming_4_4_0")]

@@ -11,6 +11,7 @@ all others, survive pickling and copying of the model, and are removed with the 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from sinkwindow.families import rotary_modules
 from sinkwindow.split import Pieces, run_ahead
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
@@ -148,7 +151,16 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # noqa: SLF001
 def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
+    """Name a forward's parameters: once per class, unless a module has a forward of its own, as accelerate gives it."""
+    forward, shared = module.forward, type(module).forward
+    if getattr(forward, "__func__", None) is shared:
+        return _parameters_of(shared)[1:]  # without self
+    return list(inspect.signature(forward).parameters)
+
+
+@functools.cache
+def _parameters_of(function: Callable[..., object]) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 def _before_forward(

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,7 +27,6 @@ from sinkwindow.lab.sessions import Session, open_session
 
 COUNTED = ("cpu", "cuda")  # devices that tell
 PIECE = "sinkwindow: piece {}"  # what the profiler calls a piece of work
-STEPS = 40  # steps looked at: a window is moved to the front within as many, for lists of up to 600 tokens
 FEED = 256  # tokens of a call that brings a session to the steps that are looked at [tokens]
 
 
@@ -55,6 +55,7 @@ def tensor_peaks(device: torch.device, pieces: Sequence[Callable[[], object]]) -
     Returns:
         For each piece the highest sum of live tensors above what there was before the first one [bytes].
     """
+    gc.collect()  # what is garbage now must not be freed, and subtracted, later
     return _allocator_peaks(device, pieces) if device.type == "cuda" else _profiled_peaks(pieces)
 
 
@@ -76,7 +77,8 @@ def _profiled_peaks(pieces: Sequence[Callable[[], object]]) -> list[int]:
             with torch.profiler.record_function(PIECE.format(number)):
                 piece()
     events = cast("Any", profiler).profiler.kineto_results.events()
-    changes = sorted((one.start_ns(), int(one.nbytes())) for one in events if one.name() == "[memory]")
+    changes = [(one.start_ns(), int(one.nbytes())) for one in events if one.name() == "[memory]"]
+    changes.sort(key=operator.itemgetter(0))
     begun = {one.name(): one.start_ns() for one in events}
     starts = [begun[PIECE.format(number)] for number in range(len(pieces))]
     peaks, live = [0] * len(pieces), 0
@@ -110,7 +112,7 @@ def generation_peaks(
     pieces: list[Callable[[], object]] = [partial(session.feed, prompt, last_only=True)]
     for stage in stages:
         end = prompt.shape[1] + stage - 1  # the last token is not fed
-        steps = min(STEPS, end - seen)
+        steps = min(_cycle(configuration), end - seen)
         pieces += [partial(_read_on, session, prompt, end - steps - seen), partial(_take, session, prompt, steps)]
         seen = end
     try:
@@ -119,6 +121,17 @@ def generation_peaks(
         session.close()
     highest = itertools.accumulate([first, *peaks[1::2]], max)  # the long calls are not the generation's
     return [MemoryRecord(weight_bytes=weight_bytes(model), tensor_bytes=peak) for peak in list(highest)[1:]]
+
+
+def _cycle(configuration: Configuration) -> int:
+    """Steps of which some evicts, some meets the longest list, and some moves the window to the front of its slots.
+
+    A list is longest once in B + 1 steps. The free slots, a sixteenth of it, eight at least, last as many more.
+    """
+    if configuration.kind in ("baseline", "recompute"):
+        return 1
+    sinks, window, buffer = configuration.limits
+    return buffer + 1 + max(8, (sinks + window + buffer) // 16) + 1
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

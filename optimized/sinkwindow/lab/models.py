@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from sinkwindow.lab.errors import LabError, require
 from sinkwindow.lab.hub import ask
+from sinkwindow.lab.memory import weight_bytes
 from sinkwindow.lab.records import ModelRecord
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -82,15 +83,14 @@ def describe(
     Returns:
         Its record.
     """
-    parameters = list(model.parameters())  # tied parameters are listed once
     return ModelRecord(
         name=name,
         source=source,
         revision=revision,
         sha256=sha256,
         model_type=str(model.config.model_type),
-        parameters=sum(one.numel() for one in parameters),
-        weight_bytes=sum(one.numel() * one.element_size() for one in parameters),
+        parameters=sum(one.numel() for one in model.parameters()),  # tied ones are listed once
+        weight_bytes=weight_bytes(model),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         max_positions=getattr(model.config, "max_position_embeddings", None),

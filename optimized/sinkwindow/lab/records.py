@@ -120,7 +120,7 @@ class PerplexityRecord(Record):
 
 
 class MemoryRecord(Record):
-    """Memory of one generation: the weights, and the highest sum of all other tensors that live at once."""
+    """Memory of one generation: the weights, and the most that its own tensors take at once."""
 
     weight_bytes: int
     tensor_bytes: int

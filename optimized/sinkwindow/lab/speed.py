@@ -2,7 +2,8 @@
 
 Configurations that are compared generate in turns, a token each: on a machine that is slower in one minute than in the
 next, generations one after the other would compare minutes. The loop is our own, so that nothing but the model, its
-cache and one argmax is inside the measured times.
+cache and one argmax is inside the measured times. The hooks of streaming rows stay on the model while others have their
+turn; they return at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.memory import generation_peaks
 from sinkwindow.lab.records import GenerationRecord, MemoryRecord, SpeedRecord
 from sinkwindow.lab.sessions import Session, open_session
-from sinkwindow.lab.timing import Clock, clock_for
+from sinkwindow.lab.timing import Clock, clock_for, waiter
 
 WARM_UP_TOKENS = 4  # decode steps before anything is timed: threads start, kernels are chosen, weights are paged in
 PROMPTS = 3  # times that each configuration reads the prompt; the median is its TTFT
@@ -34,6 +36,7 @@ class Run:
         start: opens a fresh session.
         prompt: [1, tokens].
         clock: marks places in time, after the device's work.
+        wait: returns when the device is idle, or a step would be launched while another run's is still at work.
         session: the last one opened; it generates.
         token: what is fed next, [1, 1].
     """
@@ -41,6 +44,7 @@ class Run:
     start: Callable[[], Session]
     prompt: torch.Tensor
     clock: Clock
+    wait: Callable[[], None]
     session: Session | None = None
     token: torch.Tensor | None = None
     _prompts: list[tuple[Any, Any]] = field(default_factory=list)
@@ -84,6 +88,7 @@ class Run:
         return times
 
     def _timed(self, session: Session, ids: torch.Tensor) -> tuple[Any, Any]:
+        self.wait()
         before = self.clock.mark()
         self.token = session.feed(ids, last_only=True).argmax(dim=-1)
         return before, self.clock.mark()
@@ -125,8 +130,8 @@ def generate(
         message = f"new_tokens={shortest} has no time per output token: generate 2 or more"
         raise LabError(message)
     device = next(model.parameters()).device
-    prompt, clock = prompt.to(device), clock or clock_for(device)
-    runs = [Run(lambda one=one: open_session(one, model), prompt, clock) for one in configurations]  # type: ignore[misc]
+    prompt, clock, wait = prompt.to(device), clock or clock_for(device), waiter(device)
+    runs = [Run(partial(open_session, one, model), prompt, clock, wait) for one in configurations]
     try:
         facts = take_turns(runs, stages, on_token)
     finally:

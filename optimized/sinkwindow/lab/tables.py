@@ -30,7 +30,7 @@ WORDS = (
     "Rows take turns, a token each: a slow minute of the machine hits all of them alike.",
     f"**{NOT_MEASURED}**: not measured. The speed of a mistake is of no interest, re-computation is slow to score.",
     "Generations from one prompt are one: a shorter one is the start of a longer one.",
-    "**Peak Mem**: weights plus the highest sum of all other tensors alive at once, counted; 1 GB = 10^9 bytes.",
+    "**Peak Mem**: weights plus the most that a generation's tensors take at once, counted; 1 GB = 10^9 bytes.",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sinkwindow.lab.pace.records import BandwidthRecord, Series
 from sinkwindow.lab.records import MachineRecord, ModelRecord, Record
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class LawRecord(Record):
