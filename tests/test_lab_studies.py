@@ -15,6 +15,7 @@ from sinkwindow.lab.cli import main
 from sinkwindow.lab.configurations import parse
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.report import Report
+from sinkwindow.lab.sessions import Session
 from sinkwindow.lab.studies import collect, lines, plans, recall, scores, steps, where
 
 if TYPE_CHECKING:
@@ -247,6 +248,22 @@ def test_steps_are_timed_where_they_say() -> None:
     assert study.along[0].cache_bytes == 2 * 2 * 2 * 4 * 8 * 14  # ten tokens, one to warm up, three timed
     assert study.along[2].cache_bytes == study.along[3].cache_bytes
     assert study.along[4].cache_bytes == 0
+
+
+def test_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each place all have a token, and another one: none is timed in a minute of its own."""
+    fed: list[str] = []
+    feed = Session.feed
+
+    def noted(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
+        if ids.shape[1] == 1:
+            fed.append(type(self).__name__[0])
+        return feed(self, ids, last_only=last_only)
+
+    monkeypatch.setattr(Session, "feed", noted)
+    steps.steps(tiny_bench(), places=(10, 30), cache=8, sizes=(6, 8), repeats=3, recompute_repeats=1)
+    along, sizes = "DSR DSR DS DS", "SRSR SRSR SS SS"
+    assert "".join(fed) == f"{along}{along}{sizes}".replace(" ", "")
 
 
 # -- recall -----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ turn; they return at once.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.memory import generation_peaks
 from sinkwindow.lab.records import GenerationRecord, MemoryRecord, SpeedRecord
 from sinkwindow.lab.sessions import Session, open_session
-from sinkwindow.lab.timing import Clock, clock_for, waiter
+from sinkwindow.lab.timing import Clock, Laps, clock_for, waiter
 
 WARM_UP_TOKENS = 4  # decode steps before anything is timed: threads start, kernels are chosen, weights are paged in
 PROMPTS = 3  # times that each configuration reads the prompt; the median is its TTFT
@@ -36,7 +36,7 @@ class Run:
         start: opens a fresh session.
         prompt: [1, tokens].
         clock: marks places in time, after the device's work.
-        wait: returns when the device is idle, or a step would be launched while another run's is still at work.
+        wait: returns when the device is idle.
         session: the last one opened; it generates.
         token: what is fed next, [1, 1].
     """
@@ -47,28 +47,31 @@ class Run:
     wait: Callable[[], None]
     session: Session | None = None
     token: torch.Tensor | None = None
-    _prompts: list[tuple[Any, Any]] = field(default_factory=list)
-    _steps: list[tuple[Any, Any]] = field(default_factory=list)
+    _prompts: Laps = field(init=False)
+    _steps: Laps = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Starts to time."""
+        self._prompts, self._steps = Laps(self.clock, self.wait), Laps(self.clock, self.wait)
 
     def read_prompt(self) -> None:
         """Reads the prompt in a fresh session."""
         self.close()
         self.session = self.start()
-        self._prompts.append(self._timed(self.session, self.prompt))
+        self._feed(self._prompts, self.session, self.prompt)
 
     def step(self) -> None:
         """Generates a token, after the one that the prompt has given."""
         assert self.session is not None  # noqa: S101 - a prompt comes first
         assert self.token is not None  # noqa: S101
-        self._steps.append(self._timed(self.session, self.token))
+        self._feed(self._steps, self.session, self.token)
 
     def warm_up(self) -> None:
         """Does all of that a few times, and forgets it."""
         self.read_prompt()
         for _ in range(WARM_UP_TOKENS):
             self.step()
-        self._prompts.clear()
-        self._steps.clear()
+        self._prompts, self._steps = Laps(self.clock, self.wait), Laps(self.clock, self.wait)
 
     def close(self) -> None:
         """Takes the session off the model."""
@@ -78,23 +81,14 @@ class Run:
 
     def prompt_times(self) -> list[float]:
         """Time from each prompt's start to its first token [s]."""
-        return [self._seconds(pair) for pair in self._prompts]
+        return self._prompts.seconds()
 
     def token_times(self) -> list[float]:
         """When each token was there, had the steps followed upon the prompt without others between them [s]."""
-        times = [statistics.median(self.prompt_times())]
-        for pair in self._steps:
-            times.append(times[-1] + self._seconds(pair))
-        return times
+        return list(itertools.accumulate(self._steps.seconds(), initial=statistics.median(self.prompt_times())))
 
-    def _timed(self, session: Session, ids: torch.Tensor) -> tuple[Any, Any]:
-        self.wait()
-        before = self.clock.mark()
-        self.token = session.feed(ids, last_only=True).argmax(dim=-1)
-        return before, self.clock.mark()
-
-    def _seconds(self, pair: tuple[Any, Any]) -> float:
-        return self.clock.seconds(pair)[1]
+    def _feed(self, laps: Laps, session: Session, ids: torch.Tensor) -> None:
+        self.token = laps.lap(lambda: session.feed(ids, last_only=True).argmax(dim=-1))
 
 
 def generate(

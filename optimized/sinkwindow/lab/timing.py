@@ -6,9 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+Done = TypeVar("Done")
 
 
 class Clock(Protocol):
@@ -105,6 +107,40 @@ def milliseconds(run: Callable[[], object], clock: Clock) -> float:
     run()
     marks.append(clock.mark())
     return 1e3 * clock.seconds(marks)[1]
+
+
+class Laps:
+    """Times pieces of work between which others have their turn; each begins with the device idle."""
+
+    def __init__(self, clock: Clock, wait: Callable[[], None]) -> None:
+        """Starts without laps.
+
+        Args:
+            clock: of the device.
+            wait: returns once the device is idle, or a piece would be launched while another's work goes on.
+        """
+        self._clock = clock
+        self._wait = wait
+        self._marks: list[tuple[Any, Any]] = []
+
+    def lap(self, work: Callable[[], Done]) -> Done:
+        """Times one piece.
+
+        Args:
+            work: what is timed.
+
+        Returns:
+            What it returns.
+        """
+        self._wait()
+        before = self._clock.mark()
+        done = work()
+        self._marks.append((before, self._clock.mark()))
+        return done
+
+    def seconds(self) -> list[float]:
+        """Time of each piece [s]."""
+        return [self._clock.seconds(pair)[1] for pair in self._marks]
 
 
 @dataclass(frozen=True)

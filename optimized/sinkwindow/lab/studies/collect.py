@@ -77,7 +77,7 @@ def count_measurements(plan: StudyPlan, parts: Collection[str], corpora: int) ->
         "sinks": corpora * (1 + len(plan.sinks)),
         "sizes": corpora * (1 + len(plan.sizes)),
         "along": len(plan.along),
-        "steps": 3 + 2 * len(plan.step_sizes),
+        "steps": 2,  # all configurations in turns: against tokens streamed, against size
         "where": 2 * corpora * len(plan.where),
         "recall": len(plan.recall) * len(plan.recall_seeds),
     }

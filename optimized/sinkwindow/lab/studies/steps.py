@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
@@ -15,17 +15,53 @@ from sinkwindow.lab.records import Record
 from sinkwindow.lab.sessions import Session, open_session
 from sinkwindow.lab.store import code_version
 from sinkwindow.lab.study_records import StepsRecord, StepsStudy
-from sinkwindow.lab.timing import clock_for
+from sinkwindow.lab.timing import Clock, Laps, clock_for, waiter
 
 WARM_UP = 1  # untimed tokens before the timed ones; one costs re-computation a whole window
 PAST = 64  # tokens beyond a full cache at which a size is timed [tokens]
 CODE = ("sessions", "configurations", "timing", "studies.steps")
 
 
-class Places(Record):
-    """One configuration at all its places."""
+class Steps(Record):
+    """Steps of several configurations, in turns."""
 
     steps: list[StepsRecord]
+
+
+@dataclass
+class _Reader:
+    """A configuration that reads a text and is timed on the way."""
+
+    configuration: Configuration
+    places: Sequence[int]
+    repeats: int
+    session: Session
+    text: torch.Tensor
+    laps: Laps
+    seen: int = 0
+
+    def go_to(self, place: int) -> None:
+        for piece in torch.split(self.text[:, self.seen : place], BLOCK, dim=1):
+            self.session.read(piece)
+        self.seen = place
+
+    def feed(self) -> None:
+        token = self.text[:, self.seen : self.seen + 1]
+        self.laps.lap(lambda: self.session.feed(token, last_only=True))
+        self.seen += 1
+
+    def take_record(self, place: int, clock: Clock) -> StepsRecord:
+        """What was timed at a place, the warm-up left out."""
+        times = self.laps.seconds()[WARM_UP:]
+        self.laps = Laps(clock, waiter(self.text.device))
+        return StepsRecord(
+            configuration=self.configuration.name,
+            kind=self.configuration.kind,
+            cache_tokens=_size(self.configuration) or None,
+            tokens_seen=place,
+            cache_bytes=self.session.cache_bytes,
+            step_ms=[round(1e3 * time, 4) for time in times],
+        )
 
 
 def steps(
@@ -46,14 +82,17 @@ def steps(
     """
     along = [parse(name) for name in ("baseline", *_pair(cache))]
     grown = [parse(name) for size in sizes for name in _pair(size)]
-    count = {row.name: recompute_repeats if row.kind == "recompute" else repeats for row in (*along, *grown)}
-    first = [_measure(bench, row, places, count[row.name]) for row in along]
-    second = [_measure(bench, row, (_size(row) + PAST,), count[row.name]) for row in grown]
+
+    def repeated(row: Configuration) -> int:
+        return recompute_repeats if row.kind == "recompute" else repeats
+
+    first = _measure(bench, "tokens streamed", [(row, places, repeated(row)) for row in along])
+    second = _measure(bench, "size", [(row, (_size(row) + PAST,), repeated(row)) for row in grown])
     known = {row.name: row.record() for row in (*along, *grown)}
     return StepsStudy(
         configurations=list(known.values()),
-        along=[step for one in first for step in one.steps],
-        sizes=[step for one in second for step in one.steps],
+        along=first.steps,
+        sizes=second.steps,
     )
 
 
@@ -66,57 +105,44 @@ def _size(row: Configuration) -> int:
     return (row.num_sinks or 0) + (row.window or 0)
 
 
-def _measure(bench: Bench, row: Configuration, places: Sequence[int], repeats: int) -> Places:
-    text = bench.text(bench.corpora[0], max(places) + WARM_UP + repeats).ids
-    bench.reporter.begin(f"time per token: {row.name}", len(places))
-    key = {**bench.origin, **described(row), "text": digest_of(text), "code": code_version(*CODE)}
-    key |= {"places": list(places), "repeats": repeats}
-    return bench.store.record(f"steps-{row.name}", key, Places, lambda: _run(bench, row, text, places, repeats))
+def _measure(bench: Bench, against: str, rows: Sequence[tuple[Configuration, Sequence[int], int]]) -> Steps:
+    """Times rows, each at its places and so many times, in turns."""
+    longest = max(max(places) + WARM_UP + repeats for _, places, repeats in rows)
+    text = bench.text(bench.corpora[0], longest).ids
+    bench.reporter.begin(f"time per token against {against}, in turns", sum(len(places) for _, places, _ in rows))
+    key = {**bench.origin, "text": digest_of(text), "code": code_version(*CODE)}
+    key |= {"rows": [[described(row), list(places), repeats] for row, places, repeats in rows]}
+    text = _long_enough(text, longest).to(bench.loaded.model.device)
+    return bench.store.record("steps", key, Steps, lambda: _run(bench, rows, text))
 
 
-def _run(bench: Bench, row: Configuration, text: torch.Tensor, places: Sequence[int], repeats: int) -> Places:
-    session = open_session(row, bench.loaded.model)
-    text = _long_enough(text, max(places) + WARM_UP + repeats).to(bench.loaded.model.device)
-    found, fed = [], 0
-    try:
-        for place in places:
-            for piece in torch.split(text[:, fed:place], BLOCK, dim=1):
-                session.read(piece)
-            last = place + WARM_UP + repeats
-            times = _time(session, text[:, place:last])
-            found.append(_record(row, session, place, times))
-            fed = last
-            bench.reporter.advance()
-    finally:
-        session.close()
-    return Places(steps=found)
+def _run(bench: Bench, rows: Sequence[tuple[Configuration, Sequence[int], int]], text: torch.Tensor) -> Steps:
+    clock, wait = clock_for(text.device), waiter(text.device)
+    found: dict[str, list[StepsRecord]] = {}
+    with ExitStack() as stack:
+        readers = []
+        for row, places, repeats in rows:
+            session = open_session(row, bench.loaded.model)
+            stack.callback(session.close)
+            readers.append(_Reader(row, places, repeats, session, text, Laps(clock, wait)))
+        for stop in zip(*(reader.places for reader in readers), strict=True):
+            for reader, place in zip(readers, stop, strict=True):
+                reader.go_to(place)
+            _take_turns(readers)
+            for reader, place in zip(readers, stop, strict=True):
+                found.setdefault(reader.configuration.name, []).append(reader.take_record(place, clock))
+                bench.reporter.advance()
+    return Steps(steps=[step for own in found.values() for step in own])
+
+
+def _take_turns(readers: Sequence[_Reader]) -> None:
+    """A token each, until all have had theirs."""
+    for number in range(WARM_UP + max(reader.repeats for reader in readers)):
+        for reader in readers:
+            if number < WARM_UP + reader.repeats:
+                reader.feed()
 
 
 def _long_enough(text: torch.Tensor, count: int) -> torch.Tensor:
     """The text, again from its start where it ends too early: times do not depend on the words."""
     return text.repeat(1, -(-count // text.shape[1]))[:, :count]
-
-
-def _time(session: Session, ids: torch.Tensor) -> list[float]:
-    """Times of the tokens after the warm-up, fed one by one [ms]."""
-    clock = clock_for(ids.device)
-    marks: list[Any] = []
-    for number in range(ids.shape[1]):
-        if number >= WARM_UP and not marks:
-            marks.append(clock.mark())
-        session.feed(ids[:, number : number + 1], last_only=True)
-        if number >= WARM_UP:
-            marks.append(clock.mark())
-    seconds = clock.seconds(marks)
-    return [round(1e3 * (after - before), 4) for before, after in itertools.pairwise(seconds)]
-
-
-def _record(row: Configuration, session: Session, place: int, times: list[float]) -> StepsRecord:
-    return StepsRecord(
-        configuration=row.name,
-        kind=row.kind,
-        cache_tokens=_size(row) or None,
-        tokens_seen=place,
-        cache_bytes=session.cache_bytes,
-        step_ms=times,
-    )
