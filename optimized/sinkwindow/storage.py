@@ -250,7 +250,10 @@ class SlotPool:
 
     def advance(self, lanes: Sequence[LaneCall], evicted: list[int]) -> Move:
         """Take over a call whose tokens were written at ``end``."""
-        rows = [replace(row, evicted=count) for row, count in zip(self.rows, evicted, strict=True)]
+        rows = [
+            row if row.evicted == count else replace(row, evicted=count)
+            for row, count in zip(self.rows, evicted, strict=True)
+        ]
         return Move(Writes([]), self.banks, rows, self.end + lanes[0].fresh)
 
     def absorb(

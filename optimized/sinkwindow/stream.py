@@ -246,6 +246,8 @@ class Stream:
     def _events(self, call: StreamCall, before: list[int], after: list[Row]) -> list[Eviction]:
         events: list[Eviction] = []
         for r, lane in enumerate(call.lanes):
+            if before[r] == after[r].evicted:
+                continue
             rows = range(r, r + 1) if len(call.lanes) > 1 else range(call.batch)
             events += evictions(self.rule, lane, before[r], after[r].evicted, rows)
         return events
