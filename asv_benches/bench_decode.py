@@ -12,6 +12,7 @@ from .common import (
     filled,
     lab,
     model_for,
+    needs_compiler,
     per_token_clock,
     sample_tokens,
     shown_as,
@@ -81,6 +82,25 @@ class BatchedOutputToken(Decode):
         self.open(configuration, device, 10, batch, dtype)
 
     @shown_as("Time per output token (TPOT), by batch and dtype")
+    def time_token(self, *_: object) -> None:
+        """Times decode steps."""
+        self.generate()
+
+
+class CompiledOutputToken(Decode):
+    """Time per output token of all rows together at fixed shapes: one compiled graph runs every step."""
+
+    params: ClassVar[list[list[Any]]] = [["static_4_252"], [1, 8], DEVICES]
+    param_names: ClassVar = ["configuration", "batch [rows]", "device"]
+    skip_params: ClassVar = without_gpu(params)
+    timeout = 600  # the compiler's minutes are part of it, though of no sample
+
+    def setup(self, configuration: str, batch: int, device: str) -> None:
+        """Fills the cache to ten limits; the token that warms up compiles."""
+        needs_compiler()
+        self.open(configuration, device, 10, batch)
+
+    @shown_as("Time per output token (TPOT), compiled")
     def time_token(self, *_: object) -> None:
         """Times decode steps."""
         self.generate()

@@ -7,7 +7,7 @@ import gc
 import io
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -166,6 +166,19 @@ def test_a_failing_forward_puts_the_attention_back(model: PreTrainedModel, atten
         call(model, cache, torch.full((1, 20), 10_000))  # no such token
     assert model.config._attn_implementation == attention
     assert cache.seen_tokens == [0]
+
+
+def test_a_step_by_hand_gives_the_attention_back(model: PreTrainedModel) -> None:
+    """As a benchmark calls a cache, without a model around it: what `begin_call` has lent, `commit_call` puts back."""
+    cache = StreamingCache(model, 2, 5, 3, static=True)
+    call(model, cache, tokens(6, 1, 4))
+    decoder, own = model.base_model, model.config._attn_implementation
+    for _ in range(2):
+        cache.begin_call(cast("PreTrainedModel", decoder), {"input_ids": tokens(1, 1, 1)})
+        assert model.config._attn_implementation != own
+        cache.commit_call()
+        assert model.config._attn_implementation == own
+    assert cache.seen_tokens == [6]
 
 
 @pytest.mark.parametrize("count", [1, 3])

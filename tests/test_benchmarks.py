@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,25 @@ def test_batches_decode_all_rows() -> None:
     suite.time_token()
 
 
+def test_compiled_steps_run_at_fixed_shapes() -> None:
+    """All rows step through the ring; how it is compiled is torch's business, and this test's time."""
+    suite = bench_decode.CompiledOutputToken()
+    with torch.compiler.set_stance("force_eager"):
+        suite.setup("static_4_252", 8, "cpu")
+        cache, before = suite.session.cache, suite.session.cache.forwarded_tokens
+        suite.time_token()
+    assert cache.is_compileable
+    assert cache.batch_size == 8
+    assert cache.forwarded_tokens == before + common.EVICTION_PERIOD == before + suite.tokens
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number is missing and says what to install; no eager time passes for a compiled one."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(NotImplementedError, match=r"install g\+\+"):
+        bench_decode.CompiledOutputToken().setup("static_4_252", 1, "cpu")
+
+
 def test_cache_bytes_of_the_dense_baseline_are_its_tensors() -> None:
     """Keys and values, layers, heads, head size, four bytes."""
     suite = bench_memory.CacheBytes()
@@ -214,11 +234,11 @@ def test_lab_of_an_old_commit_is_missing() -> None:
         common.lab("not_there")
 
 
-@pytest.mark.parametrize("name", ["streaming_4_60", "streaming_4_60_0"])
+@pytest.mark.parametrize("name", ["streaming_4_60", "streaming_4_60_0", "static_4_252"])
 def test_wrong_positions_get_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache whose sinks stay behind is refused before anything is timed."""
     monkeypatch.setattr(Rotary, "move", lambda _self, states, _distance: states)
-    with pytest.raises(LabError, match="its speed means nothing"):
+    with torch.compiler.set_stance("force_eager"), pytest.raises(LabError, match="its speed means nothing"):
         common.checked_configuration(name)
 
 

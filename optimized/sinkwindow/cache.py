@@ -259,7 +259,9 @@ class StreamingCache(Cache):
             RuntimeError: Some layer did not update the cache; the call is dropped then.
         """
         if self._call is None:
-            self.commit_step()
+            lent = self.commit_step()
+            if lent is not None and (decoder := self._decoder_ref()) is not None:
+                close_call(decoder)
             return
         events = self._content.stream.commit(self._call)
         self.rollback()

@@ -79,7 +79,7 @@ FULL = Plan(
     singles=6,
     megabytes=512.0,
     tricks=40,
-    compiled=(1,),
+    compiled=(1, 8),
     backend="inductor",
 )
 QUICK = Plan(
