@@ -116,6 +116,15 @@ def test_links_lead_to_files_that_git_keeps() -> None:
     assert not [pair for pair, target in targets.items() if target not in kept | folders]
 
 
+def test_numbers_in_the_readme_are_those_of_a_run() -> None:
+    """Its rows and bullets stand, word for word, on pages that a run has written; the next run's are copied again."""
+    results = _read("README.md").partition("\n## Results\n")[2].partition("\n## ")[0]
+    rows = [line for line in results.splitlines() if line.startswith(("|", "- "))]
+    assert len(rows) > 5
+    written = {line for page in ("docs/results/paper_tables.md", "docs/peers.md") for line in _read(page).splitlines()}
+    assert [row for row in rows if row not in written] == []
+
+
 def test_files_stay_short() -> None:
     """A Python file can be read in one sitting: under 400 lines."""
     lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in _text_files() if path.suffix == ".py"}
