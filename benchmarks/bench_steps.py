@@ -55,17 +55,18 @@ def test_update_with_eviction(timed: Callable[..., None], full_cache: Callable[[
 
 
 @pytest.mark.benchmark(group="rebase")
-def test_rebase(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps]) -> None:
-    """The window moved to the front and rotated back to ranks, as when positions near their bound."""
+@pytest.mark.parametrize("stay", [True, False])
+def test_rebase(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps], *, stay: bool) -> None:
+    """The window rotated back to ranks, as when positions near their bound: in its place, or moved to the front too."""
     stream = full_cache("streaming_4_1020", FULL).cache._content.stream  # noqa: SLF001 - the part, not the whole
     (pool,) = stream.pools
     lanes = [type(lane)(lane.seen, row.evicted) for lane, row in zip(stream.state.lanes, pool.rows, strict=True)]
-    rows, banks, end = pool.rows, pool.banks, pool.end
+    rows, banks = pool.rows, pool.banks
 
     def restore() -> None:
-        pool.rows, pool.banks, pool.end = rows, banks, end
+        pool.rows, pool.banks, pool.end = rows, banks, pool.size
 
-    timed(lambda: pool.apply(pool.relocation(lanes)), restore)
+    timed(lambda: pool.apply(pool.relocation(lanes, stay=stay)), restore)
 
 
 @pytest.mark.benchmark(group="rotation")

@@ -116,10 +116,25 @@ def test_an_interrupted_move_of_a_decode_step_is_finished(
 ) -> None:
     """A write that dies while windows or sinks move loses nothing: going on from where the cache stands is exact.
 
-    Also where it dies `late`, having overwritten what it was made from; and each layer is a write of its own.
+    Also where it dies `late`, having overwritten what it was made from; and each layer's row is a write of its own.
     """
-    monkeypatch.setattr(moves, "SCRATCH", 1)
+    monkeypatch.setitem(moves.SCRATCH, "cpu", 1)
     assert _deaths([1] * 60, write, fatal, late=late) > 2
+
+
+@given(sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 8)), most=st.integers(1, 400))
+def test_a_move_takes_no_more_aside_than_it_may(sizes: tuple[int, int, int], most: int) -> None:
+    """Parts hold `most` bytes, or are one layer's row; together they are the whole, each number written once."""
+    layers, batch, slots = sizes
+    source = torch.arange(layers * batch * slots).reshape(layers, batch, 1, slots, 1).double()
+    target = torch.zeros_like(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(moves.SCRATCH, "cpu", most)
+        parts = list(moves.in_parts(target, source, torch.clone))
+    assert all(part.target.nbytes <= most or part.target.shape[:2] == (1, 1) for part in parts)
+    for part in parts:
+        part.target.add_(part.source())
+    assert torch.equal(target, source)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -134,7 +149,7 @@ def _deaths(lengths: list[int], write: str, fatal: int, *, late: bool) -> int:
 
     If the cache has taken the call over all the same, the next one follows; if not, the same call comes again.
     """
-    rule, model, ids = Rule(2, 5, 1), ModelSpec(max_positions=20).model(), tokens(0, 1, sum(lengths))
+    rule, model, ids = Rule(2, 5, 1), ModelSpec(max_positions=20).model(), tokens(0, 2, sum(lengths))
     expected = reference_logits(model, ids, **rule.arguments)
     cache, deaths = rule.cache(model), 0
     for end, length in zip(_ends(lengths), lengths, strict=True):
@@ -147,7 +162,7 @@ def _deaths(lengths: list[int], write: str, fatal: int, *, late: bool) -> int:
         if cache.get_seq_length() < end:
             assert died
             assert worst(call(model, cache, part) - expected[:, end - length : end]) < EXACT
-    assert cache.seen_tokens == [sum(lengths)]
+    assert cache.seen_tokens == [sum(lengths)] * 2
     return deaths
 
 

@@ -13,6 +13,7 @@ from sinkwindow.lab.configurations import parse, streaming
 from sinkwindow.lab.pace import decode, floors, plans, speed_page, texts, tricks
 from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, Series, SpeedReport
 from sinkwindow.lab.pace.sampling import Side, in_turns
+from sinkwindow.lab.sessions import DenseSession
 from sinkwindow.lab.shapes import random_model
 from sinkwindow.lab.timing import HostClock
 
@@ -111,9 +112,12 @@ def test_the_page_names_each_missed_bar_with_its_number() -> None:
 def test_a_bar_below_the_floor_is_said_to_be() -> None:
     """The floor of 2 ms is 0.8 of the other's 2.5: no cache can have 0.7, one could have 0.8."""
     row = comparison("cost", series(2.25), series(2.5), 0.7)
-    assert (row.ratio, row.least) == (0.9, 0.8)
+    assert (row.ratio, row.free) == (0.9, 0.8)
     assert "at most 0.70x asked; a cache that costs nothing would have 0.800x here" in speed_page.complaint(row)
     assert "costs nothing" not in speed_page.complaint(row.model_copy(update={"bar": 0.8}))
+    speed = comparison("speed", series(4.0), series(3.0), 1.6)  # at most 3 over 2
+    assert "at least 1.60x asked; a cache that costs nothing would have 1.500x here" in speed_page.complaint(speed)
+    assert "costs nothing" not in speed_page.complaint(speed.model_copy(update={"bar": 1.5}))
 
 
 def test_a_page_without_a_miss_says_so() -> None:
@@ -255,17 +259,38 @@ def test_a_model_s_decoding_has_every_bar(batch: int) -> None:
 def test_long_inputs_have_every_bar() -> None:
     """Prefill, memory and scoring, each with its bar; both sides read the same number of tokens."""
     model, plan = random_model("tiny"), plans.QUICK
-    assert [one.bar for one in texts.prefill(model, "tiny", plan)] == [0.7, None]
+    prompts = texts.prefill(model, "tiny", plan)
+    assert [one.bar for one in prompts] == [0.7, None]
     assert [one.bar for one in texts.memory(model, "tiny", plan)] == [1.1]
     rows = texts.scoring(model, "tiny", plan)
     assert [one.bar for one in rows] == [15.0, 0.7]
     assert {len(one.other.values) for one in rows} == {plan.scored}
+    assert all(one.over_floor is not None for one in (*prompts, *rows))
 
 
-def test_the_inexact_dense_cache_is_cut() -> None:
-    """Of three sessions all get every chunk."""
+def test_stock_caches_are_cut_before_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four sessions get the chunks of 16, 16 and 8: one stock cache has all before them, one 8 tokens, one none."""
+    found = []
+    feed = DenseSession._feed
+
+    def watched(session: DenseSession, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        found.append(session.kept_tokens)
+        return feed(session, ids, last_only=last_only)
+
+    monkeypatch.setattr(DenseSession, "_feed", watched)
     times = texts.read_chunks(random_model("tiny"), streaming(2, 6, 3), torch.zeros((1, 40), dtype=torch.long), 16, 8)
-    assert {side: len(one) for side, one in times.items()} == {"ours": 3, "dense": 3, "held": 3}
+    assert {side: len(one) for side, one in times.items()} == {"ours": 3, "dense": 3, "held": 3, "alone": 3}
+    assert found == [0, 0, 0, 16, 8, 0, 32, 8, 0]
+
+
+def test_compiled_steps_stand_over_reading_everything_once() -> None:
+    """Weights and kept bytes at 2 GB/s, whatever an eager step takes."""
+    model, plan = random_model("tiny"), plans.Plan(**{**vars(plans.QUICK), "samples": {1: 3, 8: 3}})
+    bandwidth = BandwidthRecord(device="cpu", megabytes=1.0, rates={"copy": [2.0]})
+    rows = decode.compiled(model, "tiny", 1, plan, bandwidth)
+    assert [one.bar for one in rows] == [1.0, 0.85]
+    read = floors.read_weight_bytes(model) + floors.kept_bytes(model, 64 + 1 + 32, 1)
+    assert all(one.floor is not None and one.floor.median == pytest.approx(read / 2e6) for one in rows)
 
 
 def test_tricks_are_pairs() -> None:

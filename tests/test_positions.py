@@ -19,6 +19,7 @@ from strategies import (
     ModelSpec,
     Rule,
     budget,
+    call,
     fresh_model,
     model_specs,
     padding_mask,
@@ -85,6 +86,21 @@ def test_positions_never_reach_the_bound(
     with Spy(model) as spy:
         stream(model, cache, ids, lengths, mask)
     assert 0 <= spy.smallest <= spy.largest < _bound(rule, spec.max_positions)
+
+
+def test_a_rebase_turns_keys_where_they_stand() -> None:
+    """While there is room; the window moves to the front in a step of its own, unless both are due at once."""
+    model, ids = ModelSpec(max_positions=20).model(), tokens(0, 1, 200)
+    cache = Rule(2, 5, 1).cache(model)
+    content, rebases = cache._content.stream, 0
+    (pool,) = content.pools
+    for column in range(ids.shape[1]):
+        (lane,), end = content.state.lanes, pool.end
+        call(model, cache, ids[:, column : column + 1])
+        if column and content.state.lanes[0].offset != lane.offset:
+            rebases += 1
+            assert (pool.end == end + 1) == (end < pool.size)
+    assert rebases > 5
 
 
 @pytest.mark.parametrize("kind", LENGTH_DEPENDENT)

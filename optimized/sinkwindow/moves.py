@@ -1,7 +1,7 @@
 """Changes of tensors in place that survive an interruption.
 
 Where a window moves within its slots, what is written overwrites what is still to be read. So a move is cut into
-writes, each taken aside whole before it begins; a few layers at a time, in memory that stays warm.
+writes, each taken aside whole before it begins; a few layers or rows at a time, in memory that stays warm.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-__all__ = ["Write", "Writes", "by_layers", "from_aside"]
+__all__ = ["Write", "Writes", "from_aside", "in_parts"]
 
-SCRATCH = 4 << 20  # [bytes] taken aside at a time: fresh pages for whole windows cost more than the copying
+# [bytes] taken aside at a time: on a CPU what its own cache holds, since fresh pages for whole windows cost more than
+# the copying; elsewhere what keeps the number of kernels small.
+SCRATCH = {"cpu": 2 << 20}
+SCRATCH_ELSEWHERE = 64 << 20
 
 
 class Write(NamedTuple):
@@ -59,14 +64,19 @@ def from_aside(target: Tensor, source: Tensor) -> Write:
     return Write(target, lambda: source)
 
 
-def by_layers(target: Tensor, source: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[Write]:
-    """Write all layers, as many at a time as ``SCRATCH`` holds.
+def in_parts(target: Tensor, source: Tensor, change: Callable[[Tensor], Tensor], dim: int = 0) -> Iterator[Write]:
+    """Write as much at a time as ``SCRATCH`` allows: some layers, or of a layer that is larger some rows.
 
     Args:
-        target: ``[layers, ...]``.
-        source: ``[layers, ...]``, of the same size.
+        target: ``[layers, batch, ...]``.
+        source: ``[layers, batch, ...]``, of the same size.
         change: Gives what is written, always a copy.
+        dim: Along which to begin.
     """
-    step = max(1, SCRATCH * source.shape[0] // max(1, source.nbytes))
-    for start in range(0, source.shape[0], step):
-        yield Write(target[start : start + step], partial(change, source[start : start + step]))
+    most = SCRATCH.get(source.device.type, SCRATCH_ELSEWHERE)
+    step = max(1, most * source.shape[dim] // max(1, source.nbytes))
+    for to, part in zip(torch.split(target, step, dim), torch.split(source, step, dim), strict=True):
+        if part.nbytes > most and dim == 0:
+            yield from in_parts(to, part, change, dim=1)
+        else:
+            yield Write(to, partial(change, part))

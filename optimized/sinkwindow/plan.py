@@ -143,8 +143,7 @@ def pool_call(
     plain = not any(lane.padded or len(lane.segments) > 1 for lane in lanes)  # aligned, and rotated at one offset
     held = pool.held(before)
     in_slots = plain and bool(pool.banks) and held + columns <= pool.size  # after a move if need be
-    if pool.needs_move(before, columns if in_slots else 0):
-        pool.apply(pool.relocation(before))
+    pool.make_ready(before, columns if in_slots else 0)
     in_slots = in_slots and pool.end + columns <= pool.size
     if pool.banks:
         pool.place_sinks(before)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sinkwindow.lanes import batch_slice
-from sinkwindow.moves import Write, Writes, by_layers, from_aside
+from sinkwindow.moves import Write, Writes, from_aside, in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -175,10 +175,15 @@ class SlotPool:
 
     # -- before a call ------------------------------------------------------------------------------------------------
 
-    def needs_move(self, lanes: Sequence[Lane], fresh: int) -> bool:
-        """Whether windows must move before a call: no room for ``fresh`` tokens, or rotated at another offset."""
+    def make_ready(self, lanes: Sequence[Lane], fresh: int) -> None:
+        """Rotate windows at the lanes' offsets, and move them to the front if ``fresh`` tokens have no room.
+
+        Each is done when it is due: a step that does both takes longest.
+        """
+        fits = self.end + fresh <= self.size
         stale = any(row.offset != lane.offset for lane, row in zip(lanes, self.rows, strict=True))
-        return bool(self.banks) and (stale or self.end + fresh > self.size)
+        if self.banks and (stale or not fits):
+            self.apply(self.relocation(lanes, stay=fits))
 
     def place_sinks(self, lanes: Sequence[Lane]) -> None:
         """Write the sinks just before each row's window, rotated to where the next query expects them."""
@@ -216,7 +221,12 @@ class SlotPool:
     # -- moves --------------------------------------------------------------------------------------------------------
 
     def relocation(
-        self, lanes: Sequence[Lane], rows: Sequence[Row] | None = None, cut: Sequence[int] | None = None
+        self,
+        lanes: Sequence[Lane],
+        rows: Sequence[Row] | None = None,
+        cut: Sequence[int] | None = None,
+        *,
+        stay: bool = False,
     ) -> Move:
         """Move the windows to the front, rotated at the lanes' offsets.
 
@@ -224,25 +234,27 @@ class SlotPool:
             lanes: What each row has seen once the move is done.
             rows: What the pool shall know then; as now if omitted.
             cut: Newest tokens of each row to leave behind.
+            stay: Rotate them where they are.
         """
         self.restore_overwritten()
         rows = self.rows if rows is None else rows
         starts = [self._keep_from(lane, row) for lane, row in zip(lanes, rows, strict=True)]
         banks = self._grown_banks()
-        end = max(
-            self.retention.sinks(lane.seen) + lane.seen - start for lane, start in zip(lanes, starts, strict=True)
-        )
+        counts = [lane.seen - start for lane, start in zip(lanes, starts, strict=True)]
+        front = max(self.retention.sinks(lane.seen) + count for lane, count in zip(lanes, counts, strict=True))
+        end = self.end if stay else front
         writes: list[Write] = []
         after = []
-        for r, (lane, row, start) in enumerate(zip(lanes, rows, starts, strict=True)):
-            count, source_end = lane.seen - start, self.end - (cut[r] if cut else 0)
-            index = batch_slice(r, len(lanes))
+        for r, (lane, row, count) in enumerate(zip(lanes, rows, counts, strict=True)):
+            source_end, index = self.end - (cut[r] if cut else 0), batch_slice(r, len(lanes))
+            turn = partial(self._turned, distance=row.offset - lane.offset)
             for old, new in zip(self.banks, banks, strict=True):
                 keys, values = (tensor[:, index, :, source_end - count : source_end] for tensor in old.slots)
                 to_keys, to_values = (tensor[:, index, :, end - count : end] for tensor in new.slots)
-                turn = partial(self._turned, distance=row.offset - lane.offset)
-                writes += [*by_layers(to_keys, keys, turn), *by_layers(to_values, values, torch.clone)]
-            after.append(replace(row, offset=lane.offset, floor=start, placed=-1))
+                stands = new is old and end == source_end
+                writes += [] if stands and row.offset == lane.offset else in_parts(to_keys, keys, turn)
+                writes += [] if stands else in_parts(to_values, values, torch.clone)
+            after.append(replace(row, offset=lane.offset, floor=starts[r], placed=-1))
         for old, new in zip(self.banks, banks, strict=True):
             if new is not old:
                 writes += [from_aside(*pair) for pair in zip(new.sinks, old.sinks, strict=True)]

@@ -14,7 +14,7 @@ from sinkwindow.lab.configurations import streaming
 from sinkwindow.lab.micro import check, check_logits
 from sinkwindow.lab.pace import decode, floors, texts, tricks
 from sinkwindow.lab.pace.plans import BUFFER, FULL, QUICK, Plan
-from sinkwindow.lab.pace.records import Comparison, FloorRecord, SpeedReport
+from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, SpeedReport
 from sinkwindow.lab.records import ModelRecord
 from sinkwindow.lab.shapes import random_model
 
@@ -45,7 +45,7 @@ def collect(*, quick: bool, threads: int, say: Callable[[str], None]) -> SpeedRe
         bandwidth = floors.bandwidth(device, megabytes=plan.megabytes)
         for record, model in chosen_models(plan):
             records.append(record)
-            rows, own = measure(model, record.name, plan, say)
+            rows, own = measure(model, record.name, plan, bandwidth, say)
             comparisons += rows
             found += own
         where = machine.describe(device)
@@ -86,7 +86,7 @@ def chosen_models(plan: Plan) -> Iterator[tuple[ModelRecord, PreTrainedModel]]:
 
 
 def measure(
-    model: PreTrainedModel, name: str, plan: Plan, say: Callable[[str], None]
+    model: PreTrainedModel, name: str, plan: Plan, bandwidth: BandwidthRecord, say: Callable[[str], None]
 ) -> tuple[list[Comparison], list[FloorRecord]]:
     """All parts for one model.
 
@@ -94,6 +94,7 @@ def measure(
         model: a causal language model in eval mode.
         name: what to call it.
         plan: sizes.
+        bandwidth: of the machine's memory.
         say: told what is being measured.
 
     Returns:
@@ -112,7 +113,7 @@ def measure(
         memory.give_back()
     for batch in plan.compiled:
         say(f"{name}: compiled steps, batch {batch}")
-        rows += decode.compiled(model, name, batch, plan)
+        rows += decode.compiled(model, name, batch, plan, bandwidth)
         memory.give_back()
     for words, part in (("prefill", texts.prefill), ("peak memory", texts.memory), ("scoring", texts.scoring)):
         say(f"{name}: {words}")

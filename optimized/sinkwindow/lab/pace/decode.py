@@ -12,7 +12,7 @@ from sinkwindow.lab.configurations import Configuration, parse, streaming
 from sinkwindow.lab.micro import AttentionSteps, BareAttention
 from sinkwindow.lab.pace.floors import SHORT, kept_bytes, read_weight_bytes, short_step
 from sinkwindow.lab.pace.plans import ATTENTION_BAR, BUFFER, COMPILED_BAR, LATE, LATE_BAR, LONGEST_BAR, TPOT_BARS, Plan
-from sinkwindow.lab.pace.records import Comparison, FloorRecord, Series
+from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, Series
 from sinkwindow.lab.pace.sampling import Side, in_turns
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def tokens(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> tuple[l
     return _token_rows(name, batch, found, late.seen), floors
 
 
-def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Comparison]:
+def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan, bandwidth: BandwidthRecord) -> list[Comparison]:
     """Time per output token of a static cache, compiled, over the other cache of its sizes and over `DynamicCache`.
 
     Args:
@@ -208,6 +208,7 @@ def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[
         name: what to call it.
         batch: rows.
         plan: sizes, and what compiles.
+        bandwidth: of the machine's memory; an eager step is no floor for a compiled one, reading all once is.
 
     Returns:
         The comparisons.
@@ -224,6 +225,8 @@ def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[
     for decoder in ways.values():
         decoder.close()
     bars = {"ours": COMPILED_BAR, "DynamicCache": TPOT_BARS.get(batch)}
+    read = read_weight_bytes(model) + kept_bytes(model, length, batch)
+    floor = Series(name="bytes / bandwidth", unit="ms", values=[read / bandwidth.best / 1e6])
     return [
         Comparison(
             part="compiled",
@@ -233,6 +236,7 @@ def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[
             ours=found["static, compiled"],
             other=found[other],
             bar=bar,
+            floor=floor,
         )
         for other, bar in bars.items()
     ]

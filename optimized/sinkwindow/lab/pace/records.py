@@ -65,16 +65,12 @@ class Comparison(Record):
         """The number that the bar is held against."""
         if self.ratio_kind == "longest":
             return self.ours.values[self.ours.longest_event] / self.ours.median
-        if self.ratio_kind == "speed":
-            return self.other.median / self.ours.median
-        return self.ours.median / self.other.median
+        return self._ratio_of(self.ours)
 
     @property
     def met(self) -> bool:
         """Whether the bar is met; true where there is none."""
-        if self.bar is None:
-            return True
-        return self.ratio >= self.bar if self.ratio_kind == "speed" else self.ratio <= self.bar
+        return self._allows(self.ratio)
 
     @property
     def over_floor(self) -> float | None:
@@ -82,9 +78,22 @@ class Comparison(Record):
         return None if self.floor is None else self.ours.median / self.floor.median
 
     @property
-    def least(self) -> float | None:
+    def free(self) -> float | None:
         """The ratio that a cache which costs nothing would have; None without a floor."""
-        return None if self.floor is None else self.floor.median / self.other.median
+        return None if self.floor is None else self._ratio_of(self.floor)
+
+    @property
+    def attainable(self) -> bool:
+        """Whether a cache that costs nothing would meet the bar; true where no floor says otherwise."""
+        return self.free is None or self._allows(self.free)
+
+    def _ratio_of(self, side: Series) -> float:
+        return self.other.median / side.median if self.ratio_kind == "speed" else side.median / self.other.median
+
+    def _allows(self, ratio: float) -> bool:
+        if self.bar is None:
+            return True
+        return ratio >= self.bar if self.ratio_kind == "speed" else ratio <= self.bar
 
 
 class BandwidthRecord(Record):

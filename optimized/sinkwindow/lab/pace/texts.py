@@ -14,7 +14,12 @@ from sinkwindow.lab.sessions import Session, open_session
 from sinkwindow.lab.timing import clock_for, milliseconds
 
 LONG, SHORTER = 20, 5  # prompts, in limits
-NAMES = {"ours": "ours", "dense": "dense, same chunks", "held": "dense, cut to S + W before each chunk (inexact)"}
+NAMES = {
+    "ours": "ours",
+    "dense": "dense, same chunks",
+    "held": "dense, cut to S + W before each chunk (inexact)",
+    "alone": "each call alone",
+}
 
 
 def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
@@ -26,7 +31,8 @@ def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
         plan: sizes.
 
     Returns:
-        Ours over dense, and over a dense cache that is cut to the same length before each chunk.
+        Ours over dense, and over a dense cache that is cut to the same length before each chunk; the floor is the same
+        chunks with nothing before them.
     """
     lazy = streaming(plan.sinks, plan.prompt_window, BUFFER)
     limit = plan.sinks + plan.prompt_window
@@ -47,6 +53,7 @@ def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
             ours=found["ours"],
             other=found[other],
             bar=PREFILL_BAR if other == "dense" else None,
+            floor=found["alone"],
         )
         for other in ("dense", "held")
     ]
@@ -55,14 +62,14 @@ def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
 def read_chunks(
     model: PreTrainedModel, configuration: Configuration, ids: torch.Tensor, chunk: int, limit: int
 ) -> dict[str, list[float]]:
-    """Feeds a prompt to three sessions in turns.
+    """Feeds a prompt to four sessions in turns.
 
     Args:
         model: a causal language model in eval mode.
         configuration: ours.
         ids: [1, tokens].
         chunk: tokens per call [tokens].
-        limit: what the third session's stock cache is cut to before each chunk [tokens].
+        limit: what the third session's stock cache is cut to before each chunk; the fourth one's to nothing [tokens].
 
     Returns:
         Times of the chunks by side [ms].
@@ -72,17 +79,23 @@ def read_chunks(
         "ours": open_session(configuration, model),
         "dense": open_session(parse("baseline"), model),
         "held": open_session(parse("baseline"), model),
+        "alone": open_session(parse("baseline"), model),
     }
+    cuts = {"held": limit, "alone": 0}
     times: dict[str, list[float]] = {side: [] for side in sessions}
     for part in torch.split(ids, chunk, dim=1):
         for side, session in sessions.items():
-            beyond = session.kept_tokens - limit if side == "held" else 0
-            if beyond > 0:
-                session.cache.crop(-beyond)
+            _cut(session, cuts.get(side))
             times[side].append(milliseconds(lambda session=session: session.feed(part, last_only=True), clock))  # type: ignore[misc]  # noqa: B023
     for session in sessions.values():
         session.close()
     return times
+
+
+def _cut(session: Session, kept: int | None) -> None:
+    """Cuts a stock cache to its first tokens, where it has more; None leaves it."""
+    if kept is not None and session.kept_tokens > kept:
+        session.cache.crop(kept - session.kept_tokens)
 
 
 def memory(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
@@ -139,7 +152,8 @@ def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
         plan: sizes.
 
     Returns:
-        Both comparisons, times per token, logits and losses included.
+        Both comparisons, times per token, logits and losses included; the floor is the same blocks with nothing before
+        them.
     """
     lazy = streaming(plan.sinks, plan.window, BUFFER)
     found = score_in_turns(model, lazy, plan)
@@ -154,6 +168,7 @@ def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
             ours=found["blocks"],
             other=found[other],
             bar=bar,
+            floor=found["alone"],
         )
         for other, words, bar in rows
     ]
@@ -168,13 +183,13 @@ def score_in_turns(model: PreTrainedModel, configuration: Configuration, plan: P
         plan: sizes.
 
     Returns:
-        Times per token [ms]: `blocks`, `dense`, and `single` since the cache is full.
+        Times per token [ms]: `blocks`, `dense`, `alone`, and `single` since the cache is full.
     """
     stride = plan.block + plan.singles
     ids = token_ids(model, plan.limit + plan.scored * stride + 1)
-    ours, dense = open_session(configuration, model), open_session(parse("baseline"), model)
+    ours, dense, alone = (open_session(one, model) for one in (configuration, parse("baseline"), parse("baseline")))
     clock = clock_for(model.device)
-    values: dict[str, list[float]] = {"blocks": [], "dense": [], "single": []}
+    values: dict[str, list[float]] = {"blocks": [], "dense": [], "alone": [], "single": []}
 
     def score(session: Session, start: int, count: int, block: int) -> float:
         return (
@@ -187,9 +202,11 @@ def score_in_turns(model: PreTrainedModel, configuration: Configuration, plan: P
         middle = start + plan.block
         values["blocks"].append(score(ours, start, plan.block, plan.block))
         values["dense"].append(score(dense, start, plan.block, plan.block))
+        _cut(alone, 0)
+        values["alone"].append(score(alone, start, plan.block, plan.block))
         values["single"].append(score(ours, middle, plan.singles, 1))
         score(dense, middle, plan.singles, plan.singles)
-    for session in (ours, dense):
+    for session in (ours, dense, alone):
         session.close()
     return {side: Series(name=side, unit="ms/token", values=own) for side, own in values.items()}
 

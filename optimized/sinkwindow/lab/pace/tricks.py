@@ -10,6 +10,7 @@ from sinkwindow.lab.micro import AttentionSteps, BareAttention, attend, geometry
 from sinkwindow.lab.pace.plans import BUFFER, Plan
 from sinkwindow.lab.pace.records import Comparison
 from sinkwindow.lab.pace.sampling import Side, in_turns
+from sinkwindow.lanes import Lane
 from sinkwindow.rotation import Rotary
 
 CYCLE = BUFFER + 1  # steps that hold one eviction with a buffer [tokens]
@@ -28,6 +29,7 @@ def tricks(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
     """
     pairs = {
         **_moves(model, plan),
+        **_restarts(model, plan),
         **_slots(model, plan),
         **_grouped(model, plan),
     }
@@ -56,6 +58,27 @@ def _moves(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
             "all layers at once": together,
             "layer by layer": Side(lambda: [rotary.move(layer, CYCLE) for layer in sinks]),
         },
+    }
+
+
+def _restarts(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
+    """A step that brings positions back below their bound: what else it does when the slots have room left."""
+    filled = _filled(streaming(plan.sinks, plan.window, BUFFER).name, model, plan.limit)
+    (pool,) = filled.cache._content.stream.pools  # noqa: SLF001 - the part, not the whole
+    (row,) = pool.rows
+    lanes = [Lane(plan.limit, row.offset + CYCLE)]
+
+    def restart(*, stay: bool) -> Side:
+        return Side(lambda: pool.apply(pool.relocation(lanes, stay=stay)), ready=again)
+
+    def again() -> None:
+        pool.rows, pool.end = [row], pool.size
+
+    return {
+        "where positions start again": {
+            "keys turn where they stand": restart(stay=True),
+            "the window moves to the front as well": restart(stay=False),
+        }
     }
 
 
