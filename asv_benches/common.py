@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import os
 import shutil
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -73,8 +74,9 @@ def needs_compiler() -> None:
     Raises:
         NotImplementedError: if there is none: the number is missing then, not wrong.
     """
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        message = "no C++ compiler, which torch.compile needs: install g++ or clang++"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        message = f"no C++ compiler {compiler!r}, which torch.compile needs: install it, or name another one in CXX"
         raise NotImplementedError(message)
 
 
@@ -136,14 +138,13 @@ def checked_configuration(name: str) -> Any:
     Raises:
         LabError: if its logits or its attention differ from the definition.
     """
+    torch = importlib.import_module("torch")
     configuration = lab("configurations").parse(name)
     tiny = model_for("cpu", shape="tiny")
     tokens = LIMITS[name] + EVICTION_PERIOD + 10  # past the first eviction
     lab("micro").check_logits(configuration, tiny, tokens)
     if configuration.kind == "static":  # its attention alone means nothing: the mask is the model's
-        importlib.import_module(
-            "torch"
-        ).compiler.reset()  # or the graph of the tiny model would be widened to all shapes
+        torch.compiler.reset()  # the tiny model's graph would be widened to all shapes
     else:
         lab("micro").check(configuration, tiny, tokens)
     return configuration

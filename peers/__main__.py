@@ -18,7 +18,7 @@ from peers.client import Client
 from peers.environments import HOME, BuildError, interpreter
 from peers.plan import FULL, PEERS, QUICK, Plan
 from peers.run import failed_row, left_out, measure, say, skipped_row
-from peers.table import markdown, verdicts
+from peers.table import bars, markdown, verdicts
 from sinkwindow.lab import machine, marked
 from sinkwindow.lab.corpora import load_corpus
 from sinkwindow.lab.files import output_folder, write_text
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENT: Final = ROOT / "docs" / "peers.md"
 PLACE: Final = "peers"
+README: Final = ROOT / "README.md"
+BARS_PLACE: Final = "peers-bars"
 CORPUS: Final = "shakespeare"
 TOKENS: Final = 6144  # above the longest prompt and the longest text [tokens]
 CHARACTERS: Final = 60_000  # of the text, more than enough for so many tokens
@@ -130,17 +132,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, writes, prints, and fails if a bar is missed."""
     parser = argparse.ArgumentParser(prog="peers", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less of everything, without the slow peers")
-    parser.add_argument("--no-docs", action="store_true", help="leave docs/peers.md alone; --quick does, too")
+    parser.add_argument(
+        "--no-docs", action="store_true", help="leave README.md and docs/peers.md alone; --quick does, too"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for peers.md and peers.json")
     options = parser.parse_args(arguments)
     out = output_folder(options.out)
-    marked.check(DOCUMENT, PLACE)
+    for page, place in ((DOCUMENT, PLACE), (README, BARS_PLACE)):
+        marked.check(page, place)
     record = collect(QUICK if options.quick else FULL, quick=options.quick)
     text = markdown(record)
     write_text(out / "peers.json", json.dumps(record, indent=1))
     write_text(out / "peers.md", text)
     if not (options.quick or options.no_docs):
         marked.fill(DOCUMENT, {PLACE: text})
+        marked.fill(README, {BARS_PLACE: bars(record)})
     sys.stdout.write(text)
     missed = [one for one in verdicts(record) if not one.met]
     for one in missed:

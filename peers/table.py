@@ -70,9 +70,21 @@ def markdown(record: dict[str, Any]) -> str:
     rows = [cells(record, row, limits, notes) for row in record["peers"]]
     header = titles(record, limits)
     lines = [head(record), "", markdown_table(header, rows), ""]
-    lines += [f"- {one}." for one in verdicts(record)]
+    lines += [bars(record)]
     lines += ["", explanations(record), "", *notes.lines(), "", *environments(record)]
     return "\n".join(lines).strip() + "\n"
+
+
+def bars(record: dict[str, Any]) -> str:
+    """Each bar with what this run has.
+
+    Args:
+        record: as in results/peers.json.
+
+    Returns:
+        Markdown bullets.
+    """
+    return "\n".join(f"- {one}." for one in verdicts(record))
 
 
 class Notes:

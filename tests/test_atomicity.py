@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from families import TRAINED, build
 from sinkwindow import moves
 from sinkwindow.storage import SlotPool
 from sinkwindow_reference import reference_logits
@@ -109,7 +111,7 @@ def test_a_death_while_rows_part_leaves_the_cache_as_it_was(monkeypatch: pytest.
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
-    ("write", "fatal"), [*(("copy_", fatal) for fatal in range(4)), ("__setitem__", 0), ("__setitem__", 1)]
+    ("write", "fatal"), [*(("copy_", fatal) for fatal in range(8)), ("__setitem__", 0), ("__setitem__", 1)]
 )
 def test_an_interrupted_move_of_a_decode_step_is_finished(
     write: str, fatal: int, monkeypatch: pytest.MonkeyPatch, *, late: bool
@@ -120,6 +122,45 @@ def test_an_interrupted_move_of_a_decode_step_is_finished(
     """
     monkeypatch.setitem(moves.SCRATCH, "cpu", 1)
     assert _deaths([1] * 60, write, fatal, late=late) > 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_steps_after_an_interrupted_rebase_are_exact(*, late: bool) -> None:
+    """Of a static cache with two kinds of layers: what the rebase did not reach is turned before the next step.
+
+    Whichever write of the call dies.
+    """
+    rule, model, ids = Rule(2, 5, 1), build("qwen2_windows"), tokens(0, 2, TRAINED + 9)
+    expected = reference_logits(model, ids, **rule.arguments)
+    for fatal in itertools.count():
+        cache = rule.cache(model, static=True)
+        call(model, cache, ids[:, :TRAINED])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", _dying_write("copy_", fatal, late=late))
+            died = _dies(lambda: call(model, cache, ids[:, TRAINED : TRAINED + 3]))  # noqa: B023 - called at once
+        for column in range(cache.get_seq_length(), ids.shape[1]):
+            logits = call(model, cache, ids[:, [column]])
+            assert worst(logits - expected[:, [column]]) < EXACT
+        if not died:
+            break
+    assert fatal > 5
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_that_cannot_move_can_be_reset(*, static: bool) -> None:
+    """Where every write dies, for want of memory say, what was under way is dropped; the cache is as new."""
+    rule, model, ids = Rule(2, 5, 1), ModelSpec(max_positions=20).model(), tokens(0, 2, 30)
+    expected, fresh = reference_logits(model, ids, **rule.arguments), observe(rule.cache(model, static=static))
+    cache = rule.cache(model, static=static)
+    call(model, cache, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", _interrupted)
+        for act in (lambda: stream(model, cache, ids, [3] * 10), cache.rollback):
+            with pytest.raises(KeyboardInterrupt):
+                act()
+        cache.reset()
+    assert observe(cache) == fresh
+    assert worst(stream(model, cache, ids, [20, *[1] * 10]) - expected) < EXACT
 
 
 @given(sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 8)), most=st.integers(1, 400))

@@ -168,16 +168,18 @@ def test_a_failing_forward_puts_the_attention_back(model: PreTrainedModel, atten
     assert cache.seen_tokens == [0]
 
 
-def test_a_step_by_hand_gives_the_attention_back(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_step_by_hand_gives_the_attention_back(model: PreTrainedModel, attention: str) -> None:
     """As a benchmark calls a cache, without a model around it: what `begin_call` has lent, `commit_call` puts back."""
+    model.config._attn_implementation = attention
     cache = StreamingCache(model, 2, 5, 3, static=True)
     call(model, cache, tokens(6, 1, 4))
-    decoder, own = model.base_model, model.config._attn_implementation
+    decoder = cast("PreTrainedModel", model.base_model)
     for _ in range(2):
-        cache.begin_call(cast("PreTrainedModel", decoder), {"input_ids": tokens(1, 1, 1)})
-        assert model.config._attn_implementation != own
+        cache.begin_call(decoder, {"input_ids": tokens(1, 1, 1)})
+        assert (model.config._attn_implementation == attention) == (attention == "eager")  # it takes our mask itself
         cache.commit_call()
-        assert model.config._attn_implementation == own
+        assert model.config._attn_implementation == attention
     assert cache.seen_tokens == [6]
 
 

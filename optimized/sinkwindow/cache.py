@@ -259,8 +259,8 @@ class StreamingCache(Cache):
             RuntimeError: Some layer did not update the cache; the call is dropped then.
         """
         if self._call is None:
-            lent = self.commit_step()
-            if lent is not None and (decoder := self._decoder_ref()) is not None:
+            self.commit_step()
+            if (decoder := self._decoder_ref()) is not None:
                 close_call(decoder)
             return
         events = self._content.stream.commit(self._call)
@@ -271,17 +271,19 @@ class StreamingCache(Cache):
 
     def rollback(self) -> None:
         """Drop a call that did not complete; the cache is as it was after the last complete one."""
+        self._drop_call()
+        self._content.settle()
+
+    def _drop_call(self) -> None:
         under_way = self._call is not None or self._content.stepping
         if under_way and (decoder := self._decoder_ref()) is not None:
             close_call(decoder)
         self._call = None
-        self._content.settle()
 
     def reset(self) -> None:
-        """Forget everything; the cache is as new."""
-        self.rollback()
-        with self._content.at_rest() as stream:
-            stream.reset()
+        """Forget everything, what was interrupted too; the cache is as new."""
+        self._drop_call()
+        self._content.reset()
 
     def detach(self) -> None:
         """Take the cache's hooks off the model; the cache can be read but not fed any more."""

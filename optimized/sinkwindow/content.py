@@ -65,6 +65,12 @@ class Content:
         if self.ring is not None:
             self.ring.lay()
 
+    def reset(self) -> None:
+        """Forget everything, with nothing finished or moved first: memory may be what is lacking."""
+        if self.ring is not None:
+            self.ring.forget()
+        self._stream.reset()
+
     @contextmanager
     def at_rest(self) -> Iterator[Stream]:
         """Give the stream, to change it."""

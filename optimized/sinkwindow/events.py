@@ -32,17 +32,17 @@ class Eviction:
 
 
 def evictions(rule: Retention, lane: LaneCall, before: int, after: int, rows: range) -> Iterator[Eviction]:
-    """List a lane's evictions in a call, in the order in which they happened.
+    """List the evictions of a lane that evicted in a call, in the order in which they happened.
 
     Args:
         rule: The retention rule.
         lane: The call.
         before: Tokens evicted before the call.
-        after: Tokens evicted after it.
+        after: Tokens evicted after it, more than before.
         rows: Rows of the batch that the lane stands for.
     """
     by_token = rule.evict == "token"
-    step = rule.buffer + 1 if by_token else max(1, after - before)
+    step = rule.buffer + 1 if by_token else after - before
     length = rule.capacity if by_token else lane.seen_after - before
     for gone in range(before, after, step):
         tokens = range(rule.first(gone), rule.first(gone + step))

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Write", "Writes", "from_aside", "in_parts"]
 
 # [bytes] taken aside at a time: on a CPU what its own cache holds, since fresh pages for whole windows cost more than
-# the copying; elsewhere what keeps the number of kernels small.
+# the copying; elsewhere more, for fewer kernels. A rotation in float32 needs several times that for a moment.
 SCRATCH = {"cpu": 2 << 20}
-SCRATCH_ELSEWHERE = 64 << 20
+SCRATCH_ELSEWHERE = 16 << 20
 
 
 class Write(NamedTuple):
@@ -64,19 +64,21 @@ def from_aside(target: Tensor, source: Tensor) -> Write:
     return Write(target, lambda: source)
 
 
-def in_parts(target: Tensor, source: Tensor, change: Callable[[Tensor], Tensor], dim: int = 0) -> Iterator[Write]:
-    """Write as much at a time as ``SCRATCH`` allows: some layers, or of a layer that is larger some rows.
+def in_parts(target: Tensor, source: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[Write]:
+    """Write as much at a time as ``SCRATCH`` allows: some layers, or of a layer that is larger some rows, one at least.
 
     Args:
         target: ``[layers, batch, ...]``.
         source: ``[layers, batch, ...]``, of the same size.
         change: Gives what is written, always a copy.
-        dim: Along which to begin.
     """
+    for layers in _split(target, source, 0):
+        for to, part in _split(*layers, 1):
+            yield Write(to, partial(change, part))
+
+
+def _split(target: Tensor, source: Tensor, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split two tensors of one size along a dimension, into as few parts as ``SCRATCH`` allows."""
     most = SCRATCH.get(source.device.type, SCRATCH_ELSEWHERE)
     step = max(1, most * source.shape[dim] // max(1, source.nbytes))
-    for to, part in zip(torch.split(target, step, dim), torch.split(source, step, dim), strict=True):
-        if part.nbytes > most and dim == 0:
-            yield from in_parts(to, part, change, dim=1)
-        else:
-            yield Write(to, partial(change, part))
+    return zip(torch.split(target, step, dim), torch.split(source, step, dim), strict=True)

@@ -249,6 +249,7 @@ class Ring:
             return
         for pool in pools:
             if not pool.laid:
+                pool.make_ready(state.lanes, 0)  # an interrupted rebase may not have reached all pools
                 pool.apply(_lay(pool, state.lanes))
         self._take_places()
         for counter, name in ((self.seen, "seen"), (self.offset, "offset")):
@@ -263,6 +264,10 @@ class Ring:
         for pool in self.stream.pools:
             if pool.laid:
                 pool.apply(_unroll(pool, self.stream.state.lanes))
+
+    def forget(self) -> None:
+        """Let go of what the steps know, for a stream that forgets."""
+        self.step = self._base = None
 
     def _take_places(self) -> None:
         """Find each layer's tensors; they and the counters keep their addresses as long as the banks are the same."""

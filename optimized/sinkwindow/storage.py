@@ -8,7 +8,8 @@ stands in the slots just before it, sinks first, so that attention reads one con
 
 A new token is written at ``end``. An eviction moves nothing but the sinks: they are rotated forward by the number of
 evicted tokens, always from the pristine copy, and written over the youngest evicted tokens' slots, just before the
-window. When ``end`` reaches the last slot, the window is moved to the front once.
+window. When ``end`` reaches the last slot, the window is moved to the front once; when positions start again, its keys
+are rotated where they stand.
 
 While a model call is under way nothing is written where a retained token stands, so a call that fails is undone by
 forgetting it. Every other change is a ``Move``: it knows which of its writes are done, so that an interrupted one is
@@ -173,6 +174,10 @@ class SlotPool:
         if self._under_way is not None:
             self.apply(self._under_way)
 
+    def drop_move(self) -> None:
+        """Leave a move that was interrupted as it is: what it was about is not needed any more."""
+        self._under_way = None
+
     # -- before a call ------------------------------------------------------------------------------------------------
 
     def make_ready(self, lanes: Sequence[Lane], fresh: int) -> None:
@@ -228,13 +233,13 @@ class SlotPool:
         *,
         stay: bool = False,
     ) -> Move:
-        """Move the windows to the front, rotated at the lanes' offsets.
+        """Rotate the windows at the lanes' offsets, and move them to the front unless they ``stay``.
 
         Args:
             lanes: What each row has seen once the move is done.
             rows: What the pool shall know then; as now if omitted.
             cut: Newest tokens of each row to leave behind.
-            stay: Rotate them where they are.
+            stay: Leave them where they stand.
         """
         self.restore_overwritten()
         rows = self.rows if rows is None else rows

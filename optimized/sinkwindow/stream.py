@@ -226,9 +226,11 @@ class Stream:
             pool.split_rows(len(self.state.lanes))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything, changes under way too."""
+        self._unfinished = None
         self._history = self._new_history()
         for pool in self.pools:
+            pool.drop_move()
             pool.forget_overwritten()
         self._transact([(pool, Move(Writes([]), [], [Row()], 0)) for pool in self.pools], State())
 

@@ -47,7 +47,7 @@ class Comparison(Record):
 
     `cost` is our median over the other's, at most `bar`. `speed` is the other's median time over ours, at least `bar`.
     `longest` is our longest step with an event over our median step, at most `bar`. Without a bar it is shown only.
-    `floor` is a time [ms] below which no implementation on this machine gets, where there is one.
+    `floor` is a time, in the unit of `ours`, below which no cache gets on this machine, where there is one.
     """
 
     part: str
@@ -79,12 +79,12 @@ class Comparison(Record):
 
     @property
     def free(self) -> float | None:
-        """The ratio that a cache which costs nothing would have; None without a floor."""
+        """The ratio that the floor itself has, better than any cache's; None without a floor."""
         return None if self.floor is None else self._ratio_of(self.floor)
 
     @property
     def attainable(self) -> bool:
-        """Whether a cache that costs nothing would meet the bar; true where no floor says otherwise."""
+        """Whether the floor itself meets the bar; true where there is none."""
         return self.free is None or self._allows(self.free)
 
     def _ratio_of(self, side: Series) -> float:
@@ -108,6 +108,10 @@ class BandwidthRecord(Record):
         """The fastest way's median [GB/s]: the strictest floor."""
         return max(spread(values).median for values in self.rates.values())
 
+    def least_ms(self, count: int) -> float:
+        """Time to read `count` bytes once the fastest way [ms]."""
+        return count / self.best / 1e6
+
 
 class FloorRecord(Record):
     """What a decode step cannot be faster than, for one model and batch size."""
@@ -120,9 +124,10 @@ class FloorRecord(Record):
     bare: Series
     short: Series
 
-    def bytes_ms(self, rate: float) -> float:
-        """Time to read weights and cache once at `rate` [GB/s] [ms]."""
-        return (self.weight_bytes + self.cache_bytes) / rate / 1e6
+    @property
+    def read_bytes(self) -> int:
+        """What a step has to read once, weights and cache."""
+        return self.weight_bytes + self.cache_bytes
 
 
 class SpeedReport(Record):

@@ -62,7 +62,7 @@ def _moves(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
 
 
 def _restarts(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
-    """A step that brings positions back below their bound: what else it does when the slots have room left."""
+    """Bringing positions back below their bound: keys alone, or keys and values on their way to the front."""
     filled = _filled(streaming(plan.sinks, plan.window, BUFFER).name, model, plan.limit)
     (pool,) = filled.cache._content.stream.pools  # noqa: SLF001 - the part, not the whole
     (row,) = pool.rows
