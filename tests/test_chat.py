@@ -78,6 +78,18 @@ def test_snapshots_and_copies_branch_a_chat(rule: Rule, seed: int, first: int, s
     assert worst(call(model, twin, ways[1]) - expected[1]) < EXACT
 
 
+def test_snapshots_stay_with_their_kind() -> None:
+    """The tensors of static and other caches are cut differently: the error names both, and nothing has changed."""
+    rule, model = Rule(2, 5, 1), ModelSpec().model()
+    static, dynamic = rule.cache(model, static=True), rule.cache(model)
+    for cache, other, own in ((static, dynamic, True), (dynamic, static, False)):
+        call(model, cache, tokens(14, 1, 9))
+        before = observe(cache)
+        with pytest.raises(ValueError, match=f"static={not own}, this one has static={own}"):
+            cache.restore(other.snapshot())
+        assert observe(cache) == before
+
+
 @given(rule=rules(), seed=seeds(), first=st.integers(1, 40), second=st.integers(1, 40))
 @budget(0.2)
 def test_reset_is_a_fresh_cache(rule: Rule, seed: int, first: int, second: int) -> None:

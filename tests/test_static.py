@@ -388,13 +388,3 @@ def test_a_mask_that_hides_more_is_refused() -> None:
     with pytest.raises(ValueError, match="hides more than the future and padding"):
         call(model, cache, ids, mask)
     assert cache.seen_tokens == [0]
-
-
-def test_snapshots_stay_with_their_kind() -> None:
-    """The tensors of the two are cut differently."""
-    model, ids = ModelSpec().model(), tokens(14, 1, 9)
-    static, dynamic = StreamingCache(model, 2, 5, 1, static=True), StreamingCache(model, 2, 5, 1)
-    for cache in (static, dynamic):
-        call(model, cache, ids)
-    with pytest.raises(ValueError, match="static=False, this one has static=True"):
-        static.restore(dynamic.snapshot())
