@@ -146,6 +146,7 @@ def test_steps_after_an_interrupted_rebase_are_exact(*, late: bool) -> None:
     assert fatal > 5
 
 
+@pytest.mark.filterwarnings("ignore:module forward hook with:UserWarning")  # it dies again
 @pytest.mark.parametrize("static", [False, True])
 def test_a_cache_that_cannot_move_can_be_reset(*, static: bool) -> None:
     """Where every write dies for want of memory, what was under way is dropped; the cache is as new."""
