@@ -227,7 +227,6 @@ class Stream:
 
     def reset(self) -> None:
         """Forget everything, changes under way too."""
-        self._unfinished = None
         self._history = self._new_history()
         for pool in self.pools:
             pool.drop_move()
