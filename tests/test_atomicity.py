@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from families import TRAINED, build
 from sinkwindow import moves
+from sinkwindow.ring import Ring
 from sinkwindow.storage import SlotPool
 from sinkwindow_reference import reference_logits
 from strategies import (
@@ -159,6 +160,24 @@ def test_a_cache_that_cannot_move_can_be_reset(*, static: bool) -> None:
         assert _dies(lambda: stream(model, cache, ids, [3] * 10))
         assert _dies(cache.rollback)
         assert not _dies(cache.reset)
+    assert observe(cache) == fresh
+    assert worst(stream(model, cache, ids, [20, *[1] * 10]) - expected) < EXACT
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("part", [(SlotPool, "drop_move"), (SlotPool, "apply"), (Ring, "forget")])
+def test_an_interrupted_reset_is_finished(part: tuple[type, str], *, static: bool) -> None:
+    """Wherever a reset dies, after steps that only a ring has counted too: the next call finds an empty cache."""
+    rule, model, ids = Rule(2, 5, 1), ModelSpec(max_positions=20).model(), tokens(0, 2, 30)
+    expected, fresh = reference_logits(model, ids, **rule.arguments), observe(rule.cache(model, static=static))
+    cache = rule.cache(model, static=static)
+    stream(model, cache, ids, [20, *[1] * 10])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*part, _interrupted)
+        reached = static or part[0] is SlotPool
+        with pytest.raises(KeyboardInterrupt) if reached else nullcontext():
+            cache.reset()
+    cache.rollback()
     assert observe(cache) == fresh
     assert worst(stream(model, cache, ids, [20, *[1] * 10]) - expected) < EXACT
 

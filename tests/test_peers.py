@@ -266,3 +266,4 @@ def test_environment_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_page_has_a_place_for_the_table() -> None:
     """Found before anything is measured, or half an hour would be lost."""
     marked.check(program.DOCUMENT, program.PLACE)
+    marked.check(program.README, program.BARS_PLACE)

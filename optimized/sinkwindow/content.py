@@ -67,9 +67,9 @@ class Content:
 
     def reset(self) -> None:
         """Forget everything, with nothing finished or moved first: memory may be what is lacking."""
-        if self.ring is not None:
-            self.ring.forget()
         self._stream.reset()
+        if self.ring is not None:
+            self.ring.forget()  # last: until the stream has forgotten, only the ring knows what the steps have done
 
     @contextmanager
     def at_rest(self) -> Iterator[Stream]:

@@ -228,10 +228,11 @@ class Stream:
     def reset(self) -> None:
         """Forget everything, changes under way too."""
         self._history = self._new_history()
-        for pool in self.pools:
+        self._unfinished = ([(pool, Move(Writes([]), [], [Row()], 0)) for pool in self.pools], State())
+        for pool in self.pools:  # only now: half a move must not be dropped by half a reset
             pool.drop_move()
             pool.forget_overwritten()
-        self._transact([(pool, Move(Writes([]), [], [Row()], 0)) for pool in self.pools], State())
+        self.complete()
 
     def _transact(self, moves: list[tuple[SlotPool, Move]], state: State) -> None:
         """Change tensors and state together: from here on an interruption is completed by the next call."""
