@@ -256,6 +256,12 @@ def test_a_model_s_decoding_has_every_bar(batch: int) -> None:
     assert all(one.over_floor is not None for one in rows[:4])
 
 
+@pytest.mark.parametrize("plan", [plans.FULL, plans.QUICK], ids=["full", "quick"])
+def test_a_plan_has_samples_and_bars_for_all_its_batches(plan: plans.Plan) -> None:
+    """Whatever number of rows it decodes or compiles with: a run must not end in the middle."""
+    assert {*plan.batches, *plan.compiled} <= set(plan.samples) & set(plan.late) & set(plans.TPOT_BARS)
+
+
 def test_long_inputs_have_every_bar() -> None:
     """Prefill, memory and scoring, each with its bar; both sides read the same number of tokens."""
     model, plan = random_model("tiny"), plans.QUICK

@@ -224,7 +224,7 @@ def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan, bandwidt
     found = in_turns(sides, plan.samples[batch], model.device)
     for decoder in ways.values():
         decoder.close()
-    bars = {"ours": COMPILED_BAR, "DynamicCache": TPOT_BARS.get(batch)}
+    bars = {"ours": COMPILED_BAR, "DynamicCache": TPOT_BARS[batch]}
     read = read_weight_bytes(model) + kept_bytes(model, length, batch)
     floor = Series(name="bytes / bandwidth", unit="ms", values=[bandwidth.least_ms(read)])
     return [
