@@ -10,7 +10,7 @@ import torch
 from lab_tiny import machine_record, tiny_model
 from sinkwindow.lab import marked
 from sinkwindow.lab.configurations import parse, streaming
-from sinkwindow.lab.pace import decode, floors, plans, speed_page, texts, tricks
+from sinkwindow.lab.pace import collect, decode, floors, plans, speed_page, texts, tricks
 from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, Series, SpeedReport
 from sinkwindow.lab.pace.sampling import Side, in_turns
 from sinkwindow.lab.sessions import DenseSession
@@ -260,6 +260,15 @@ def test_a_model_s_decoding_has_every_bar(batch: int) -> None:
 def test_a_plan_has_samples_and_bars_for_all_its_batches(plan: plans.Plan) -> None:
     """Whatever number of rows it decodes or compiles with: a run must not end in the middle."""
     assert {*plan.batches, *plan.compiled} <= set(plan.samples) & set(plan.late) & set(plans.TPOT_BARS)
+
+
+def test_a_run_measures_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first step to its page, with one tiny model: each part has rows, and nothing is judged."""
+    few = {**vars(plans.QUICK), "shapes": ("tiny",), "samples": {1: 2, 8: 2}, "tricks": 1}
+    monkeypatch.setattr(collect, "QUICK", plans.Plan(**few))
+    found = collect.collect(quick=True, threads=1, say=lambda _: None)
+    assert {one.part for one in found.comparisons} == set(speed_page.PARTS)
+    assert "not judged" in speed_page.render(found)
 
 
 def test_long_inputs_have_every_bar() -> None:
