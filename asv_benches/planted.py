@@ -58,8 +58,8 @@ StreamingCache.update = _late
     Plant(
         "larger: as many free slots as tokens",
         """
-from sinkwindow import storage as _storage
-_storage.SLACK_SHARE = 1
+from sinkwindow.storage import slots as _slots
+_slots.SLACK_SHARE = 1
 """,
         r"CacheBytes\.track_bytes",
     ),

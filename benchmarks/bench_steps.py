@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import pytest
 import torch
 
+from sinkwindow.attention.rotation import Rotary
 from sinkwindow.lab.micro import AttentionSteps, BareAttention, geometry
-from sinkwindow.rotation import Rotary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,15 +59,11 @@ def test_update_with_eviction(timed: Callable[..., None], full_cache: Callable[[
 @pytest.mark.parametrize("stay", [True, False])
 def test_rebase(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps], *, stay: bool) -> None:
     """The window rotated back to ranks, as when positions near their bound: in its place, or moved to the front too."""
-    stream = full_cache("streaming_4_1020", FULL).cache._content.stream  # noqa: SLF001 - the part, not the whole
-    (pool,) = stream.pools
-    lanes = [type(lane)(lane.seen, row.evicted) for lane, row in zip(stream.state.lanes, pool.rows, strict=True)]
-    rows, banks = pool.rows, pool.banks
-
-    def restore() -> None:
-        pool.rows, pool.banks, pool.end = rows, banks, pool.size
-
-    timed(lambda: pool.apply(pool.relocation(lanes, stay=stay)), restore)
+    stream = full_cache("streaming_4_1020", FULL).cache._stream  # noqa: SLF001 - the part, not the whole
+    (pool,), (slots,) = stream.pools, stream.state.pools
+    lanes = [type(lane)(lane.seen, row.evicted) for lane, row in zip(stream.state.lanes, slots.lanes, strict=True)]
+    full = replace(slots, end=slots.banks[0].slots.keys.shape[3])
+    timed(lambda: pool.relocation(full, lanes, stay=stay)[0].finish())  # noqa: PLW0108 - planned each time
 
 
 @pytest.mark.benchmark(group="rotation")
@@ -77,14 +74,14 @@ def test_rotation(timed: Callable[..., None], model: PreTrainedModel, tokens: in
     frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
     shape = (sizes.layers, 1, sizes.kv_heads, tokens, sizes.head_dim)
     keys = torch.randn(shape, device=model.device, dtype=model.dtype)
-    timed(lambda: Rotary(frequencies).move(keys, 65))
+    timed(lambda: Rotary(frequencies).rotate_by(keys, 65))
 
 
 @pytest.mark.benchmark(group="attention of a 512-token call")
 def test_exact_attention(
     timed: Callable[..., None], model: PreTrainedModel, full_cache: Callable[[str, int], AttentionSteps]
 ) -> None:
-    """The banded attention across evictions, cache work included."""
+    """The model's attention under our mask, across evictions, cache work included."""
     steps = full_cache("streaming_4_1020", FULL)
     timed(lambda: steps.long_call(PROMPT), rounds=5)
     assert geometry(model).layers == steps.sizes.layers

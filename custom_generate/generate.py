@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sinkwindow import StreamingCache
-from sinkwindow.versions import CACHE_ARGUMENT
+from sinkwindow.model.versions import CACHE_ARGUMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

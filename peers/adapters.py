@@ -184,7 +184,7 @@ class Ours(Adapter):
 
     def work(self) -> list[tuple[Any, str]]:
         """Evictions happen before and after the layers."""
-        return [(self.memory, name) for name in ("begin_call", "commit_call")]
+        return [(self.memory, name) for name in ("_begin", "_end")]
 
     def cache_bytes(self) -> int:
         """All that is allocated [bytes]."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
+from sinkwindow.model.hooks import call_by_hand
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
@@ -169,17 +170,19 @@ def test_a_failing_forward_puts_the_attention_back(model: PreTrainedModel, atten
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_a_step_by_hand_gives_the_attention_back(model: PreTrainedModel, attention: str) -> None:
-    """As a benchmark calls a cache, without a model around it: what `begin_call` has lent, `commit_call` puts back."""
+@pytest.mark.parametrize("static", [False, True])
+def test_a_call_by_hand_counts(model: PreTrainedModel, attention: str, *, static: bool) -> None:
+    """As a benchmark calls a cache, without a model around it: it counts like a model's, and the model is as it was."""
     model.config._attn_implementation = attention
-    cache = StreamingCache(model, 2, 5, 3, static=True)
+    cache = StreamingCache(model, 2, 5, 3, static=static)
     call(model, cache, tokens(6, 1, 4))
-    decoder = cast("PreTrainedModel", model.base_model)
+    before, decoder = _state(model), cast("PreTrainedModel", model.base_model)
     for _ in range(2):
-        cache.begin_call(decoder, {"input_ids": tokens(1, 1, 1)})
-        assert (model.config._attn_implementation == attention) == (attention == "eager")  # it takes our mask itself
-        cache.commit_call()
-        assert model.config._attn_implementation == attention
+        with call_by_hand(cache, decoder, {"input_ids": tokens(1, 1, 1)}) as arguments:
+            assert arguments["position_ids"].shape == (1, 1)
+            for layer in range(2):
+                cache.update(torch.zeros(1, 1, 1, 8).double(), torch.zeros(1, 1, 1, 8).double(), layer)
+        assert _state(model) == before
     assert cache.seen_tokens == [6]
 
 
@@ -248,8 +251,7 @@ def test_a_cache_does_not_keep_its_model(model: PreTrainedModel) -> None:
 
 
 def _tensors(cache: StreamingCache) -> list[torch.Tensor]:
-    found = [bank for pool in cache._content.stream.pools for bank in pool.banks]
-    return [tensor for bank in found for tensor in (*bank.slots, *bank.sinks)]
+    return [tensor for slots in cache._stream.state.pools for bank in slots.banks for tensor in bank.tensors]
 
 
 # -- copies of the model --------------------------------------------------------------------------------------------

@@ -29,11 +29,11 @@ from asv_benches import (
     gate,
 )
 
+from sinkwindow.attention.rotation import Rotary
 from sinkwindow.lab import micro, timing
 from sinkwindow.lab.configurations import parse
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.shapes import random_model
-from sinkwindow.rotation import Rotary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -237,7 +237,7 @@ def test_lab_of_an_old_commit_is_missing() -> None:
 @pytest.mark.parametrize("name", ["streaming_4_60", "streaming_4_60_0", "static_4_252"])
 def test_wrong_positions_get_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache whose sinks stay behind is refused before anything is timed."""
-    monkeypatch.setattr(Rotary, "move", lambda _self, states, _distance: states)
+    monkeypatch.setattr(Rotary, "rotate_by", lambda _self, states, _distance: states)
     with torch.compiler.set_stance("force_eager"), pytest.raises(LabError, match="its speed means nothing"):
         common.checked_configuration(name)
 

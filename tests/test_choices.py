@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from sinkwindow.versions import CACHE_ARGUMENT
+from sinkwindow.model.versions import CACHE_ARGUMENT
 from strategies import EXACT, VOCABULARY, ModelSpec, Rule, budget
 
 if TYPE_CHECKING:

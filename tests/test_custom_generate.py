@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sinkwindow import StreamingCache
-from sinkwindow.versions import CACHE_ARGUMENT
+from sinkwindow.model.versions import CACHE_ARGUMENT
 
 ROOT = Path(__file__).parents[1]
 CONFIG = LlamaConfig(

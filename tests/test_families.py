@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from families import FAMILIES, FLOAT32_ISLAND, REFUSED, TRAINED, build, table
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
-from sinkwindow.versions import NEWEST_TESTED
+from sinkwindow.model.versions import NEWEST_TESTED
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
     BOTH,
@@ -96,7 +96,7 @@ def test_a_whole_call_beyond_the_table_of_columns_is_refused() -> None:
     """Where an ALiBi of columns comes from a table, it is refused by both numbers; shorter ones go on."""
     rule, model, ids = Rule(1, 4, 1, "call"), build("mpt"), tokens(0, 1, TRAINED + 1)
     cache = rule.cache(model)
-    with pytest.raises(ValueError, match=rf"brings {TRAINED + 1} columns beside 0 cached ones, .* ends at {TRAINED}"):
+    with pytest.raises(ValueError, match=rf"brings {TRAINED + 1} columns and 0 are cached, .* ends at {TRAINED}"):
         call(model, cache, ids)
     assert cache.seen_tokens == [0]
     expected = reference_logits(model, ids, chunks=[TRAINED, 1], **rule.arguments)

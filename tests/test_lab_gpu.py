@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from sinkwindow.attention.rotation import Rotary
 from sinkwindow.lab.pace import gpu, gpu_collect, gpu_page, laws
 from sinkwindow.lab.pace.gpu_records import GpuReport, LawRecord
 from sinkwindow.lab.shapes import random_model
-from sinkwindow.rotation import Rotary
 from test_lab_cli import run
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def test_a_wrong_rotation_breaks_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
     def stay(self: Rotary, states: Tensor, distance: int | Tensor) -> Tensor:  # noqa: ARG001
         return states
 
-    monkeypatch.setattr(Rotary, "move", stay)
+    monkeypatch.setattr(Rotary, "rotate_by", stay)
     model = random_model("tiny")
     assert not laws.calls_law(model, laws.widened(model), "tiny", (2, 8, 3), 0).holds
 

@@ -1,56 +1,52 @@
-"""Layers on different devices: every tensor of a pool stands where its layers' keys are.
+"""Layers on different devices: every tensor of a pool is where its layers' keys are.
 
-The second device is `meta`, which computes shapes and refuses to meet another device's tensors.
+The second device is `meta`, which computes shapes and refuses to work with another device's tensors.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from sinkwindow.lanes import Lane, LaneCall, Segment
-from sinkwindow.plan import pool_call
+from sinkwindow.attention.rotation import Rotary
+from sinkwindow.lanes import Inputs
 from sinkwindow.retention import Retention
-from sinkwindow.rotation import Rotary
-from sinkwindow.storage import SlotPool
-
-if TYPE_CHECKING:
-    from sinkwindow.call import PoolCall
+from sinkwindow.storage.slots import Pool
+from sinkwindow.stream.stream import Stream
 
 RULE = Retention(num_sinks=2, window=4, buffer=1)
-DEVICES = {0: torch.device("cpu"), 1: torch.device("meta"), 2: torch.device("cpu")}
+CPU = torch.device("cpu")
+DEVICES = {0: CPU, 1: torch.device("meta"), 2: CPU}
 
 
-def _feed(pool: SlotPool, lane: Lane, columns: int, offset: int) -> Lane:
-    """Run one call of all layers through a pool, on each layer's device."""
-    call = LaneCall(lane.seen, columns, None, [Segment(lane.seen, offset)], lane.offset)
-    part: PoolCall = pool_call(pool, (Lane(lane.seen, offset),), [call], banded={})
+def _feed(stream: Stream, columns: int) -> None:
+    """Run one call of all layers through a stream, on each layer's device."""
+    call = stream.begin(Inputs(1, columns, CPU, None))
+    (part,) = call.parts
     for layer, device in DEVICES.items():
         keys = torch.randn(1, 1, columns, 4, device=device)
         for states in part.update(layer, keys, keys):
             assert states.device == device
-    for layer, banded in (part.banded or {}).items():
-        tensors = [banded.sink_keys, banded.sink_values, banded.band.rank_shift, banded.band.sink_columns]
-        tensors += [block.hidden for block in banded.band.blocks]
-        assert {tensor.device for tensor in tensors} == {DEVICES[layer]}
-    pool.apply(part.outcome())
-    return call.after
+            assert states.shape[2] == part.length
+        assert part.visible(device).device == device
+    stream.commit(call)
 
 
-def _tensors(pool: SlotPool) -> list[tuple[list[int], Tensor]]:
-    return [(list(bank.layers), tensor) for bank in pool.banks for tensor in (*bank.slots, *bank.sinks)]
+def _tensors(stream: Stream) -> list[tuple[list[int], Tensor]]:
+    return [(list(bank.layers), tensor) for bank in stream.state.pools[0].banks for tensor in bank.tensors]
 
 
 def test_no_tensor_is_shared_across_devices() -> None:
-    """Prefill, decode, evictions, a move with a rebase and a roll-back's growth all stay on each layer's device."""
-    pool = SlotPool(RULE, Rotary(torch.tensor([1.0, 0.5])), list(DEVICES))
-    lane = Lane()
-    for columns, offset in ((9, 0), (1, 0), (1, 0), (1, 3), (12, 3), (2, 9)):
-        lane = _feed(pool, lane, columns, offset)
-    pool.recording = True
-    pool.apply(pool.relocation((lane,)))
-    assert [list(bank.layers) for bank in pool.banks] == [[0, 2], [1]]
-    for layers, tensor in _tensors(pool):
+    """Prefill, decode, evictions, moves, a rebase, a recorded past and a roll-back stay on each layer's device."""
+    stream = Stream([Pool(RULE, Rotary(torch.tensor([1.0, 0.5])), list(DEVICES))], bound=14)
+    for columns in (9, 1, 1, 1, 12, 2, 1, 1, 1, 1):
+        _feed(stream, columns)
+    assert stream.state.lanes[0].offset > 0
+    stream.record_past()
+    for columns in (1, 3, 1, 12):
+        _feed(stream, columns)
+    stream.crop(5)
+    _feed(stream, 2)
+    assert [list(bank.layers) for bank in stream.state.pools[0].banks] == [[0, 2], [1]]
+    for layers, tensor in _tensors(stream):
         assert {tensor.device} == {DEVICES[layer] for layer in layers}

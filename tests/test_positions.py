@@ -92,14 +92,14 @@ def test_a_rebase_turns_keys_where_they_stand() -> None:
     """While there is room; the window moves to the front in a step of its own, unless both are due at once."""
     model, ids = ModelSpec(max_positions=20).model(), tokens(0, 1, 200)
     cache = Rule(2, 5, 0).cache(model)
-    content, alone, both = cache._content.stream, 0, 0
-    (pool,) = content.pools
+    alone, both = 0, 0
     for column in range(ids.shape[1]):
-        (lane,), end = content.state.lanes, pool.end
+        before = cache.debug_state()
         call(model, cache, ids[:, column : column + 1])
-        if column and content.state.lanes[0].offset != lane.offset:
-            assert (pool.end == end + 1) == (end < pool.size)
-            alone, both = alone + (end < pool.size), both + (end == pool.size)
+        after = cache.debug_state()
+        if column and after.offsets != before.offsets:
+            assert (after.end == before.end + 1) == (before.end < before.size)
+            alone, both = alone + (before.end < before.size), both + (before.end == before.size)
     assert alone > 5
     assert both > 0
 

@@ -27,8 +27,7 @@ def test_retained_list_equals_the_list_program_after_every_call(rule: Rule, leng
         program.evict_if_full()
         evicted = retention.evicted_after(seen, evicted)
         assert retention.retained(seen, evicted) == program.tokens
-        assert retention.length(seen, evicted) == len(program.tokens)
-        assert retention.sinks(seen) + retention.window_length(seen, evicted) == len(program.tokens)
+        assert seen - evicted == len(program.tokens)
 
 
 @given(rule=rules(), total=st.integers(1, 200))
@@ -58,7 +57,7 @@ def test_sinks_and_the_last_window_are_never_evicted(rule: Rule, lengths: list[i
 def test_the_length_of_the_list_is_that_of_the_seed_s_log() -> None:
     """With S=8, W=256, B=64 the list goes 328, 329 -> 264, 265."""
     retention = Retention(8, 256, 64)
-    met = [retention.length(token + 1, retention.evicted_before(token)) for token in range(396)]
+    met = [token + 1 - retention.evicted_before(token) for token in range(396)]
     assert met[327:331] == [328, 329, 265, 266]
     assert met[393:395] == [329, 265]
 

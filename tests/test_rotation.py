@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinkwindow.rotation import Rotary
+from sinkwindow.attention.rotation import Rotary
 from sinkwindow_reference import rotate
 from strategies import seeds, worst
 
@@ -58,14 +58,14 @@ STEPS = st.integers(-2000, 2000)
 @given(case=CASES, first=STEPS, second=STEPS)
 def test_moves_compose(case: Case, first: int, second: int) -> None:
     """Moving by a and then by b is moving by a + b."""
-    move, states = case.rotary.move, case.states
+    move, states = case.rotary.rotate_by, case.states
     assert worst(move(move(states, first), second) - move(states, first + second)) < 1e-11
 
 
 @given(case=CASES, distance=STEPS)
 def test_a_move_can_be_undone(case: Case, distance: int) -> None:
     """Moving by -a undoes moving by a, and a move changes no pair's length."""
-    move, states = case.rotary.move, case.states
+    move, states = case.rotary.rotate_by, case.states
     assert worst(move(move(states, distance), -distance) - states) < 1e-12
     assert worst(move(states, distance).norm(dim=-1) - states.norm(dim=-1)) < 1e-12
 
@@ -78,15 +78,15 @@ def test_a_move_equals_rotating_at_the_new_position(case: Case, start: int, dist
     before, after = (
         rotate(states, at, rotary.inv_freq, interleaved=case.interleaved) for at in (positions, positions + distance)
     )
-    assert worst(rotary.move(before, distance) - after) < 1e-9
+    assert worst(rotary.rotate_by(before, distance) - after) < 1e-9
 
 
 @given(case=CASES, steps=st.lists(STEPS, min_size=5, max_size=5))
 def test_a_tensor_of_distances_moves_each_token_by_its_own(case: Case, steps: list[int]) -> None:
     """`[1, tokens]` distances give what five moves by an int give."""
     states = case.states
-    together = case.rotary.move(states, torch.tensor(steps)[None])
-    apart = [case.rotary.move(states[:, :, [token]], step) for token, step in enumerate(steps)]
+    together = case.rotary.rotate_by(states, torch.tensor(steps)[None])
+    apart = [case.rotary.rotate_by(states[:, :, [token]], step) for token, step in enumerate(steps)]
     assert torch.equal(together, torch.cat(apart, dim=2))
 
 
@@ -95,7 +95,7 @@ def test_a_tensor_of_distances_moves_each_token_by_its_own(case: Case, steps: li
 def test_channels_beyond_the_rotary_ones_pass_bit_for_bit(dtype: torch.dtype, case: Case, distance: int) -> None:
     """A partial rotary embedding leaves the rest of the head alone, and shape and dtype stay."""
     states = case.states.to(dtype)
-    moved = case.rotary.move(states, distance)
+    moved = case.rotary.rotate_by(states, distance)
     assert (moved.shape, moved.dtype) == (states.shape, states.dtype)
     assert torch.equal(moved[..., 2 * case.pairs :], states[..., 2 * case.pairs :])
 
@@ -105,7 +105,7 @@ def test_channels_beyond_the_rotary_ones_pass_bit_for_bit(dtype: torch.dtype, ca
 def test_a_move_by_nothing_changes_no_bit(dtype: torch.dtype, case: Case) -> None:
     """The identity is exact."""
     states = case.states.to(dtype)
-    assert torch.equal(case.rotary.move(states, 0), states)
+    assert torch.equal(case.rotary.rotate_by(states, 0), states)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -114,8 +114,8 @@ def test_a_move_by_nothing_changes_no_bit(dtype: torch.dtype, case: Case) -> Non
 def test_a_move_rounds_once(dtype: torch.dtype, distance: int, case: Case) -> None:
     """Near or far, the error is one rounding to the dtype on top of float32 arithmetic: angles are no part of it."""
     states = case.states
-    exact = case.rotary.move(states, distance)
-    error = (case.rotary.move(states.to(dtype), distance).double() - exact).abs()
+    exact = case.rotary.rotate_by(states, distance)
+    error = (case.rotary.rotate_by(states.to(dtype), distance).double() - exact).abs()
     arithmetic = 3 * torch.finfo(torch.float32).eps * states.abs().amax(dim=-1, keepdim=True)
     assert bool((error <= torch.finfo(dtype).eps / 2 * exact.abs() + arithmetic).all())
 
@@ -126,7 +126,7 @@ def test_angles_are_right_a_million_positions_away(distance: int, *, interleaved
     """Cosine and sine of d * frequency, as `math` has them; float32 angles would be off by 0.06 rad."""
     inv_freq = 1e4 ** -(torch.arange(4) / 4)
     unit = torch.tensor([1.0, 0.0] * 4 if interleaved else [1.0] * 4 + [0.0] * 4, dtype=torch.float64)
-    moved = Rotary(inv_freq, interleaved).move(unit[None], distance)[0]
+    moved = Rotary(inv_freq, interleaved).rotate_by(unit[None], distance)[0]
     angles = [distance * frequency for frequency in inv_freq.tolist()]
     pairs = moved.view(4, 2) if interleaved else moved.view(2, 4).T
     expected = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles], dtype=torch.float64)

@@ -89,7 +89,7 @@ def test_an_eviction_moves_no_window_and_joins_no_tensors() -> None:
         stream(model, cache, ids[:, 40:], [1] * 160)
     ours = [name for name in joined if name.startswith("sinkwindow")]
     assert cache.num_evictions > 20
-    assert set(ours) <= {"sinkwindow.rotation"}  # the sinks' rotation, once per eviction, not per step
+    assert set(ours) <= {"sinkwindow.attention.rotation"}  # the sinks' rotation, once per eviction, not per step
     assert len(ours) < 2 * cache.num_evictions
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import transformers
 
-from sinkwindow.versions import NEWEST_TESTED, check_transformers
+from sinkwindow.model.versions import NEWEST_TESTED, check_transformers
 
 
 def test_an_older_release_is_refused_with_the_way_out() -> None:

@@ -7,11 +7,11 @@ the folder ``reference/`` for the slow program that it is proved against.
 import transformers
 
 from sinkwindow.cache import StreamingCache
-from sinkwindow.events import Eviction
-from sinkwindow.families import Support, UnsupportedModelError, supports
+from sinkwindow.model.families import Support, UnsupportedModelError, supports
+from sinkwindow.model.versions import check_transformers
 from sinkwindow.retention import Retention
-from sinkwindow.stream import Snapshot
-from sinkwindow.versions import check_transformers
+from sinkwindow.stream.events import Eviction
+from sinkwindow.stream.state import Snapshot
 
 __all__ = ["Eviction", "Retention", "Snapshot", "StreamingCache", "Support", "UnsupportedModelError", "supports"]
 

@@ -3,13 +3,16 @@
 The rule (StreamingLLM, arXiv 2309.17453, section 3.2, with a lazy buffer): append a token, let it attend to the
 whole list, and if the list is then longer than ``num_sinks + window + buffer`` keep the first ``num_sinks`` and the
 last ``window`` tokens. Every list that this rule can produce is described by two integers: how many tokens were
-seen and how many were evicted. The retained list is then ``[0, sinks)`` followed by ``[num_sinks + evicted, seen)``.
+seen and how many were evicted. The retained list is then ``[0, sinks)`` followed by ``[num_sinks + evicted, seen)``,
+and its length is ``seen - evicted``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
+
+from torch import Tensor
 
 __all__ = ["EvictMode", "Retention"]
 
@@ -26,6 +29,19 @@ class Retention:
         buffer: How far the list may overgrow before one batched eviction [tokens], B >= 0.
         evict: ``"token"`` applies the rule token by token whatever the call length; ``"call"`` appends the whole
             call and evicts once after it.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: A size is out of range, or ``evict`` is neither ``"token"`` nor ``"call"``.
+
+    Example:
+        >>> rule = Retention(num_sinks=2, window=3, buffer=1)
+        >>> rule.retained(seen=6, evicted=0)
+        [0, 1, 2, 3, 4, 5]
+        >>> rule.evicted_after(seen=7, evicted=0)  # 7 > 2 + 3 + 1: two tokens leave
+        2
+        >>> rule.retained(seen=7, evicted=2)
+        [0, 1, 4, 5, 6]
     """
 
     num_sinks: int
@@ -34,23 +50,15 @@ class Retention:
     evict: EvictMode = "token"
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no stream can have.
-
-        Raises:
-            TypeError: A size is not an int.
-            ValueError: A size is out of range, or ``evict`` is neither ``"token"`` nor ``"call"``.
-        """
+        """Refuse sizes that no stream can have."""
         for name, least in (("num_sinks", 0), ("window", 1), ("buffer", 0)):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int):
-                msg = f"{name} must be an int, got {size!r} of type {type(size).__name__}."
-                raise TypeError(msg)
+                raise TypeError(f"{name} must be an int, got {size!r} of type {type(size).__name__}.")
             if size < least:
-                msg = f"{name} must be at least {least}, got {size}."
-                raise ValueError(msg)
+                raise ValueError(f"{name} must be at least {least}, got {size}.")
         if self.evict not in ("token", "call"):
-            msg = f'evict must be "token" or "call", got {self.evict!r}.'
-            raise ValueError(msg)
+            raise ValueError(f'evict must be "token" or "call", got {self.evict!r}.')
 
     @property
     def limit(self) -> int:
@@ -59,21 +67,34 @@ class Retention:
 
     @property
     def capacity(self) -> int:
-        """Longest list that a query can meet when evicting token by token, S + W + B + 1 [tokens]."""
+        """Longest list that a query can attend to when evicting token by token, S + W + B + 1 [tokens]."""
         return self.limit + self.buffer + 1
 
-    def evicted_before(self, token: int) -> int:
-        """Count the tokens evicted before natural index ``token`` attends, evicting token by token.
+    @overload
+    def evicted_before(self, token: int) -> int: ...
+
+    @overload
+    def evicted_before(self, token: Tensor) -> Tensor: ...
+
+    def evicted_before(self, token: int | Tensor) -> int | Tensor:
+        """Return how many tokens were evicted before a token attends, evicting token by token.
 
         The list first overflows right after token ``limit + buffer`` attended, and from then on every
         ``buffer + 1`` tokens; each time ``buffer + 1`` tokens leave.
+
+        Args:
+            token: Natural index of the token, or a tensor of them.
+
+        Returns:
+            The count, an int or a tensor as ``token`` is.
         """
         step = self.buffer + 1
         overflow = token - self.limit - self.buffer
-        return -(-overflow // step) * step if overflow > 0 else 0
+        overflow = overflow.clamp(min=0) if isinstance(overflow, Tensor) else max(overflow, 0)
+        return (overflow + self.buffer) // step * step  # rounded up to whole evictions
 
     def evicted_after(self, seen: int, evicted: int) -> int:
-        """Count the tokens evicted once a call has ended.
+        """Return how many tokens have been evicted once a call has ended.
 
         Args:
             seen: Tokens seen, the call's included.
@@ -84,21 +105,13 @@ class Retention:
         return seen - self.limit if seen - evicted > self.limit + self.buffer else evicted
 
     def sinks(self, seen: int) -> int:
-        """Count the sinks among ``seen`` tokens."""
+        """Return how many of ``seen`` tokens are sinks."""
         return min(self.num_sinks, seen)
 
     def first(self, evicted: int) -> int:
-        """Give the natural index of the oldest token in the window part."""
+        """Return the natural index of the oldest token in the window."""
         return self.num_sinks + evicted
 
-    def window_length(self, seen: int, evicted: int) -> int:
-        """Count the retained tokens that are not sinks."""
-        return max(0, seen - self.num_sinks - evicted)
-
-    def length(self, seen: int, evicted: int) -> int:
-        """Count the retained tokens."""
-        return seen - evicted
-
     def retained(self, seen: int, evicted: int) -> list[int]:
-        """List the retained natural indices, ascending."""
+        """Return the retained natural indices, ascending."""
         return [*range(self.sinks(seen)), *range(self.first(evicted), seen)]

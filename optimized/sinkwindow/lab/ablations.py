@@ -11,9 +11,9 @@ from warnings import catch_warnings, filterwarnings
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from sinkwindow.families import inspect_model
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.sessions import Session, StreamingSession
+from sinkwindow.model.families import inspect_model
 
 
 class CompressedSession(Session):
@@ -119,7 +119,7 @@ class EagerEvictionSession(CompressedSession):
     def _rotate_back(self, number: int, layer: Any, moved: int) -> None:
         """Turns the keys behind the sinks to their new ranks; rotations add up, so the old angle need not be known."""
         sinks, recent = layer.keys[:, :, : self._sinks], layer.keys[:, :, self._sinks :]
-        layer.keys = torch.cat((sinks, self._rotary[number].move(recent, -moved)), dim=2)
+        layer.keys = torch.cat((sinks, self._rotary[number].rotate_by(recent, -moved)), dim=2)
 
 
 class AbsoluteSession(StreamingSession):

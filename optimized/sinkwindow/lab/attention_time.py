@@ -24,7 +24,7 @@ from sinkwindow.lab.timing import HostClock, waiter
 
 PROBES = 16  # places in a generation
 STEPS = 3  # consecutive tokens at each place; their median is used
-CACHE_WORK = ("begin_call", "update", "commit_call")
+CACHE_WORK = ("_begin", "update", "_end")
 FEED = 256  # tokens of a call between two places [tokens]
 
 

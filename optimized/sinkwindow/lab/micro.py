@@ -8,6 +8,7 @@ instead and compares what comes out with the definition, so that no wrong cache 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,11 +17,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sinkwindow.cache import StreamingCache
 from sinkwindow.lab.configurations import Configuration
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.sessions import Session, open_session
+from sinkwindow.model.hooks import call_by_hand
 
-FILL = 1024  # columns of a call while a cache is being filled [tokens]
+FILL = 256  # columns of a call while a cache is being filled [tokens]
 PERIOD = 4096  # made-up tokens repeat after so many [tokens]
 TOLERANCE = 1e-4  # largest error that float32 explains at any length; a rank that is off by one costs 0.01 and more
 
@@ -101,7 +104,7 @@ class AttentionSteps:
         if self.cache is None:
             message = f"configuration {configuration.name!r} has no cache: choose baseline or a streaming one"
             raise LabError(message)
-        self._streams = hasattr(self.cache, "begin_call")
+        self._streams = isinstance(self.cache, StreamingCache)
         self._token = self._ids(1)
         self._query, self._key, self._value = self._made_up(1)
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -167,11 +170,11 @@ class AttentionSteps:
         module = SimpleNamespace(num_key_value_groups=sizes.heads // sizes.kv_heads, is_causal=True, training=False)
         outputs: list[torch.Tensor] = []
 
-        def layer_work(layer: int, _: Any) -> None:
+        def layer_work(layer: int, arguments: dict[str, Any]) -> None:
             keys, values = self.cache.update(key, value, layer)
             module.layer_idx = layer
             attention = ALL_ATTENTION_FUNCTIONS[self._model.config._attn_implementation]  # noqa: SLF001
-            mask = None if self._streams else _causal(columns, keys)
+            mask = arguments["attention_mask"] if arguments else _causal(columns, keys)
             outputs.append(attention(cast("torch.nn.Module", module), query, keys, values, mask)[0])
 
         self._call(columns, layer_work)
@@ -213,16 +216,14 @@ class AttentionSteps:
         """Takes the cache off the model."""
         self.session.close()
 
-    def _call(self, columns: int, layer_work: Callable[[int, torch.Tensor | None], object]) -> None:
-        """Does what a model's forward does to its cache."""
-        positions = None
-        if self._streams:
-            ids = self._token if columns == 1 else self._ids(columns)
-            positions = self.cache.begin_call(self._model.base_model, {"input_ids": ids})["position_ids"]
-        for layer in range(self.sizes.layers):
-            layer_work(layer, positions)
-        if self._streams:
-            self.cache.commit_call()
+    def _call(self, columns: int, layer_work: Callable[[int, dict[str, Any]], object]) -> None:
+        """Does what a model's forward does to its cache; `layer_work` gets the decoder's arguments, rewritten."""
+        kwargs = {"input_ids": self._token if columns == 1 else self._ids(columns)}
+        decoder = cast("PreTrainedModel", self._model.base_model)
+        no_hooks: AbstractContextManager[dict[str, Any]] = nullcontext({})
+        with call_by_hand(self.cache, decoder, kwargs) if self._streams else no_hooks as arguments:
+            for layer in range(self.sizes.layers):
+                layer_work(layer, arguments)
 
 
 class BareAttention:
@@ -369,8 +370,8 @@ class _Rotated:
         self._steps._call(count, lambda layer, at: outputs.append(self._layer(layer, tokens, at)))  # noqa: SLF001
         return outputs
 
-    def _layer(self, layer: int, tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        at = tokens if positions is None else positions[0]
+    def _layer(self, layer: int, tokens: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        at = arguments["position_ids"][0] if arguments else tokens
         key = self._turn(self._keys, tokens, at)
         held = self._steps.cache.update(key, self._values[:, :, tokens % PERIOD], layer)
         query = self._turn(self._queries, tokens, at)[:, :, -1:]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from sinkwindow.cache import StreamingCache
 from sinkwindow.lab.configurations import Configuration, parse, streaming
 from sinkwindow.lab.micro import AttentionSteps, BareAttention
 from sinkwindow.lab.pace.floors import SHORT, kept_bytes, read_weight_bytes, short_step
@@ -45,8 +46,8 @@ class Happened:
     @classmethod
     def of(cls, cache: Any) -> Happened:
         """Reads a cache."""
-        stream = cache._content.stream  # noqa: SLF001 - nothing public tells a compaction or a rebase
-        return cls(cache.num_evictions, stream.pools[0].end, stream.state.lanes[0].offset)
+        state = cache.debug_state()
+        return cls(state.evictions, state.end, state.offsets[0])
 
     def between(self, later: Happened) -> str:
         """Names what one step did, an empty text for nothing."""
@@ -73,14 +74,14 @@ class Decoder:
         self.steps = AttentionSteps(configuration, model, batch=batch)
         self.steps.fill(seen)
         self.seen = seen
-        self.streams = hasattr(self.steps.cache, "begin_call")
+        self.streams = isinstance(self.steps.cache, StreamingCache)
         self._token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
 
     def approach_rebase(self) -> None:
         """Fills on until a rebase is some steps away."""
-        stream = self.steps.cache._content.stream  # noqa: SLF001
-        reach = self.seen - stream.state.lanes[0].offset
-        more = stream._bound - reach - BEFORE_REBASE  # noqa: SLF001
+        state = self.steps.cache.debug_state()
+        reach = self.seen - state.offsets[0]
+        more = state.bound - reach - BEFORE_REBASE
         if more > 0:
             self.steps.fill(more)
             self.seen += more

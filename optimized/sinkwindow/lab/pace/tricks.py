@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
+from sinkwindow.attention.rotation import Rotary
 from sinkwindow.lab.configurations import parse, streaming
 from sinkwindow.lab.micro import AttentionSteps, BareAttention, attend, geometry
 from sinkwindow.lab.pace.plans import BUFFER, Plan
 from sinkwindow.lab.pace.records import Comparison
 from sinkwindow.lab.pace.sampling import Side, in_turns
 from sinkwindow.lanes import Lane
-from sinkwindow.rotation import Rotary
+from sinkwindow.storage.slots import Slots
 
 CYCLE = BUFFER + 1  # steps that hold one eviction with a buffer [tokens]
 
@@ -48,15 +51,15 @@ def _moves(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
     shape = (sizes.layers, 1, sizes.kv_heads)
     sinks = torch.randn((*shape, plan.sinks, sizes.head_dim), device=model.device, dtype=model.dtype)
     window = torch.randn((*shape, plan.window, sizes.head_dim), device=model.device, dtype=model.dtype)
-    together = Side(lambda: rotary.move(sinks, CYCLE))
+    together = Side(lambda: rotary.rotate_by(sinks, CYCLE))
     return {
         "an eviction rotates": {
             f"the {plan.sinks} sinks, forwards": together,
-            f"the {plan.window:,} window keys, back": Side(lambda: rotary.move(window, -CYCLE)),
+            f"the {plan.window:,} window keys, back": Side(lambda: rotary.rotate_by(window, -CYCLE)),
         },
         "sinks are rotated": {
             "all layers at once": together,
-            "layer by layer": Side(lambda: [rotary.move(layer, CYCLE) for layer in sinks]),
+            "layer by layer": Side(lambda: [rotary.rotate_by(layer, CYCLE) for layer in sinks]),
         },
     }
 
@@ -64,15 +67,13 @@ def _moves(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
 def _restarts(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
     """Bringing positions back below their bound: keys alone, or keys and values on their way to the front."""
     filled = _filled(streaming(plan.sinks, plan.window, BUFFER).name, model, plan.limit)
-    (pool,) = filled.cache._content.stream.pools  # noqa: SLF001 - the part, not the whole
-    (row,) = pool.rows
-    lanes = [Lane(plan.limit, row.offset + CYCLE)]
+    stream = filled.cache._stream  # noqa: SLF001 - the part, not the whole
+    (pool,), before = stream.pools, stream.state
+    full: Slots = replace(before.pools[0], end=before.pools[0].banks[0].slots.keys.shape[3])
+    lanes = [Lane(lane.seen, lane.offset + CYCLE) for lane in before.lanes]
 
     def restart(*, stay: bool) -> Side:
-        return Side(lambda: pool.apply(pool.relocation(lanes, stay=stay)), ready=again)
-
-    def again() -> None:
-        pool.rows, pool.end = [row], pool.size
+        return Side(lambda: pool.relocation(full, lanes, stay=stay)[0].finish())  # noqa: PLW0108 - planned each time
 
     return {
         "where positions start again": {

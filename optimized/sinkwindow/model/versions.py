@@ -35,8 +35,9 @@ def check_transformers(version: str) -> None:
     """
     found = Version(version)
     if found < OLDEST:
-        msg = f"sinkwindow needs transformers >= {OLDEST}, found {version}: pip install -U 'transformers>={OLDEST}'."
-        raise ImportError(msg)
+        raise ImportError(
+            f"sinkwindow needs transformers >= {OLDEST}, found {version}: pip install -U 'transformers>={OLDEST}'."
+        )
     if found.release[:2] > NEWEST_TESTED.release[:2]:
         warnings.warn(
             f"transformers {version} is newer than {NEWEST_TESTED}, the newest that sinkwindow is tested on; if "

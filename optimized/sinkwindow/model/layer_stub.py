@@ -9,13 +9,13 @@ from transformers.cache_utils import CacheLayerMixin
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sinkwindow.families import ModelFacts
+    from sinkwindow.model.families import ModelFacts
 
-__all__ = ["LayerView", "views_of"]
+__all__ = ["LayerStub", "stubs_of"]
 
 
-class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers registers subclasses
-    """A layer of a ``StreamingCache``: answers about its kind, and sends everything else to the cache.
+class LayerStub(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers registers subclasses
+    """A layer of a ``StreamingCache``: answers about its kind, and refers everything else to the cache.
 
     Attributes:
         is_sliding: Whether the layer has a window of its own in a model that mixes kinds.
@@ -45,8 +45,7 @@ class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
         Raises:
             RuntimeError: Always.
         """
-        msg = "Update the StreamingCache, not one of its layers."
-        raise RuntimeError(msg)
+        raise RuntimeError("Update the StreamingCache, not one of its layers.")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Refuse like ``update``.
@@ -54,19 +53,18 @@ class LayerView(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
         Raises:
             RuntimeError: Always.
         """
-        msg = "Ask the StreamingCache, not one of its layers."
-        raise RuntimeError(msg)
+        raise RuntimeError("Ask the StreamingCache, not one of its layers.")
 
     def get_seq_length(self) -> int:
-        """Give 0: the cache counts."""
+        """Return 0: the cache counts."""
         return 0
 
     def get_max_length(self) -> int:
-        """Say that there is no maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
 
-def views_of(facts: ModelFacts, *, is_compileable: bool) -> list[Any]:
-    """Tell transformers which layers have a window of their own: it makes a mask for each kind."""
+def stubs_of(facts: ModelFacts, *, is_compileable: bool) -> list[Any]:
+    """Return a stub for each layer; transformers makes a mask for each kind."""
     sliding = {layer for kind in facts.kinds if kind.window is not None for layer in kind.layers}
-    return [LayerView(is_sliding=layer in sliding, is_compileable=is_compileable) for layer in range(facts.num_layers)]
+    return [LayerStub(is_sliding=layer in sliding, is_compileable=is_compileable) for layer in range(facts.num_layers)]

@@ -1,7 +1,8 @@
 """Cosines and sines from float64 angles, in the model's own layout.
 
 transformers makes angles in float32 from a position: at rank 1,000 that is as good as float32 gets, at natural position
-100,000 a hundred times worse. The window's keys stand at natural positions, so theirs are made again.
+100,000 a hundred times worse. Window keys are at natural positions, so their tables are made again. The call says so
+by the dtype of its positions, which nothing else shares: float64, or int32 where they index a table of the model.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from sinkwindow.attention import exact_from
-from sinkwindow.families import frequencies
+from sinkwindow.model.families import TABLE, frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["sharpen"]
+    from transformers import PreTrainedModel
+
+__all__ = ["marked", "recompute_tables"]
 
 # How rotary modules lay out one number per channel pair over the channels.
 LAYOUTS: Final[tuple[Callable[[Tensor], Tensor], ...]] = (
@@ -31,42 +33,43 @@ Form = tuple[int, int]
 _forms: weakref.WeakKeyDictionary[nn.Module, dict[str | None, tuple[Form, ...]]] = weakref.WeakKeyDictionary()
 
 
-def sharpen(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Make a rotary module's tables again, where float32 angles are worse than those of a rank.
+def marked(positions: Tensor, decoder: PreTrainedModel, reach: int, float32_from: int, *, table: bool) -> Tensor:
+    """Return a call's positions, marked where the model's own float32 angles are not good enough.
 
-    Below that, float32 models keep their own numbers bit for bit. Half dtypes do everywhere: their rounding of cosines
-    outweighs any angle's. Positions that come as float64 are a ring's, which have no bound: there all tables are made
-    again.
+    They never are for a float64 model. For a float32 one they are below the positions that a list can fill: there it
+    keeps its own numbers bit for bit. Half dtypes always do: their rounding of cosines outweighs any angle's.
+
+    Args:
+        positions: ``[lanes, columns]`` int64.
+        decoder: The model.
+        reach: The position farthest from 0.
+        float32_from: Where float32 angles stop being good enough.
+        table: Whether positions index a table of the model.
+    """
+    dtype = decoder.dtype
+    exact = dtype == torch.float64 or (dtype == torch.float32 and reach > float32_from)
+    if not exact or positions.device.type == "mps":  # mps has no float64
+        return positions
+    return positions.int() if table else positions.double()
+
+
+def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a rotary module's tables from float64 angles, if its positions are marked; else its output.
 
     Args:
         module: The rotary module.
         arguments: Of its forward, by name.
         output: What it returned.
-
-    Returns:
-        The tables, ``None`` to leave them.
     """
-    positions, states = arguments["position_ids"], arguments["x"]
-    if positions.is_floating_point():
-        return tuple(table.to(states.dtype) for table in _sharp(module, positions, arguments.get("layer_type")))
-    start = exact_from()
-    if start is None or states.dtype not in (torch.float32, torch.float64) or states.device.type == "mps":
-        return None  # mps has no float64
-    sharp = _sharp(module, positions, arguments.get("layer_type"))
-    if states.dtype == torch.float64:
-        return sharp
-    near = positions[..., None] < start
-    return tuple(torch.where(near, *pair).to(states.dtype) for pair in zip(output, sharp, strict=True))
-
-
-def _sharp(module: nn.Module, positions: Tensor, layer_type: str | None) -> tuple[Tensor, ...]:
-    """Give what the module returns, from float64 angles and in float64."""
-    exact = _tables(module, positions, layer_type)
-    return tuple(LAYOUTS[layout](exact[which]) for which, layout in _form(module, layer_type))
+    positions, layer_type = arguments["position_ids"], arguments.get("layer_type")
+    if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64):
+        return output
+    exact, dtype = _tables(module, positions, layer_type), arguments["x"].dtype
+    return tuple(LAYOUTS[layout](exact[which]).to(dtype) for which, layout in _form(module, layer_type))
 
 
 def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
-    """Give cosines and sines, ``[..., pairs]`` float64, times the module's attention scaling."""
+    """Return cosines and sines, ``[..., pairs]`` float64, times the module's attention scaling."""
     angles = positions[..., None].double() * frequencies(module, layer_type).double()
     scale = float(getattr(module, f"{layer_type}_attention_scaling", getattr(module, "attention_scaling", 1.0)))
     return angles.cos() * scale, angles.sin() * scale
@@ -74,7 +77,7 @@ def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tup
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # noqa: SLF001
 def _form(module: nn.Module, layer_type: str | None) -> tuple[Form, ...]:
-    """Find out once what a module returns, by asking it for three positions."""
+    """Return what a module returns: found out once, by asking it for three positions."""
     known = _forms.setdefault(module, {})
     if layer_type not in known:
         device = frequencies(module, layer_type).device
@@ -88,7 +91,7 @@ def _form(module: nn.Module, layer_type: str | None) -> tuple[Form, ...]:
 
 
 def _match(table: Tensor, exact: tuple[Tensor, Tensor]) -> Form:
-    """Find the form of a table, the nearest of those that have its width."""
+    """Return the form of a table, the nearest of those that have its width."""
     errors = {
         (which, layout): float((LAYOUTS[layout](exact[which]) - table).abs().max())
         for which in range(len(exact))

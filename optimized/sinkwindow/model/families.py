@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sinkwindow.rotation import Rotary
+from sinkwindow.attention.rotation import Rotary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -179,19 +179,17 @@ def inspect_model(model: nn.Module) -> ModelFacts:
         UnsupportedModelError: The model is not of a family that is known to stream exactly.
     """
     if not isinstance(model, PreTrainedModel):
-        msg = f"model must be a transformers PreTrainedModel, got {type(model).__name__}."
-        raise UnsupportedModelError(msg)
+        raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
     decoder = cast("PreTrainedModel", model.base_model)
     config = decoder.config
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(_refusal(config))
     if _attends_by_itself(decoder) and not family.own_attention:
-        msg = (
+        raise UnsupportedModelError(
             f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {transformers.__version__}, "
             "which it came to later: pip install -U transformers."
         )
-        raise UnsupportedModelError(msg)
     windows = _windows(config)
     kinds = _kinds(decoder, family, windows)
     return ModelFacts(
@@ -264,8 +262,9 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
         return [window] * count
     unknown = set(layer_types) - {SLIDING, FULL}
     if unknown:
-        msg = f"model_type {config.model_type!r} has layers of type {', '.join(sorted(unknown))}, not known to stream."
-        raise UnsupportedModelError(msg)
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} has layers of type {', '.join(sorted(unknown))}, not known to stream."
+        )
     return [window if kind == SLIDING else None for kind in layer_types]
 
 
@@ -288,12 +287,12 @@ def _rotary(decoder: PreTrainedModel, family: Family, layer_type: str, rotates: 
         return Rotary(torch.zeros(0))
     modules = rotary_modules(decoder)
     if not modules:
-        msg = f"{type(decoder).__name__} has no rotary module with frequencies."
-        raise UnsupportedModelError(msg)
+        raise UnsupportedModelError(f"{type(decoder).__name__} has no rotary module with frequencies.")
     found = [frequencies(module, layer_type) for module in modules]
     if any(not torch.equal(found[0], other) for other in found[1:]):
-        msg = f"{type(decoder).__name__} has {len(modules)} rotary modules that differ where one was expected."
-        raise UnsupportedModelError(msg)
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} has {len(modules)} rotary modules that differ where one was expected."
+        )
     return Rotary(found[0], family.interleaved)
 
 

@@ -8,52 +8,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sinkwindow.lanes import Inputs
+from sinkwindow.model.pieces import tokens_of
+
 if TYPE_CHECKING:
     import weakref
 
     from transformers import PreTrainedModel
 
-    from sinkwindow.stream import Stream
+    from sinkwindow.stream.stream import Stream
 
-__all__ = ["Gate", "Inputs", "read_inputs"]
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a call brings.
-
-    Attributes:
-        batch: Rows.
-        columns: Columns of this call, padding included.
-        device: Where positions are wanted.
-        real: Columns of each row that hold real tokens; ``None`` when all columns do.
-    """
-
-    batch: int
-    columns: int
-    device: torch.device
-    real: list[list[int] | None] | None
+__all__ = ["CallChecks", "read_inputs"]
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """What a cache admits.
+class CallChecks:
+    """What a cache accepts in a call.
 
     Attributes:
         decoder: The module that the cache serves.
         counts_columns: Whether its ALiBi counts columns, padding included.
         may_evict: Whether tokens may be evicted.
         last_position: The last one that original positions allow; ``None`` where ranks are the positions.
-        static: Whether the cache is, for which ``generate`` makes 4D masks of its own.
     """
 
     decoder: weakref.ref[PreTrainedModel]
     counts_columns: bool
     may_evict: bool
     last_position: int | None
-    static: bool
 
-    def admit(self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], *, attached: bool) -> Inputs:
+    def read(self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], *, attached: bool) -> Inputs:
         """Read a call, before anything changes.
 
         Raises:
@@ -61,32 +45,28 @@ class Gate:
             OverflowError: The call goes beyond what the cache may evict, or the positions it may use.
         """
         if decoder is not self.decoder() or not attached:
-            msg = (
+            raise ValueError(
                 "This StreamingCache was made for another model, or is detached; make a new one for the model you call."
             )
-            raise ValueError(msg)
-        inputs = read_inputs(kwargs, stream.state.columns, stream.state.batch, static=self.static)
+        inputs = read_inputs(kwargs, stream.state.columns, stream.state.batch, static=stream.static)
         if self.counts_columns:
             _check_padding_is_leading(inputs, [lane.seen for lane in stream.state.lanes])
-        self._check_room(stream, inputs)
+        if not self.may_evict or self.last_position is not None:
+            self._check_room(stream, inputs)
         return inputs
 
     def _check_room(self, stream: Stream, inputs: Inputs) -> None:
-        if self.may_evict and self.last_position is None:
-            return
-        most = max(stream.seen_after(inputs))
+        most = max(lane.seen + fresh for lane, _, fresh in stream.lanes_of(inputs))
         if not self.may_evict and stream.would_evict(inputs):
-            msg = (
+            raise OverflowError(
                 f"The call brings {most} tokens and would evict: the cache keeps {stream.rule.limit} plus a "
                 f'buffer of {stream.rule.buffer}, and on_overflow is "error". Use a larger window or "evict".'
             )
-            raise OverflowError(msg)
         if self.last_position is not None and most > self.last_position:
-            msg = (
+            raise OverflowError(
                 f"The call reaches token {most}, beyond the {self.last_position} positions that the model was "
-                'trained on: positions="original" goes no further, positions="rank" goes on for ever.'
+                'trained on: positions="original" goes no further, positions="rank" goes on indefinitely.'
             )
-            raise OverflowError(msg)
 
 
 def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None, *, static: bool = False) -> Inputs:
@@ -102,17 +82,17 @@ def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None, *,
         ValueError: No tokens, another batch size than before, or a mask that is not a left-padding 2D mask over all
             columns (or over the new ones).
     """
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    tokens = kwargs.get(tokens_of(kwargs))
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape[:2]:  # noqa: PLR2004 - [batch, columns]
-        msg = "input_ids must hold at least one new token per call; the cache has the earlier ones already."
-        raise ValueError(msg)
+        raise ValueError("input_ids must hold at least one new token per call; the cache has the earlier ones already.")
     rows, columns = tokens.shape[:2]
     if batch is not None and rows != batch:
-        msg = f"input_ids has batch size {rows}, but the cache holds {batch} rows; use a fresh cache or reset()."
-        raise ValueError(msg)
+        raise ValueError(
+            f"input_ids has batch size {rows}, but the cache holds {batch} rows; use a fresh cache or reset()."
+        )
     mask = kwargs.get("attention_mask")
     if static:
-        mask = _behind(mask, columns)
+        mask = _padding_behind(mask, columns)
     mask = _new_columns(mask, rows, columns, seen_columns)
     real = None if mask is None or bool(mask.all()) else _real_columns(mask)
     return Inputs(rows, columns, tokens.device, real)
@@ -133,17 +113,16 @@ def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
         if real is None or len(real) == inputs.columns:
             continue
         if before or real != list(range(inputs.columns - len(real), inputs.columns)):
-            msg = (
+            raise ValueError(
                 f"attention_mask pads row {index} after its first token, and this model's ALiBi counts padding as "
                 "distance; pad on the left of the first call only."
             )
-            raise ValueError(msg)
 
 
-def _behind(mask: object, columns: int) -> object:
-    """Give the 2D mask of the new columns behind ``generate``'s 4D one: who sees itself is a token.
+def _padding_behind(mask: object, columns: int) -> object:
+    """Return the 2D mask that ``generate`` has made a 4D one of: a column that attends to itself is a token.
 
-    A step's says nothing: ``generate`` pads no row after its prompt.
+    That of a step says nothing: ``generate`` pads no row after its prompt.
 
     Raises:
         ValueError: The mask hides more than the future and padding.
@@ -158,32 +137,31 @@ def _behind(mask: object, columns: int) -> object:
     seen = seen if seen.dtype == torch.bool else seen == 0
     real = seen.diagonal(dim1=-2, dim2=-1)
     if not torch.equal(seen, real[:, None, :].expand_as(seen).tril()):
-        msg = "attention_mask is a 4D mask that hides more than the future and padding; pass a 2D one, [batch, tokens]."
-        raise ValueError(msg)
+        raise ValueError(
+            "attention_mask is a 4D mask that hides more than the future and padding; pass a 2D one, [batch, tokens]."
+        )
     return real
 
 
 def _new_columns(mask: object, rows: int, columns: int, seen_columns: int) -> Tensor | None:
-    """Give the new columns of a mask, ``[rows, columns]`` bool."""
+    """Return the new columns of a mask, ``[rows, columns]`` bool."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:  # noqa: PLR2004
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        msg = (
+        raise ValueError(
             f"attention_mask must be 2D, [batch, tokens], with 0 for padding; got {shape}. The cache makes the 4D mask."
         )
-        raise ValueError(msg)
     if mask.shape[0] != rows or mask.shape[1] not in (seen_columns + columns, columns):
-        msg = (
+        raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}; with {seen_columns} columns in the cache and {columns} new "
             f"ones it must be ({rows}, {seen_columns + columns}), or ({rows}, {columns}) for the new ones alone."
         )
-        raise ValueError(msg)
     return mask[:, -columns:].bool()
 
 
 def _real_columns(mask: Tensor) -> list[list[int] | None]:
-    """List each row's real columns.
+    """Return each row's columns with tokens.
 
     Raises:
         ValueError: A row has padding on the right.
@@ -191,9 +169,8 @@ def _real_columns(mask: Tensor) -> list[list[int] | None]:
     rows: list[list[int] | None] = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
     for index, real in enumerate(rows):
         if real and real[-1] != mask.shape[1] - 1:
-            msg = (
-                f"attention_mask pads row {index} on the right, so its last column is no token to go on from; "
+            raise ValueError(
+                f"attention_mask pads row {index} on the right, so its last column holds no token to continue from; "
                 'pad on the left (tokenizer.padding_side = "left").'
             )
-            raise ValueError(msg)
     return rows

@@ -1,7 +1,7 @@
 """Changes of tensors in place that survive an interruption.
 
-Where a window moves within its slots, what is written overwrites what is still to be read. So a move is cut into
-writes, each taken aside whole before it begins; a few layers or rows at a time, in memory that stays warm.
+Where a window moves within its slots, what is written overwrites what is still to be read. So a change is cut into
+writes; each source is copied to scratch memory first, in pieces that fit the processor's cache.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Write", "Writes", "from_aside", "in_parts"]
+__all__ = ["Write", "Writes", "in_parts"]
 
-# [bytes] taken aside at a time: on a CPU what its own cache holds, since fresh pages for whole windows cost more than
-# the copying; elsewhere more, for fewer kernels. A rotation in float32 needs several times that for a moment.
+# [bytes] copied to scratch at a time: on a CPU what its own cache holds, since fresh pages for whole windows cost more
+# than the copying; elsewhere more, for fewer kernels. A rotation in float32 needs several times that for a moment.
 SCRATCH = {"cpu": 2 << 20}
 SCRATCH_ELSEWHERE = 16 << 20
 
@@ -30,7 +30,7 @@ class Write(NamedTuple):
 
     Attributes:
         target: Where it goes.
-        source: Gives what is written, in memory of its own.
+        source: Returns what is written, in memory of its own.
     """
 
     target: Tensor
@@ -39,12 +39,12 @@ class Write(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Writes:
-    """The writes of a change, and how far they are."""
+    """The writes of a change, and how many are done."""
 
     parts: list[Write]
-    _progress: tuple[int, Tensor | None] = (0, None)  # parts done, and what the next one has taken aside
+    _progress: tuple[int, Tensor | None] = (0, None)  # parts done, and the source of the next one if it was copied
 
-    def carry_on(self) -> None:
+    def finish(self) -> None:
         """Do what is left; after an interruption, go on from there.
 
         A write that has overwritten a part of its source must not read it again, and one that is done must not be
@@ -59,18 +59,13 @@ class Writes:
             self._progress = (done + 1, None)
 
 
-def from_aside(target: Tensor, source: Tensor) -> Write:
-    """Write what already stands in memory of its own."""
-    return Write(target, lambda: source)
-
-
 def in_parts(target: Tensor, source: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[Write]:
-    """Write as much at a time as ``SCRATCH`` allows: some layers, or of a layer that is larger some rows, one at least.
+    """Yield writes of as much as ``SCRATCH`` allows: some layers, or of a larger layer some rows, at least one.
 
     Args:
         target: ``[layers, batch, ...]``.
         source: ``[layers, batch, ...]``, of the same size.
-        change: Gives what is written, always a copy.
+        change: Returns what is written, always a copy.
     """
     for layers in _split(target, source, 0):
         for to, part in _split(*layers, 1):

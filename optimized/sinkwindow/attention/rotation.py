@@ -1,8 +1,8 @@
-"""Rotary position embedding as a group action: moving a cached key by some positions.
+"""Rotary position embedding as a group action: rotating a cached key by some positions.
 
-RoPE turns channel pair ``i`` of a vector at position ``p`` by the angle ``p * inv_freq[i]`` (RoFormer, arXiv
-2104.09864, eq. 34). Turning an already turned key by ``d * inv_freq[i]`` moves it by ``d`` positions, so a
-cached key can be moved without knowing its unrotated value. Angles are always made in float64 from integer positions.
+RoPE rotates channel pair ``i`` of a vector at position ``p`` by the angle ``p * inv_freq[i]`` (RoFormer, arXiv
+2104.09864, eq. 34). Rotating the result by ``d * inv_freq[i]`` takes it to position ``p + d``, so a cached key can be
+given another position without knowing its unrotated value. Angles are made in float64 from integer positions.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Rotary:
     inv_freq: Tensor
     interleaved: bool = False
 
-    def move(self, states: Tensor, distance: int | Tensor) -> Tensor:
-        """Move rotated vectors by ``distance`` positions.
+    def rotate_by(self, states: Tensor, distance: int | Tensor) -> Tensor:
+        """Rotate vectors by ``distance`` positions.
 
         Args:
             states: ``[..., tokens, head_dim]``; channels beyond ``2 * pairs`` pass through untouched.
-            distance: Positions to move by; an int, or an integer tensor that broadcasts to ``[..., tokens]``.
+            distance: Positions to rotate by; an int, or an integer tensor that broadcasts to ``[..., tokens]``.
 
         Returns:
-            Moved vectors of the same shape and dtype, computed in at least float32: one rounding per move.
+            Rotated vectors of the same shape and dtype, computed in at least float32: one rounding per rotation.
         """
         wide = torch.promote_types(states.dtype, torch.float32)
         cos, sin = self._cos_sin(distance, states.device, wide)
@@ -46,7 +46,7 @@ class Rotary:
         return turned if width == states.shape[-1] else torch.cat((turned, states[..., width:]), dim=-1)
 
     def _cos_sin(self, distance: int | Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Give cosines and sines, ``[..., tokens, pairs]`` (or ``[pairs]`` for an int), rounded once to ``dtype``."""
+        """Return cosines and sines, ``[..., tokens, pairs]`` (or ``[pairs]`` for an int), rounded once to ``dtype``."""
         exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         inv_freq = self.inv_freq.to(device=device, dtype=exact)
         angles = distance * inv_freq if isinstance(distance, int) else distance.to(device, exact)[..., None] * inv_freq

@@ -1,4 +1,4 @@
-"""What a call evicted, told row by row."""
+"""What a call evicted, row by row."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
     from sinkwindow.lanes import LaneCall
     from sinkwindow.retention import Retention
+    from sinkwindow.stream.call import StreamCall
 
-__all__ = ["Eviction", "evictions"]
+__all__ = ["Eviction", "evictions_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,21 @@ class Eviction:
     length_after: int
 
 
-def evictions(rule: Retention, lane: LaneCall, before: int, after: int, rows: range) -> Iterator[Eviction]:
-    """List the evictions of a lane that evicted in a call, in the order in which they happened.
+def evictions_of(call: StreamCall) -> list[Eviction]:
+    """Return the evictions of a call, row by row, in the order in which they happened."""
+    part = call.parts[0]
+    events: list[Eviction] = []
+    for r, (lane, row, after) in enumerate(zip(call.lanes, part.slots.lanes, part.evicted, strict=True)):
+        if row.evicted != after:
+            rows = range(r, r + 1) if len(call.lanes) > 1 else range(call.batch)
+            events += _evictions(part.pool.retention, lane, row.evicted, after, rows)
+    return events
 
-    Args:
-        rule: The retention rule.
-        lane: The call.
-        before: Tokens evicted before the call.
-        after: Tokens evicted after it, more than before.
-        rows: Rows of the batch that the lane stands for.
-    """
+
+def _evictions(rule: Retention, lane: LaneCall, before: int, after: int, rows: range) -> Iterator[Eviction]:
     by_token = rule.evict == "token"
     step = rule.buffer + 1 if by_token else after - before
-    length = rule.capacity if by_token else lane.seen_after - before
+    length = rule.capacity if by_token else lane.after.seen - before
     for gone in range(before, after, step):
         tokens = range(rule.first(gone), rule.first(gone + step))
         for row in rows:

@@ -1,0 +1,1 @@
+"""How positions rotate keys, and which keys each query may attend to."""

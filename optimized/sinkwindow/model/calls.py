@@ -1,0 +1,184 @@
+"""The life of a call: one at a time on one stream, whoever else calls the model.
+
+The hooks (``hooks.py``) open a call, begin it and end it. It counts when the module that the user called has returned;
+until then every reader sees what was before it. docs/design.md tells it in order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from sinkwindow.model.hooks import Hooked
+from sinkwindow.model.open_call import AttentionFacts, OpenCall, module_frame
+
+if TYPE_CHECKING:
+    import weakref
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from sinkwindow.model.inputs import CallChecks
+    from sinkwindow.stream.call import StreamCall
+    from sinkwindow.stream.events import Eviction
+    from sinkwindow.stream.state import State
+    from sinkwindow.stream.steps import Steps
+    from sinkwindow.stream.stream import Stream
+
+__all__ = ["Calls"]
+
+
+class Calls(Hooked):
+    """Serve the calls of one cache; the base of ``StreamingCache``, which has the public methods.
+
+    Attributes:
+        _stream: What the calls that count have left.
+        _steps: Steps at fixed shapes, if the cache is static.
+        _call: The call that is open, or one that was interrupted and does not count.
+        _untold: Evictions to report.
+        _lock: Held while a call opens and while the stream changes between calls.
+    """
+
+    _stream: Stream
+    _steps: Steps | None
+    _attention: AttentionFacts
+    _checks: CallChecks
+    _pool_of: dict[int, int]
+    _finalizer: weakref.finalize[Any, Any]
+    _on_evict: Callable[[Eviction], object] | None
+
+    def _serve(self) -> None:
+        """Begin to serve calls; once, before hooks can call."""
+        self._call: OpenCall | None = None
+        self._untold: deque[Eviction] = deque()
+        self._lock = threading.RLock()
+
+    @property
+    def _state(self) -> State:
+        """What the calls that count have left."""
+        if self._steps is not None:
+            self._steps.sync()
+        return self._stream.state
+
+    @property
+    def _plan(self) -> StreamCall | None:
+        """The piece of a call that is running, if one is."""
+        call = self._call
+        return call.plan if call is not None and call.plan is not None and call.is_running(module_frame()) else None
+
+    def _open(self, module: nn.Module) -> None:
+        frame = module_frame()
+        above = None if frame is None else frame.f_back  # an interrupted call's frame may have had this one's address
+        with self._lock:
+            call = self._call
+            if call is not None and call.is_running(above):
+                if call.is_joined_by(module):
+                    return
+                raise RuntimeError(_in_use(call, "be called"))
+            self._call = OpenCall(id(module), 0 if frame is None else id(frame))
+
+    def _begin(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        call = self._call
+        assert call is not None  # noqa: S101 - `_open` was here
+        try:
+            self._repair()
+            inputs = self._checks.read(self._stream, decoder, kwargs, attached=self._finalizer.alive)
+            if self._steps is not None and self._steps.ready and inputs.columns == 1 and inputs.real is None:
+                return call.begin_step(self._steps, decoder, kwargs)
+            return call.begin(self._stream, self._attention, decoder, kwargs, inputs)
+        except BaseException:
+            self._call = None
+            raise
+
+    def _end(self, module: nn.Module, output: Any) -> Any:
+        call = self._call
+        if call is None:
+            return output
+        if module is self._checks.decoder():
+            output = call.completed(output, self._pool_of)
+        if id(module) == call.module:
+            self._commit(call)
+        return output
+
+    def _commit(self, call: OpenCall) -> None:
+        """Count the call: one assignment, in ``Stream.adopt`` or ``Steps.commit``, makes it part of the past."""
+        if call.plan is None:
+            if self._steps is not None and self._steps.step is not None:
+                self._steps.commit()
+            self._call = None
+            return
+        assert call.stream is not None  # noqa: S101 - a plan has one
+        try:
+            evictions = call.evictions + call.stream.commit(call.plan)
+            if call.stream is not self._stream:
+                self._stream.adopt(call.stream.state)
+        finally:
+            self._call = None
+        if self._on_evict is not None:
+            self._untold += evictions
+        if self._steps is not None:
+            with suppress(RuntimeError, MemoryError):  # the call counts already; the next one tries again
+                self._steps.follow()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Report evictions, each once; the first exception is raised when all have been reported."""
+        errors: list[Exception] = []
+        while self._untold and self._on_evict is not None:
+            event = self._untold.popleft()
+            try:
+                self._on_evict(event)
+            except Exception as error:  # noqa: BLE001 - raised below
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _begin_traced(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self._steps is None:
+            raise ValueError(
+                "Only a StreamingCache(..., static=True) can be compiled, and only calls of one token with it."
+            )
+        return kwargs | self._steps.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
+
+    def _commit_traced(self) -> None:
+        if self._steps is not None:
+            self._steps.commit()
+
+    def _repair(self) -> None:
+        """Finish, or undo, what was interrupted."""
+        self._stream.repair()
+        if self._steps is not None:
+            self._steps.follow()
+            self._steps.sync()
+
+    @contextmanager
+    def _idle(self, what: str, *, repair: bool = True) -> Iterator[Stream]:
+        """Yield the stream, to change it between calls.
+
+        Args:
+            what: What the cache is to do, for the error.
+            repair: Whether to finish first what was interrupted.
+
+        Raises:
+            RuntimeError: A call is running, in this thread or in another one.
+        """
+        with self._lock:
+            if self._call is not None and self._call.is_running(module_frame()):
+                raise RuntimeError(_in_use(self._call, what))
+            self._call = None
+            if repair:
+                self._repair()
+            yield self._stream
+            if self._steps is not None:
+                self._steps.follow()
+
+
+def _in_use(call: OpenCall, what: str) -> str:
+    where = "from inside it" if call.thread == threading.get_ident() else "from another thread"
+    return (
+        f"This StreamingCache is in the middle of a call and cannot {what} {where}; the call goes on. Wait until it "
+        "has returned, or make another StreamingCache."
+    )

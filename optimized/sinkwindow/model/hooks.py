@@ -1,0 +1,254 @@
+"""How a cache gets between a model and its attention: hooks, and nothing of the model replaced.
+
+* Before the module that the user called runs, its cache opens a call.
+* Before the decoder runs, the cache plans the call and rewrites ``position_ids`` and ``attention_mask``.
+* After the module that the user called has returned, the cache counts the call. One that fails earlier, in whatever
+  way, is not counted: nothing has to be undone.
+* After a rotary module has run, its tables are made again where a call asks for it (``exact_rope.py``).
+
+The hooks are plain functions without state: they act on calls that carry a ``StreamingCache`` and return at once for
+all others, survive pickling and copying of the model, and are removed with the last cache that uses the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+
+from sinkwindow.attention.step import STEP_NAME
+from sinkwindow.model.exact_rope import recompute_tables
+from sinkwindow.model.families import rotary_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+__all__ = ["Hooked", "attach", "call_by_hand"]
+
+CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
+
+
+class Hooked(ABC):
+    """What the hooks ask of a cache."""
+
+    @abstractmethod
+    def _open(self, module: nn.Module) -> None:
+        """Open a call of a module, or join the one that the module around it has opened."""
+
+    @abstractmethod
+    def _begin(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Begin the open call; return the decoder's arguments, rewritten."""
+
+    @abstractmethod
+    def _end(self, module: nn.Module, output: Any) -> Any:
+        """Complete a module's output; commit the call if it is the module that the user called."""
+
+    @abstractmethod
+    def _begin_traced(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Begin a step while ``torch.compile`` traces it; return the decoder's arguments, rewritten."""
+
+    @abstractmethod
+    def _commit_traced(self) -> None:
+        """Count a step while ``torch.compile`` traces it."""
+
+
+@dataclass(slots=True)
+class _Attachment:
+    """The hooks of one module.
+
+    Attributes:
+        handles: Of all hooks.
+        last: The number of the hook that must run after all others.
+        users: Caches that need them.
+    """
+
+    handles: list[RemovableHandle]
+    last: int
+    users: set[int] = field(default_factory=set)
+
+
+_attachments: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()  # a cache may be collected, and so detached, while another one is attached
+Modules: TypeAlias = "tuple[weakref.ref[nn.Module], ...]"
+Finalizer: TypeAlias = "weakref.finalize[[Modules, int], Hooked]"
+
+
+def attach(model: nn.Module, decoder: PreTrainedModel, cache: Hooked) -> Finalizer:
+    """Hook a model and its decoder for a cache.
+
+    Args:
+        model: The module that the user calls.
+        decoder: The module that receives the cache, or the same.
+        cache: The cache.
+
+    Returns:
+        Its call removes the hooks, if no other cache needs them; it happens at the latest with the cache.
+    """
+    modules = [decoder] if model is decoder else [decoder, model]
+    with _lock:
+        for module in modules:
+            if module not in _attachments:
+                _attachments[module] = _hooks_for(module, is_decoder=module is decoder)
+            _attachments[module].users.add(id(cache))
+    return weakref.finalize(cache, _detach, tuple(weakref.ref(module) for module in modules), id(cache))
+
+
+def _hooks_for(module: nn.Module, *, is_decoder: bool) -> _Attachment:
+    before, after = (_before_decoder, _after_decoder) if is_decoder else (_before_model, _after_model)
+    rotary = rotary_modules(module) if is_decoder else []
+    _strip_copied_hooks([module, *rotary])
+    last = module.register_forward_hook(after, with_kwargs=True)
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), last]
+    handles += [one.register_forward_hook(_after_rotary, with_kwargs=True) for one in rotary]
+    return _Attachment(handles, last.id)
+
+
+def _strip_copied_hooks(modules: list[nn.Module]) -> None:
+    """Remove the hooks that a copy of an attached model has inherited, which no handle would remove."""
+    ours = {_before_model, _before_decoder, _after_model, _after_decoder, _after_rotary}
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                del hooks[key]
+
+
+def _detach(modules: Modules, user: int) -> None:
+    with _lock:
+        for reference in modules:
+            module = reference()
+            attachment = None if module is None else _attachments.get(module)
+            if module is None or attachment is None:
+                continue
+            attachment.users.discard(user)
+            if not attachment.users:
+                for handle in attachment.handles:
+                    handle.remove()
+                del _attachments[module]
+
+
+@contextmanager
+def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Run what the hooks run around a call whose layers the block stands in for, to measure a cache without a model.
+
+    Args:
+        cache: The cache; the block calls its ``update`` for every layer.
+        decoder: The model that it was made for.
+        kwargs: The decoder's arguments by name; ``input_ids`` is enough.
+
+    Yields:
+        The arguments, rewritten.
+    """
+    cache._open(decoder)
+    yield cache._begin(decoder, kwargs)
+    cache._end(decoder, None)
+
+
+# -- the hooks --------------------------------------------------------------------------------------------------------
+
+
+def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = _cache_of(_named(module, args, kwargs))
+    if cache is not None and not torch.compiler.is_compiling():
+        _run_last(module)
+        cache._open(module)
+
+
+def _before_decoder(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    decoder, named = cast("PreTrainedModel", module), _named(module, args, kwargs)
+    cache = _cache_of(named)
+    if cache is None:
+        return None
+    if torch.compiler.is_compiling():
+        return (), _begin_traced(cache, decoder, named)
+    _run_last(module)
+    cache._open(module)
+    return (), cache._begin(decoder, named)
+
+
+def _after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
+    cache = _cache_of(kwargs)
+    if cache is None:
+        return None
+    if torch.compiler.is_compiling():
+        return _commit_traced(cache, cast("PreTrainedModel", module))
+    return cache._end(module, output)
+
+
+def _after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    cache = _cache_of(_named(module, args, kwargs))
+    if cache is None or torch.compiler.is_compiling():
+        return None
+    return cache._end(module, output)
+
+
+def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    return recompute_tables(module, _named(module, args, kwargs), output)
+
+
+def _begin_traced(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Begin a step; where ``sdpa`` would copy grouped keys, trace the attention that does not.
+
+    The assignment is the tracer's: it is undone before the graph ends, and no other caller ever sees it.
+    """
+    arguments = cache._begin_traced(decoder, kwargs)
+    if decoder.config._attn_implementation == "sdpa":
+        decoder.config._attn_implementation = STEP_NAME
+    return arguments
+
+
+def _commit_traced(cache: Hooked, decoder: PreTrainedModel) -> None:
+    if decoder.config._attn_implementation == STEP_NAME:
+        decoder.config._attn_implementation = "sdpa"
+    cache._commit_traced()
+
+
+def _run_last(module: nn.Module) -> None:
+    """Run our hook after those that the user has registered since: a call counts when all of them have returned."""
+    attachment, hooks = _attachments.get(module), module._forward_hooks
+    if attachment is not None and next(reversed(hooks)) != attachment.last:
+        hooks.move_to_end(attachment.last)  # type: ignore[attr-defined]  # torch calls it a dict
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Hooked | None:
+    for name in CACHE_NAMES:
+        cache = kwargs.get(name)
+        if isinstance(cache, Hooked):
+            return cache
+    return None
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward call by name."""
+    if not args:
+        return kwargs
+    return dict(zip(_parameters(module), args, strict=False)) | kwargs
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _parameters(module: nn.Module) -> list[str]:
+    """Return the names of a forward's parameters.
+
+    Once per class, unless a module has a forward of its own, as accelerate gives it.
+    """
+    forward, shared = module.forward, type(module).forward
+    if getattr(forward, "__func__", None) is shared:
+        return _parameters_of(shared)[1:]  # without self
+    return list(inspect.signature(forward).parameters)
+
+
+@functools.cache
+def _parameters_of(function: Callable[..., object]) -> list[str]:
+    return list(inspect.signature(function).parameters)

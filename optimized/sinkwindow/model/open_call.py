@@ -1,0 +1,216 @@
+"""A forward call of a cache, from the hook before the module that the user called to the hook after it.
+
+All state of a call is here, and belongs to the cache that runs it; models, configs and other caches know nothing of it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+from sinkwindow.attention.mask import additive
+from sinkwindow.model.exact_rope import marked
+from sinkwindow.model.pieces import PER_CALL, joined, piece_of, tokens_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import FrameType
+
+    from transformers import PreTrainedModel
+
+    from sinkwindow.lanes import Inputs
+    from sinkwindow.stream.call import PoolCall, StreamCall
+    from sinkwindow.stream.events import Eviction
+    from sinkwindow.stream.steps import Steps
+    from sinkwindow.stream.stream import Stream
+
+__all__ = ["AttentionFacts", "OpenCall", "module_frame"]
+
+MASKED = ("sdpa", "eager", "flex_attention")  # attention implementations that take our 4D masks
+
+_CALL = nn.Module._call_impl.__code__  # noqa: SLF001 - the function that runs a module's forward and its hooks
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionFacts:
+    """What a call must know of the model's attention.
+
+    Attributes:
+        layer_types: For each pool what models with mixed layers call them.
+        own: Whether the model bypasses ``AttentionInterface``: it makes its masks itself, of a 2D one.
+        table: Whether positions index a table of the model.
+        float32_from: Positions from which the model's float32 angles are not good enough.
+    """
+
+    layer_types: list[str]
+    own: bool
+    table: bool
+    float32_from: int
+
+
+@dataclass(slots=True, eq=False)
+class OpenCall:
+    """A call under way.
+
+    A call that was interrupted is never closed: torch runs no hook after a KeyboardInterrupt. Whether one is still
+    running is seen on its thread's stack. The frame is known by its address, since holding it would keep all tensors
+    of an interrupted call alive.
+
+    Attributes:
+        module: The address of the module that the user called.
+        frame: The address of the frame in which torch calls it; 0 for a call made by hand.
+        thread: The thread.
+        stream: Where the call's tokens go: the cache's stream, or a fork of it when the call runs in pieces.
+        plan: The piece under way; ``None`` before the decoder begins, and in a step at fixed shapes.
+        targets: For each pool what takes a layer's keys and values.
+        outputs: Of the pieces that have run.
+        evictions: Of the pieces that have run.
+    """
+
+    module: int
+    frame: int
+    thread: int = field(default_factory=threading.get_ident)
+    stream: Stream | None = None
+    plan: StreamCall | None = None
+    targets: Sequence[PoolCall | Steps] = ()
+    outputs: list[Any] = field(default_factory=list)
+    evictions: list[Eviction] = field(default_factory=list)
+
+    def is_running(self, above: FrameType | None) -> bool:
+        """Return whether the call's frame is still on its thread's stack.
+
+        Args:
+            above: Where to look from if this is the thread.
+        """
+        own = self.thread == threading.get_ident()
+        frame = above if own else sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, for debuggers
+        while frame is not None:
+            if id(frame) == self.frame and frame.f_code is _CALL:
+                return True
+            frame = frame.f_back
+        return False
+
+    def is_joined_by(self, module: nn.Module) -> bool:
+        """Return whether a module that is called now is a part of this call: inside its module, before it began."""
+        return self.stream is None and self.thread == threading.get_ident() and id(module) != self.module
+
+    # -- what the decoder is given ------------------------------------------------------------------------------------
+
+    def begin_step(self, steps: Steps, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Begin a step at fixed shapes; return the decoder's arguments, rewritten."""
+        self.stream, self.targets = steps.stream, [steps] * len(steps.stream.pools)
+        return kwargs | steps.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
+
+    def begin(
+        self, stream: Stream, facts: AttentionFacts, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs
+    ) -> dict[str, Any]:
+        """Run all pieces of a call but the last, on a fork of the stream, and begin that one.
+
+        Args:
+            stream: The cache's stream; what it holds does not change.
+            facts: Of the model's attention.
+            decoder: The model.
+            kwargs: Its arguments by name.
+            inputs: What they bring.
+
+        Returns:
+            The decoder's arguments for the last piece.
+
+        Raises:
+            ValueError: The call must run in pieces, and is asked for what pieces do not add up to.
+        """
+        implementation = decoder.config._attn_implementation  # noqa: SLF001
+        masked = implementation in MASKED and not facts.own
+        length = stream.piece_length(inputs, masked=masked)
+        whole = [name for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
+        if length < inputs.columns and whole:
+            if not masked:
+                raise ValueError(
+                    f"{whole[0]}=True needs a call in one piece, and this one runs in pieces, since the attention of "
+                    f"{type(decoder).__name__} ({implementation!r}) takes no 4D mask: feed at most {length} columns."
+                )
+            length = inputs.columns
+        if not self.frame:  # by hand: there is nothing to run pieces with
+            length = inputs.columns
+        self.stream = stream if length == inputs.columns else stream.fork()
+        name, start, end = tokens_of(kwargs), 0, inputs.columns
+        while start + length < end:
+            piece = kwargs | {name: kwargs[name][:, start : start + length]}
+            arguments = self._plan(facts, decoder, piece, piece_of(inputs, start, start + length), masked=masked)
+            self.outputs.append(decoder.forward(**arguments))
+            self.evictions += self.stream.commit(cast("StreamCall", self.plan))
+            start += length
+            length = self.stream.piece_length(piece_of(inputs, start, end), masked=masked)
+        if start:
+            kwargs, inputs = kwargs | {name: kwargs[name][:, start:]}, piece_of(inputs, start, end)
+        return self._plan(facts, decoder, kwargs, inputs, masked=masked)
+
+    def _plan(
+        self, facts: AttentionFacts, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs, *, masked: bool
+    ) -> dict[str, Any]:
+        """Plan a piece and return the decoder's arguments for it."""
+        plan = cast("Stream", self.stream).begin(inputs)
+        self.plan, self.targets = plan, plan.parts
+        positions = plan.positions(inputs.device)
+        return kwargs | {
+            "position_ids": marked(positions, decoder, plan.reach, facts.float32_from, table=facts.table),
+            "attention_mask": _mask(plan, facts, decoder, inputs, masked=masked),
+        }
+
+    # -- what the decoder returns -------------------------------------------------------------------------------------
+
+    def completed(self, output: Any, pool_of: Mapping[int, int]) -> Any:
+        """Return the decoder's output with those of earlier pieces, and weights of copied sinks in their own columns.
+
+        Args:
+            output: What the decoder returned.
+            pool_of: For each layer the index of its pool.
+        """
+        if self.outputs:
+            output = joined([*self.outputs, output])
+        weights = output.get("attentions") if isinstance(output, dict) else None
+        if weights is not None and self.plan is not None:
+            parts = [self.plan.parts[pool_of[layer]] for layer in range(len(weights))]
+            output["attentions"] = tuple(
+                weight if weight is None else part.fold(weight) for part, weight in zip(parts, weights, strict=True)
+            )
+        return output
+
+
+def _mask(
+    plan: StreamCall, facts: AttentionFacts, decoder: PreTrainedModel, inputs: Inputs, *, masked: bool
+) -> Tensor | dict[str, Tensor] | None:
+    """Return the mask that the model is given: 4D where it takes one, 2D where it makes its own of it.
+
+    Raises:
+        ValueError: It needs a 4D mask for each kind of layer, and takes none.
+    """
+    if facts.own:
+        return plan.columns_with_tokens(inputs.device)
+    masks = plan.masks(inputs.device)
+    if masks is None:
+        return None
+    implementation = decoder.config._attn_implementation  # noqa: SLF001
+    if not masked:
+        if len(masks) > 1:
+            raise ValueError(
+                f"attn_implementation={implementation!r} takes no 4D mask, which padded rows of a model with layers of "
+                'several kinds need: use "sdpa", or rows without padding.'
+            )
+        return plan.columns_with_tokens(inputs.device)
+    if implementation != "sdpa":
+        masks = [additive(mask, decoder.dtype).expand(inputs.batch, -1, -1, -1) for mask in masks]
+    by_type = dict(zip(facts.layer_types, masks, strict=True))
+    return masks[0] if len(by_type) == 1 else by_type
+
+
+def module_frame() -> FrameType | None:
+    """Return the frame in which torch calls the module whose hook is running, ``None`` outside of hooks."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, for exactly this
+    while frame is not None and frame.f_code is not _CALL:
+        frame = frame.f_back
+    return frame

@@ -1,0 +1,52 @@
+"""A call that runs in pieces: what each piece is given, and one output made of theirs.
+
+A long call has more evictions, hence more copies of sinks and more masked columns, than attention should see at once;
+and a model whose attention takes no 4D mask gets pieces that end where it evicts. Activations stay flat as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers.utils.generic import ModelOutput
+
+from sinkwindow.lanes import Inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["PER_CALL", "joined", "piece_of", "tokens_of"]
+
+# Outputs that pieces do not add up to: a call that is asked for one of them runs whole.
+PER_CALL = ("output_attentions", "output_router_logits")
+
+
+def tokens_of(kwargs: dict[str, Any]) -> str:
+    """Return the name of the argument that holds a call's tokens."""
+    return "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+
+
+def piece_of(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Return a run of a call's columns as a call of its own."""
+    if inputs.real is None:
+        return Inputs(inputs.batch, stop - start, inputs.device, None)
+    real = [
+        [column - start for column in (range(inputs.columns) if row is None else row) if start <= column < stop]
+        for row in inputs.real
+    ]
+    return Inputs(inputs.batch, stop - start, inputs.device, list(real))
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """Return one output: hidden states joined along the tokens, the rest as the last piece has it."""
+    last = outputs[-1]
+    if not isinstance(last, ModelOutput):
+        return (torch.cat([cast("Tensor", output[0]) for output in outputs], dim=1), *last[1:])
+    last["last_hidden_state"] = torch.cat([output["last_hidden_state"] for output in outputs], dim=1)
+    if "hidden_states" in last:
+        layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
+        last["hidden_states"] = tuple(torch.cat(states, dim=1) for states in layers)
+    return last

@@ -1,0 +1,1 @@
+"""Where keys and values are: tensors, the two layouts of their slots, and changes in place that can be interrupted."""

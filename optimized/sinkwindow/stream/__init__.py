@@ -1,0 +1,1 @@
+"""A stream of tokens: its state, its calls, its steps at fixed shapes, and the way back. Knows no model."""

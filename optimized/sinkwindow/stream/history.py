@@ -1,0 +1,170 @@
+"""The way back: what every row had seen and evicted some columns ago, and the state that a roll-back leads to.
+
+Where all columns were tokens and the rule evicts token by token, counting tells. Other calls are recorded as they
+commit, and counting starts from the last record before the column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sinkwindow.lanes import Lane
+from sinkwindow.storage.journal import Writes
+from sinkwindow.stream.state import CallRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sinkwindow.storage.slots import Pool, Slots
+    from sinkwindow.stream.call import StreamCall
+    from sinkwindow.stream.state import State
+
+__all__ = ["count_evictions", "cropped", "recorded", "select_past"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What every lane had seen, and evicted in every pool, at a column; and the evictions of all rows together."""
+
+    seen: list[int]
+    evicted: list[list[int]]
+    num_evictions: int
+
+
+def recorded(state: State, call: StreamCall, pools: Sequence[Pool]) -> tuple[CallRecord, ...]:
+    """Return the records of a state after a call: as many as the longest list has tokens, no roll-back crosses more."""
+    by_call = any(pool.retention.evict == "call" for pool in pools)
+    if not by_call and all(lane.real is None for lane in call.lanes):
+        return state.past
+    record = CallRecord(
+        start=state.columns,
+        columns=call.lanes[0].columns,
+        real=tuple(lane.real for lane in call.lanes),
+        seen=tuple(lane.before.seen for lane in call.lanes),
+        evicted=tuple(tuple(row.evicted for row in slots.lanes) for slots in call.state.pools),
+        num_evictions=state.num_evictions,
+    )
+    return (*state.past, record)[-_longest(pools) :]
+
+
+def select_past(past: Sequence[CallRecord], rows: Sequence[int]) -> tuple[CallRecord, ...]:
+    """Return the records of reordered rows."""
+    return tuple(
+        replace(
+            record,
+            real=tuple(record.real[row] for row in rows),
+            seen=tuple(record.seen[row] for row in rows),
+            evicted=tuple(tuple(pool[row] for row in rows) for pool in record.evicted),
+        )
+        if len(record.real) > 1
+        else record
+        for record in past
+    )
+
+
+def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, State] | None:
+    """Return what to write, and the state then, to take the newest columns back; ``None`` where that is impossible.
+
+    Args:
+        pools: The stream's pools.
+        state: The stream's state.
+        columns: How many columns to take back.
+    """
+    column = state.columns - columns
+    counts = _counts_at(pools, state, column) if columns else _counts_now(state)
+    if counts is None or not _reachable(pools, state, counts):
+        return None
+    lanes = tuple(
+        Lane(seen, min(lane.offset, gone))  # no position below a rank
+        for lane, seen, gone in zip(state.lanes, counts.seen, counts.evicted[0], strict=True)
+    )
+    removed = [lane.seen - seen for lane, seen in zip(state.lanes, counts.seen, strict=True)]
+    writes, after = [], []
+    for pool, slots, evicted in zip(pools, state.pools, counts.evicted, strict=True):
+        change = _cut(pool, slots, lanes, evicted, removed, recording=state.recording)
+        writes += change[0].parts
+        after.append(change[1])
+    past = _shortened(state.past, column)
+    return Writes(writes), replace(
+        state, pools=tuple(after), lanes=lanes, columns=column, num_evictions=counts.num_evictions, past=past
+    )
+
+
+def count_evictions(pools: Sequence[Pool], evicted: Sequence[int], batch: int) -> int | None:
+    """Return the evictions that led to so many evicted tokens, all rows together; ``None`` if they are by call."""
+    rule = pools[0].retention
+    return None if rule.evict == "call" else sum(evicted) // (rule.buffer + 1) * (batch // len(evicted))
+
+
+def _longest(pools: Sequence[Pool]) -> int:
+    return max(pool.retention.capacity for pool in pools)
+
+
+def _counts_now(state: State) -> _Counts:
+    evicted = [[row.evicted for row in slots.lanes] for slots in state.pools]
+    return _Counts([lane.seen for lane in state.lanes], evicted, state.num_evictions)
+
+
+def _counts_at(pools: Sequence[Pool], state: State, column: int) -> _Counts | None:
+    """Count forward from the last record that starts at or before a column; ``None`` if it is forgotten."""
+    lanes, batch = len(state.lanes), state.batch or 1
+    record = next((record for record in reversed(state.past) if record.start <= column), None)
+    if record is None:
+        if column and len(state.past) == _longest(pools):
+            return None  # older records were dropped
+        record = CallRecord(0, 0, (None,), (0,), ((0,),) * len(pools), 0)
+    inside = min(column - record.start, record.columns)
+    beyond = column - record.start - inside
+    several = len(record.real) > 1
+    seen, evicted = [], [[] for _ in pools]  # type: tuple[list[int], list[list[int]]]
+    for r in range(lanes):
+        own = r if several else 0
+        real = record.real[own]
+        seen.append(record.seen[own] + beyond + (inside if real is None else sum(place < inside for place in real)))
+        for pool, gone, before in zip(pools, evicted, record.evicted, strict=True):
+            gone.append(pool.retention.evicted_after(seen[-1], before[own]))
+    number = count_evictions(pools, evicted[0], batch)
+    if number is None:
+        before = record.evicted[0] if several else record.evicted[0] * lanes
+        changed = sum(was != now for was, now in zip(before, evicted[0], strict=True))
+        number = record.num_evictions + batch // lanes * changed
+    return _Counts(seen, evicted, number)
+
+
+def _reachable(pools: Sequence[Pool], state: State, counts: _Counts) -> bool:
+    """Return whether every row's tokens of that time are still in their slots."""
+    return all(
+        pool.reachable(row, seen, gone)
+        for pool, slots, evicted in zip(pools, state.pools, counts.evicted, strict=True)
+        for row, seen, gone in zip(slots.lanes, counts.seen, evicted, strict=True)
+    )
+
+
+def _cut(
+    pool: Pool, slots: Slots, lanes: Sequence[Lane], evicted: Sequence[int], removed: Sequence[int], *, recording: bool
+) -> tuple[Writes, Slots]:
+    """Return what to write in a pool that loses its newest tokens, and what it holds then.
+
+    Tokens fed from here on are in their slots. Sinks placed for the old count must be placed again even if the count is
+    reached again.
+    """
+    rows = tuple(
+        replace(row, evicted=gone, floor=min(row.floor, lane.seen), placed=row.placed if gone == row.evicted else -1)
+        for row, lane, gone in zip(slots.lanes, lanes, evicted, strict=True)
+    )
+    after, end = replace(slots, lanes=rows), slots.end - removed[0]
+    aligned = len(set(removed)) == 1 and end >= pool.held(after, lanes)
+    if pool.static or aligned or not slots.banks:
+        return Writes([]), replace(after, end=end)
+    return pool.relocation(after, lanes, cut=removed, recording=recording)
+
+
+def _shortened(past: tuple[CallRecord, ...], column: int) -> tuple[CallRecord, ...]:
+    """Return the records of what is before a column."""
+    kept = [record for record in past if record.start < column]
+    if kept and kept[-1].start + kept[-1].columns > column:
+        columns = column - kept[-1].start
+        real = tuple(None if r is None else [place for place in r if place < columns] for r in kept[-1].real)
+        kept[-1] = replace(kept[-1], columns=columns, real=real)
+    return tuple(kept)

@@ -1,0 +1,83 @@
+"""Everything that a stream knows, as one value that never changes.
+
+A call, a roll-back or a reordering makes another ``State``, and one assignment puts it in the place of the old one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sinkwindow.lanes import Lane
+
+if TYPE_CHECKING:
+    from sinkwindow.retention import Retention
+    from sinkwindow.storage.slots import Slots
+
+__all__ = ["CallRecord", "Snapshot", "State"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """The stream before a call that counting alone cannot undo: it had padding, or its rule evicts by call.
+
+    Attributes:
+        start: Columns before the call.
+        columns: Columns of the call.
+        real: Columns of each lane that held real tokens; ``None`` for all.
+        seen: Tokens that each lane had seen.
+        evicted: Tokens that each lane had evicted, pool by pool.
+        num_evictions: Evictions, all rows together.
+    """
+
+    start: int
+    columns: int
+    real: tuple[list[int] | None, ...]
+    seen: tuple[int, ...]
+    evicted: tuple[tuple[int, ...], ...]
+    num_evictions: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """What a stream has been fed and what it holds.
+
+    Attributes:
+        pools: What each pool holds.
+        lanes: One for all rows while they agree, else one per row.
+        columns: Columns fed and not cropped, padding included.
+        batch: Rows, ``None`` before the first call.
+        num_evictions: Evictions so far, all rows together.
+        forwarded: Columns ever fed, cropped ones included.
+        past: Calls that a roll-back may cross and cannot undo by counting.
+        recording: Whether evicted tokens are kept for a roll-back.
+    """
+
+    pools: tuple[Slots, ...]
+    lanes: tuple[Lane, ...] = (Lane(),)
+    columns: int = 0
+    batch: int | None = None
+    num_evictions: int = 0
+    forwarded: int = 0
+    past: tuple[CallRecord, ...] = ()
+    recording: bool = False
+
+    def by_row(self, batch: int) -> State:
+        """Return the same with a lane for every row."""
+        if len(self.lanes) == batch:
+            return self
+        pools = tuple(replace(slots, lanes=slots.lanes * batch) for slots in self.pools)
+        return replace(self, lanes=self.lanes * batch, pools=pools)
+
+    def cloned(self) -> State:
+        """Return the same in tensors of its own."""
+        return replace(self, pools=tuple(slots.cloned() for slots in self.pools))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """A copy of a cache's content, for ``StreamingCache.restore``; opaque."""
+
+    rules: list[Retention]
+    static: bool
+    state: State

@@ -1,0 +1,343 @@
+"""A stream of tokens through pools of slots. Its calls have four verbs.
+
+* ``begin`` plans a call and puts the slots in order for it; what the stream holds does not change.
+* ``commit`` counts it, by one assignment of a new ``State``.
+* abort: drop the ``StreamCall``.
+* ``repair`` finishes, or undoes, a change of tensors that was interrupted.
+
+Everything here is independent of any model; ``cache.py`` fits it to transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from sinkwindow.lanes import Inputs, Lane, LaneCall
+from sinkwindow.storage.journal import Write, Writes
+from sinkwindow.storage.slots import Pool, Slots
+from sinkwindow.stream.call import PoolCall, StreamCall
+from sinkwindow.stream.events import Eviction, evictions_of
+from sinkwindow.stream.history import count_evictions, cropped, recorded, select_past
+from sinkwindow.stream.state import Snapshot, State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+T = TypeVar("T")
+
+__all__ = ["Stream"]
+
+PIECE = 256  # columns of a call run at once: beyond, masked columns cost more than the fixed cost of another piece
+PIECE_COPIES = 512  # and no more columns of copied sinks than this in a piece
+
+
+class Stream:
+    """The content of a cache.
+
+    Args:
+        pools: The first one's rule is the stream's; others hold layers with a window of their own.
+        bound: Positions stay below it.
+        longest: Columns, cached ones included, that the model can attend to in one call; ``None`` for any number.
+        state: What it holds; nothing if omitted.
+    """
+
+    def __init__(
+        self, pools: Sequence[Pool], bound: int, *, longest: int | None = None, state: State | None = None
+    ) -> None:
+        self.pools = pools
+        self.rule = pools[0].retention
+        self.bound = bound
+        self._keeps_addresses = pools[0].static and state is None
+        self._longest = longest
+        self.state = self._new_state() if state is None else state
+        self._unfinished: tuple[Writes, State] | None = None
+
+    def _new_state(self) -> State:
+        return State(tuple(Slots() for _ in self.pools))
+
+    @property
+    def static(self) -> bool:
+        """Whether the slots are rings."""
+        return self.pools[0].static
+
+    @property
+    def retained(self) -> list[list[int]]:
+        """Retained natural indices, lane by lane."""
+        rows = zip(self.state.lanes, self.state.pools[0].lanes, strict=True)
+        return [self.rule.retained(lane.seen, row.evicted) for lane, row in rows]
+
+    def per_row(self, lanes: list[T]) -> list[T]:
+        """Return a list with an item for every row, of one for every lane."""
+        if self.state.batch is None:
+            return lanes[:1]
+        return lanes * self.state.batch if len(lanes) == 1 else lanes
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def lanes_of(self, inputs: Inputs) -> list[tuple[Lane, list[int] | None, int]]:
+        """Return for each lane of a call what it has seen, its columns with tokens, and how many there are."""
+        lanes = self.state.lanes if inputs.real is None else self.state.by_row(inputs.batch).lanes
+        real = inputs.real or [None] * len(lanes)
+        counts = [inputs.columns if columns is None else len(columns) for columns in real]
+        return list(zip(lanes, real, counts, strict=True))
+
+    def would_evict(self, inputs: Inputs) -> bool:
+        """Return whether a call makes some row evict."""
+        rows = self.state.pools[0].lanes if inputs.real is None else self.state.by_row(inputs.batch).pools[0].lanes
+        return any(
+            self.rule.evicted_after(lane.seen + fresh, row.evicted) > row.evicted
+            for (lane, _, fresh), row in zip(self.lanes_of(inputs), rows, strict=True)
+        )
+
+    def piece_length(self, inputs: Inputs, *, masked: bool) -> int:
+        """Return how many columns of a call to run at once: from the first, all of them if that is no less.
+
+        Args:
+            inputs: What is left of the call.
+            masked: Whether the model's attention takes 4D masks; otherwise pieces end at evictions.
+        """
+        if self.rule.evict == "call":
+            return inputs.columns
+        state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
+        held = self.pools[0].held(state.pools[0], state.lanes)
+        most = max(self.bound - held, self.rule.window) if self._longest is None else self._longest - held
+        if masked:
+            copies_per_token = self.rule.num_sinks / (self.rule.buffer + 1)
+            return min(inputs.columns, most, PIECE, max(1, int(PIECE_COPIES / max(1, copies_per_token))))
+        ends = [inputs.columns, most]
+        for (lane, real, fresh), row in zip(self.lanes_of(inputs), state.pools[0].lanes, strict=True):
+            room = self.rule.capacity - (lane.seen - row.evicted)
+            if fresh > room:
+                ends.append(room if real is None else real[room - 1] + 1)
+        return min(ends)
+
+    def begin(self, inputs: Inputs) -> StreamCall:
+        """Plan a call and put the slots in order for it; what the stream holds does not change.
+
+        Raises:
+            ValueError: The model cannot attend to so many columns.
+        """
+        state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
+        todo = self.lanes_of(inputs)
+        held = 0 if self._longest is None else self.pools[0].held(state.pools[0], state.lanes)
+        if self._longest is not None and held + inputs.columns > self._longest:
+            raise ValueError(
+                f"The call brings {inputs.columns} columns and {held} are cached, but this model's table of positions "
+                f'ends at {self._longest}; feed shorter calls, or use evict="token", which splits them.'
+            )
+        before = self._rebased(state, [fresh for _, _, fresh in todo])
+        state = state if before is state.lanes else replace(state, lanes=before)
+        if state.batch is not None:
+            self.state = state
+        lanes = [
+            LaneCall(lane, Lane(lane.seen + fresh, lane.offset), inputs.columns, real)
+            for lane, (_, real, fresh) in zip(before, todo, strict=True)
+        ]
+        plain = inputs.real is None or not any(lane.padded for lane in lanes)
+        columns = inputs.columns if plain else 0
+        parts = [self._begin_pool(index, state, lanes, columns) for index in range(len(self.pools))]
+        return StreamCall(state if state.batch is None else self.state, lanes, inputs.batch, parts)
+
+    def _rebased(self, state: State, fresh: Sequence[int]) -> tuple[Lane, ...]:
+        """Return the lanes with their next token back at its rank, if the next positions would reach the bound.
+
+        A call that has not enough positions even then begins below its rank, where RoPE is as good.
+        """
+        if all(lane.seen - lane.offset + count <= self.bound for lane, count in zip(state.lanes, fresh, strict=True)):
+            return state.lanes
+        rows = zip(state.lanes, state.pools[0].lanes, fresh, strict=True)
+        return tuple(Lane(lane.seen, max(row.evicted, lane.seen + count - self.bound)) for lane, row, count in rows)
+
+    def _begin_pool(self, index: int, state: State, lanes: list[LaneCall], columns: int) -> PoolCall:
+        """Put a pool's slots in order and plan its part of a call; ``columns`` is 0 where they cannot be written."""
+        pool, slots, before = self.pools[index], state.pools[index], state.lanes
+        held, recording = pool.held(slots, before), state.recording
+        size = pool.size(slots, recording=recording)
+        in_slots = 0 < columns <= size - held and bool(slots.banks) and not pool.static
+        change = pool.make_ready(slots, before, columns if in_slots else 0, recording=recording)
+        if change is not None:
+            slots = self._change_pool(index, *change)
+            size = pool.size(slots, recording=recording)
+        if slots.banks and not pool.must_copy(slots, recording=recording):
+            slots = self._place_sinks(index, slots)
+        in_slots = in_slots and slots.end + columns <= size
+        return PoolCall(pool, slots, lanes, held, recording, in_slots)
+
+    def _place_sinks(self, index: int, slots: Slots) -> Slots:
+        """Write the sinks in front of the windows where they are not; a placed sink stays until its row evicts."""
+        lanes = self.state.lanes
+        if all(row.placed == row.evicted for row in slots.lanes) or not (self.pools[index].retention.num_sinks):
+            return slots
+        first = self.pools[index].retention.first
+        lost = tuple(replace(row, placed=-1, floor=first(row.evicted)) for row in slots.lanes)
+        slots = self._change_pool(index, Writes([]), replace(slots, lanes=lost))  # before they are written
+        self.pools[index].place_sinks(slots, lanes, [bank.slots for bank in slots.banks], slots.end)
+        placed = tuple(replace(row, placed=row.evicted) for row in slots.lanes)
+        return self._change_pool(index, Writes([]), replace(slots, lanes=placed))
+
+    def commit(self, call: StreamCall) -> list[Eviction]:
+        """Count a call that has succeeded, and return what it evicted.
+
+        Raises:
+            RuntimeError: Some layer did not update the cache; the stream is as before.
+        """
+        events, state = evictions_of(call), call.state
+        columns = call.lanes[0].columns
+        self.adopt(
+            State(
+                pools=tuple(part.outcome() for part in call.parts),
+                lanes=tuple(lane.after for lane in call.lanes),
+                columns=state.columns + columns,
+                batch=call.batch,
+                num_evictions=state.num_evictions + len(events),
+                forwarded=state.forwarded + columns,
+                past=recorded(state, call, self.pools),
+                recording=state.recording,
+            )
+        )
+        return events
+
+    def repair(self) -> None:
+        """Finish, or undo, a change of tensors that was interrupted."""
+        if self._unfinished is not None:
+            writes, state = self._unfinished
+            writes.finish()
+            self.state = state
+            self._unfinished = None
+
+    # -- changes ------------------------------------------------------------------------------------------------------
+
+    def adopt(self, state: State) -> None:
+        """Put another state in the place of this one.
+
+        A ring's tensors keep their addresses, which CUDA graphs replay from: there the new content is copied over the
+        old, and an interruption is undone.
+        """
+        if self._keeps_addresses:
+            state = self._in_place(state)
+        self.state = state
+        self._unfinished = None
+
+    def _in_place(self, state: State) -> State:
+        olds, news = (
+            [tensor for slots in one.pools for bank in slots.banks for tensor in bank.tensors]
+            for one in (self.state, state)
+        )
+        if [(old.shape, old.dtype, old.device) for old in olds] != [(new.shape, new.dtype, new.device) for new in news]:
+            return state
+        pairs = [(old, new) for old, new in zip(olds, news, strict=True) if old is not new]
+        with torch.inference_mode(mode=False):
+            saved = [old.clone() for old, _ in pairs]
+        undo = [Write(old, copy.clone) for (old, _), copy in zip(pairs, saved, strict=True)]
+        self._unfinished = Writes(undo), self.state
+        for old, new in pairs:
+            old.copy_(new)
+        pools = zip(state.pools, self.state.pools, strict=True)
+        return replace(state, pools=tuple(replace(new, banks=old.banks) for new, old in pools))
+
+    def change(self, writes: Writes, state: State) -> None:
+        """Change tensors and state together: from here on an interruption is finished by ``repair``."""
+        self._unfinished = writes, state
+        self.repair()
+
+    def _change_pool(self, index: int, writes: Writes, slots: Slots) -> Slots:
+        pools = (*self.state.pools[:index], slots, *self.state.pools[index + 1 :])
+        self.change(writes, replace(self.state, pools=pools))
+        return slots
+
+    def fork(self) -> Stream:
+        """Return a copy that goes its own way, until ``adopt`` takes its state over."""
+        return Stream(self.pools, self.bound, longest=self._longest, state=self.state.cloned())
+
+    def reset(self) -> None:
+        """Forget everything, interrupted changes too."""
+        self.change(Writes([]), self._new_state())  # takes the place of a change that was interrupted
+
+    def select_rows(self, index: Tensor) -> None:
+        """Continue row ``i`` from row ``index[i]``, ``[rows]`` int64, in everything the stream knows."""
+        state = self.state
+        if state.batch is None:
+            return
+        chosen = [int(row) for row in index.tolist()]
+        several = len(state.lanes) > 1
+        lanes = tuple(state.lanes[row] for row in chosen) if several else state.lanes
+
+        def select(tensor: Tensor) -> Tensor:
+            return tensor.index_select(1, index.to(tensor.device))
+
+        pools = tuple(
+            replace(
+                slots,
+                banks=tuple(bank.map(select) for bank in slots.banks),
+                lanes=tuple(slots.lanes[row] for row in chosen) if several else slots.lanes,
+            )
+            for slots in state.pools
+        )
+        count = count_evictions(self.pools, [row.evicted for row in pools[0].lanes], len(chosen))
+        if count is None:  # evicting by call, rows differ by their own calls only: each has its share
+            count = state.num_evictions * len(chosen) // state.batch
+        past = select_past(state.past, chosen) if several else state.past
+        self.adopt(replace(state, pools=pools, lanes=lanes, batch=len(chosen), num_evictions=count, past=past))
+
+    # -- going back ---------------------------------------------------------------------------------------------------
+
+    def can_crop(self, columns: int) -> bool:
+        """Return whether the newest columns can be taken back exactly."""
+        return 0 <= columns <= self.state.columns and cropped(self.pools, self.state, columns) is not None
+
+    def crop(self, columns: int) -> None:
+        """Take the newest columns back.
+
+        Raises:
+            ValueError: The tokens that they evicted are gone; nothing has changed then.
+        """
+        change = cropped(self.pools, self.state, columns)
+        if change is None:
+            raise ValueError(
+                f"The last {columns} columns cannot be taken back: they evicted tokens that are gone. Call "
+                "activate_past_recording() before feeding them, or snapshot() and restore()."
+            )
+        self.change(*change)
+
+    def record_past(self) -> None:
+        """Keep tokens that are evicted from now on, as far as there is room."""
+        if self.static:
+            return
+        self.forget_past()
+        state, writes, pools = replace(self.state, recording=True), [], []
+        for pool, slots in zip(self.pools, state.pools, strict=True):
+            change = pool.relocation(slots, state.lanes, recording=True) if slots.banks else (Writes([]), slots)
+            writes += change[0].parts
+            pools.append(change[1])
+        self.change(Writes(writes), replace(state, pools=tuple(pools)))
+
+    def forget_past(self) -> None:
+        """Begin the recorded past again: what was evicted before is not needed any more."""
+        pools = []
+        for pool, slots in zip(self.pools, self.state.pools, strict=True):
+            rows = tuple(replace(row, mark=pool.retention.first(row.evicted)) for row in slots.lanes)
+            pools.append(replace(slots, lanes=rows))
+        self.state = replace(self.state, pools=tuple(pools))
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the content."""
+        return Snapshot([pool.retention for pool in self.pools], self.static, self.state.cloned())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot.
+
+        Raises:
+            ValueError: The snapshot is of a cache with other sizes, or only one of the two is static.
+        """
+        if snapshot.rules != [pool.retention for pool in self.pools]:
+            raise ValueError(f"snapshot is of a cache with {snapshot.rules[0]}, this one has {self.rule}.")
+        if snapshot.static != self.static:
+            raise ValueError(
+                f"snapshot is of a cache with static={snapshot.static}, this one has static={not snapshot.static}."
+            )
+        self.adopt(snapshot.state.cloned())
