@@ -215,10 +215,10 @@ class StreamingCache(Cache, Calls):
             layer_idx: Index of the decoder layer.
         """
         index = self._pool_of[layer_idx]
-        if query_length == 1 and self._steps is not None and self._steps.ready and self._plan is None:
+        if query_length == 1 and self._steps is not None and self._steps.ready and not self._is_planned():
             return self._stream.pools[index].size(self._stream.state.pools[index], recording=False), 0
         held = self._held(index)
-        return held + query_length, self._held(0) - held
+        return held + query_length, self._held(0) - held if index else 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the column of a call's first query, counted as in ``get_mask_sizes``."""
@@ -226,8 +226,9 @@ class StreamingCache(Cache, Calls):
 
     def _held(self, index: int) -> int:
         """Return the columns that a call gets in front of its own, in the layers of a pool."""
-        if (plan := self._plan) is not None:
-            return plan.parts[index].length - plan.lanes[0].columns
+        call = self._call
+        if call is not None and call.plan is not None and call.plan.is_special and self._is_planned():
+            return call.plan.parts[index].length - call.plan.lanes[0].columns
         state = self._state
         return self._stream.pools[index].held(state.pools[index], state.lanes)
 

@@ -89,7 +89,7 @@ class Retention:
             The count, an int or a tensor as ``token`` is.
         """
         step = self.buffer + 1
-        overflow = token - self.limit - self.buffer
+        overflow = token - (self.num_sinks + self.window + self.buffer)
         overflow = overflow.clamp(min=0) if isinstance(overflow, Tensor) else max(overflow, 0)
         return (overflow + self.buffer) // step * step  # rounded up to whole evictions
 

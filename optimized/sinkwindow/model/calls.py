@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkwindow.model.inputs import CallChecks
-    from sinkwindow.stream.call import StreamCall
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.state import State
     from sinkwindow.stream.steps import Steps
@@ -63,11 +62,10 @@ class Calls(Hooked):
             self._steps.sync()
         return self._stream.state
 
-    @property
-    def _plan(self) -> StreamCall | None:
-        """The piece of a call that is running, if one is."""
+    def _is_planned(self) -> bool:
+        """Return whether a call is running that is no step at fixed shapes."""
         call = self._call
-        return call.plan if call is not None and call.plan is not None and call.is_running(module_frame()) else None
+        return call is not None and call.plan is not None and call.is_running(module_frame())
 
     def _open(self, module: nn.Module) -> None:
         frame = module_frame()
@@ -122,7 +120,8 @@ class Calls(Hooked):
         if self._steps is not None:
             with suppress(RuntimeError, MemoryError):  # the call counts already; the next one tries again
                 self._steps.follow()
-        self._tell()
+        if self._untold:
+            self._tell()
 
     def _tell(self) -> None:
         """Report evictions, each once; the first exception is raised when all have been reported."""

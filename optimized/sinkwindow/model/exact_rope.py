@@ -64,8 +64,10 @@ def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple
     positions, layer_type = arguments["position_ids"], arguments.get("layer_type")
     if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64):
         return output
-    exact, dtype = _tables(module, positions, layer_type), arguments["x"].dtype
-    return tuple(LAYOUTS[layout](exact[which]).to(dtype) for which, layout in _form(module, layer_type))
+    exact, tables = _tables(module, positions, layer_type), []
+    for which, layout in _form(module, layer_type):
+        tables.append(LAYOUTS[layout](exact[which]).to(arguments["x"].dtype))
+    return tuple(tables)
 
 
 def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,7 @@ def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]
 
 
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = _cache_of(_named(module, args, kwargs))
+    cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
     if cache is not None and not torch.compiler.is_compiling():
         _run_last(module)
         cache._open(module)
@@ -167,7 +167,7 @@ def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _before_decoder(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    decoder, named = cast("PreTrainedModel", module), _named(module, args, kwargs)
+    decoder, named = cast("PreTrainedModel", module), _named(module, args, kwargs) if args else kwargs
     cache = _cache_of(named)
     if cache is None:
         return None
@@ -188,14 +188,14 @@ def _after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    cache = _cache_of(_named(module, args, kwargs))
+    cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
     if cache is None or torch.compiler.is_compiling():
         return None
     return cache._end(module, output)
 
 
 def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return recompute_tables(module, _named(module, args, kwargs), output)
+    return recompute_tables(module, _named(module, args, kwargs) if args else kwargs, output)
 
 
 def _begin_traced(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -232,8 +232,6 @@ def _cache_of(kwargs: dict[str, Any]) -> Hooked | None:
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name."""
-    if not args:
-        return kwargs
     return dict(zip(_parameters(module), args, strict=False)) | kwargs
 
 

@@ -90,11 +90,12 @@ def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None, *,
         raise ValueError(
             f"input_ids has batch size {rows}, but the cache holds {batch} rows; use a fresh cache or reset()."
         )
-    mask = kwargs.get("attention_mask")
+    mask, real = kwargs.get("attention_mask"), None
     if static:
         mask = _padding_behind(mask, columns)
-    mask = _new_columns(mask, rows, columns, seen_columns)
-    real = None if mask is None or bool(mask.all()) else _real_columns(mask)
+    if mask is not None:
+        new = _new_columns(mask, rows, columns, seen_columns)
+        real = None if bool(new.all()) else _real_columns(new)
     return Inputs(rows, columns, tokens.device, real)
 
 
@@ -143,10 +144,8 @@ def _padding_behind(mask: object, columns: int) -> object:
     return real
 
 
-def _new_columns(mask: object, rows: int, columns: int, seen_columns: int) -> Tensor | None:
+def _new_columns(mask: object, rows: int, columns: int, seen_columns: int) -> Tensor:
     """Return the new columns of a mask, ``[rows, columns]`` bool."""
-    if mask is None:
-        return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:  # noqa: PLR2004
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(

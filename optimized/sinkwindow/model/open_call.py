@@ -123,41 +123,61 @@ class OpenCall:
         Raises:
             ValueError: The call must run in pieces, and is asked for what pieces do not add up to.
         """
-        implementation = decoder.config._attn_implementation  # noqa: SLF001
-        masked = implementation in MASKED and not facts.own
+        masked = decoder.config._attn_implementation in MASKED and not facts.own  # noqa: SLF001
+        columns = self._first_piece(stream, decoder, kwargs, inputs, masked=masked)
+        self.stream = stream if columns == inputs.columns else stream.fork()
+        if columns < inputs.columns:
+            kwargs, inputs = self._run_pieces(columns, facts, decoder, kwargs, inputs, masked=masked)
+        return self._plan(facts, decoder, kwargs, inputs, masked=masked)
+
+    def _first_piece(
+        self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs, *, masked: bool
+    ) -> int:
+        """Return how many columns of a call to run at once."""
+        if inputs.columns == 1 or not self.frame:  # by hand, there is nothing to run pieces with
+            return inputs.columns
         length = stream.piece_length(inputs, masked=masked)
         whole = [name for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
-        if length < inputs.columns and whole:
-            if not masked:
-                raise ValueError(
-                    f"{whole[0]}=True needs a call in one piece, and this one runs in pieces, since the attention of "
-                    f"{type(decoder).__name__} ({implementation!r}) takes no 4D mask: feed at most {length} columns."
-                )
-            length = inputs.columns
-        if not self.frame:  # by hand: there is nothing to run pieces with
-            length = inputs.columns
-        self.stream = stream if length == inputs.columns else stream.fork()
-        name, start, end = tokens_of(kwargs), 0, inputs.columns
+        if length == inputs.columns or not whole:
+            return length
+        if not masked:
+            raise ValueError(
+                f"{whole[0]}=True needs a call in one piece, and this one runs in pieces, since the attention of "
+                f"{type(decoder).__name__} takes no 4D mask: feed at most {length} columns."
+            )
+        return inputs.columns
+
+    def _run_pieces(
+        self,
+        length: int,
+        facts: AttentionFacts,
+        decoder: PreTrainedModel,
+        kwargs: dict[str, Any],
+        inputs: Inputs,
+        *,
+        masked: bool,
+    ) -> tuple[dict[str, Any], Inputs]:
+        """Run all pieces but the last; return the arguments of that one, and what they bring."""
+        stream, name, start, end = cast("Stream", self.stream), tokens_of(kwargs), 0, inputs.columns
         while start + length < end:
             piece = kwargs | {name: kwargs[name][:, start : start + length]}
             arguments = self._plan(facts, decoder, piece, piece_of(inputs, start, start + length), masked=masked)
             self.outputs.append(decoder.forward(**arguments))
-            self.evictions += self.stream.commit(cast("StreamCall", self.plan))
+            self.evictions += stream.commit(cast("StreamCall", self.plan))
             start += length
-            length = self.stream.piece_length(piece_of(inputs, start, end), masked=masked)
-        if start:
-            kwargs, inputs = kwargs | {name: kwargs[name][:, start:]}, piece_of(inputs, start, end)
-        return self._plan(facts, decoder, kwargs, inputs, masked=masked)
+            length = stream.piece_length(piece_of(inputs, start, end), masked=masked)
+        return kwargs | {name: kwargs[name][:, start:]}, piece_of(inputs, start, end)
 
     def _plan(
         self, facts: AttentionFacts, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs, *, masked: bool
     ) -> dict[str, Any]:
         """Plan a piece and return the decoder's arguments for it."""
         plan = cast("Stream", self.stream).begin(inputs)
+        plan.is_special |= bool(self.outputs)
         self.plan, self.targets = plan, plan.parts
         positions = plan.positions(inputs.device)
         return kwargs | {
-            "position_ids": marked(positions, decoder, plan.reach, facts.float32_from, table=facts.table),
+            "position_ids": marked(positions, decoder, plan.reach(), facts.float32_from, table=facts.table),
             "attention_mask": _mask(plan, facts, decoder, inputs, masked=masked),
         }
 

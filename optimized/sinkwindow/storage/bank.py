@@ -20,6 +20,10 @@ class KeyValue(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def narrowed(self, start: int, length: int) -> KeyValue:
+        """Return views of a run of slots, of tensors ``[layers, batch, kv_heads, slots, ...]``."""
+        return KeyValue(self.keys.narrow(3, start, length), self.values.narrow(3, start, length))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bank:

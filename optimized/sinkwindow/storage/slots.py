@@ -119,29 +119,16 @@ class Pool:
 
     def held(self, slots: Slots, lanes: Sequence[Lane]) -> int:
         """Return how many cached columns a call sees: those of the longest list."""
-        if len(lanes) == 1:
-            return lanes[0].seen - slots.lanes[0].evicted
-        return max(lane.seen - row.evicted for lane, row in zip(lanes, slots.lanes, strict=True))
+        longest = 0
+        for lane, row in zip(lanes, slots.lanes, strict=True):
+            longest = max(longest, lane.seen - row.evicted)
+        return longest
 
     def turn(self, evicted: int, offset: int) -> int:
         """Return by how many positions pristine sinks are rotated for queries at an offset, ``evicted`` being gone."""
         return (evicted if self.ranked else 0) - offset
 
     # -- before a call ------------------------------------------------------------------------------------------------
-
-    def make_ready(
-        self, slots: Slots, lanes: Sequence[Lane], fresh: int, *, recording: bool
-    ) -> tuple[Writes, Slots] | None:
-        """Rotate windows to the lanes' offsets, and move them to the front if ``fresh`` tokens have no room.
-
-        Returns:
-            What to write and what holds then; ``None`` where nothing is due.
-        """
-        fits = slots.end + fresh <= self.size(slots, recording=recording)
-        stale = any(row.offset != lane.offset for lane, row in zip(lanes, slots.lanes, strict=True))
-        if not slots.banks or self.static or not (stale or not fits):
-            return None
-        return self.relocation(slots, lanes, recording=recording, stay=fits)
 
     def relocation(
         self,
@@ -209,13 +196,9 @@ class Pool:
                 keys[to] = self.rotary.rotate_by(bank.sinks.keys[source], self.turn(row.evicted, lane.offset))
                 values[to] = bank.sinks.values[source]
 
-    def must_copy(self, slots: Slots, *, recording: bool) -> bool:
-        """Return whether the cached list must be read as a copy.
-
-        It must where the slots are a ring, or while sinks would be written over tokens that a roll-back may ask for.
-        """
-        first = self.retention.first
-        return self.static or (recording and any(first(row.evicted) > row.mark for row in slots.lanes))
+    def must_copy(self, slots: Slots) -> bool:
+        """Return whether sinks would be written over tokens that the recorded past needs: then a copy is read."""
+        return any(self.retention.first(row.evicted) > row.mark for row in slots.lanes)
 
     def copied(self, slots: Slots, lanes: Sequence[Lane], held: int) -> list[KeyValue]:
         """Return the cached lists as copies, right-aligned, ``[layers, batch, kv_heads, held, ...]`` for each bank."""

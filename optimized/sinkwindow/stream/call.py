@@ -16,12 +16,13 @@ from torch import Tensor
 from sinkwindow.attention import mask as masks
 from sinkwindow.lanes import batch_slice
 from sinkwindow.storage.bank import KeyValue
+from sinkwindow.storage.slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sinkwindow.lanes import LaneCall
-    from sinkwindow.storage.slots import Pool, Slots
+    from sinkwindow.storage.slots import Pool
     from sinkwindow.stream.state import State
 
 __all__ = ["PoolCall", "StreamCall"]
@@ -38,6 +39,8 @@ class PoolCall:
         held: Cached columns that every layer returns in front of the call's columns.
         recording: Whether evicted tokens are kept for a roll-back.
         in_slots: Whether the call's tokens go straight into the slots; otherwise they are kept aside until the end.
+        copied: Whether the cached columns are read as a copy, since the slots do not hold them in order.
+        crosses: Whether its queries' lists differ: an eviction happens between them.
         epochs: Copies of the sinks in front of the cached columns, see ``attention/mask.py``.
         evicted: Tokens that each lane will have evicted after the call.
         length: Columns that every layer returns, ``epochs * num_sinks + held + columns``.
@@ -49,14 +52,16 @@ class PoolCall:
     held: int
     recording: bool
     in_slots: bool
-    epochs: int = field(init=False)
-    evicted: list[int] = field(init=False)
-    length: int = field(init=False)
-    _views: dict[int, tuple[Tensor | None, ...]] = field(init=False)
-    _todo: set[int] = field(init=False)
-    _whole: bool = field(init=False)  # what a layer returns is one view of the slots
-    _brings_sinks: bool = field(init=False)
-    _starts: list[int] = field(init=False)
+    copied: bool = False
+    crosses: bool = False
+    epochs: int = 0
+    evicted: list[int] = field(default_factory=list)
+    length: int = 0
+    _views: dict[int, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    _todo: set[int] = field(default_factory=set)
+    _whole: bool = False  # what a layer returns is one view of the slots
+    _needs_sinks: bool = False
+    _starts: list[int] = field(default_factory=list)
     _windows: dict[int, KeyValue] = field(default_factory=dict)
     _sinks: dict[int, KeyValue] = field(default_factory=dict)
     _turns: dict[torch.device, Tensor] = field(default_factory=dict)
@@ -64,35 +69,35 @@ class PoolCall:
     def __post_init__(self) -> None:
         """Slice all layers of a bank at once: a handful of views per call instead of a handful per layer."""
         pool, slots, rule = self.pool, self.slots, self.pool.retention
-        rows = list(zip(self.lanes, slots.lanes, strict=True))
-        self.evicted = [rule.evicted_after(lane.after.seen, row.evicted) for lane, row in rows]
-        epochs = max(masks.epochs_begun(lane, row.evicted, rule) for lane, row in rows)
+        columns, epochs, brings_sinks = self.lanes[0].columns, 0, False
+        for r, (lane, row) in enumerate(zip(self.lanes, slots.lanes, strict=True)):
+            self.evicted.append(rule.evicted_after(lane.after.seen, row.evicted))
+            epochs = max(epochs, masks.epochs_begun(lane, row.evicted, rule))
+            brings_sinks = brings_sinks or lane.before.seen < rule.num_sinks
+            if not self.in_slots:
+                start = pool.keep_from(slots, r, lane.after, self.evicted[r], recording=self.recording)
+                self._starts.append(start)
+        self.crosses = epochs > 0
         self.epochs = epochs if pool.ranked and rule.num_sinks else 0
-        columns = self.lanes[0].columns
         self.length = self.epochs * rule.num_sinks + self.held + columns
-        self._brings_sinks = any(lane.before.seen < rule.num_sinks for lane in self.lanes)
+        self.copied = self.copied or (pool.static and bool(slots.banks))
         self._todo = set(pool.layers)
-        if not self.in_slots:
-            self._starts = [
-                pool.keep_from(slots, r, lane.after, gone, recording=self.recording)
-                for r, (lane, gone) in enumerate(zip(self.lanes, self.evicted, strict=True))
-            ]
-        copied = pool.must_copy(slots, recording=self.recording)
-        self._whole = self.in_slots and not copied and not self.epochs
-        self._views = {}
-        if not slots.banks:
-            return
-        before = [lane.before for lane in self.lanes]
-        copies = iter(pool.copied(slots, before, self.held) if copied else ())
-        end, start = slots.end, slots.end - self.held
-        for bank in slots.banks:
-            nothing = (None,) * len(bank.layers)
-            to = [tensor.narrow(3, end, columns).unbind() if self.in_slots else nothing for tensor in bank.slots]
-            if copied:
-                read = [tensor.unbind() for tensor in next(copies)]
-            else:
-                read = [tensor.narrow(3, start, self.held + columns * self._whole).unbind() for tensor in bank.slots]
-            self._views |= zip(bank.layers, zip(*to, *read, strict=True), strict=True)
+        self._needs_sinks = brings_sinks or self.epochs > 0 or not self.in_slots
+        self._whole = self.in_slots and not self.copied and not self.epochs
+        if self.copied:
+            before = [lane.before for lane in self.lanes]
+            cached = pool.copied(slots, before, self.held)
+        else:
+            width = self.held + (columns if self._whole else 0)
+            cached = [bank.slots.narrowed(slots.end - self.held, width) for bank in slots.banks]
+        for bank, (keys, values) in zip(slots.banks, cached, strict=True):
+            to_keys: tuple[Tensor | None, ...] = (None,) * len(bank.layers)
+            to_values = to_keys
+            if self.in_slots:
+                fresh = bank.slots.narrowed(slots.end, columns)
+                to_keys, to_values = fresh.keys.unbind(), fresh.values.unbind()
+            views = zip(to_keys, to_values, keys.unbind(), values.unbind(), strict=True)
+            self._views |= zip(bank.layers, views, strict=True)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, and return all that its queries may attend to.
@@ -110,7 +115,7 @@ class PoolCall:
             to_keys.copy_(key.detach() if key.requires_grad else key)  # the check is ten times cheaper than detach()
             to_values.copy_(value.detach() if value.requires_grad else value)
         self._todo.discard(layer)
-        if self._brings_sinks or self.epochs or not self.in_slots:
+        if self._needs_sinks:
             self._sinks[layer] = self._collect_sinks(layer, KeyValue(key.detach(), value.detach()))
         if self._whole and keys is not None and values is not None:
             return keys, values
@@ -129,11 +134,10 @@ class PoolCall:
         if self._todo:
             raise RuntimeError(f"Layers {sorted(self._todo)} did not update the cache in this call; it is undone.")
         if self.in_slots:
-            rows = [
-                row if row.evicted == gone else replace(row, evicted=gone)
-                for row, gone in zip(self.slots.lanes, self.evicted, strict=True)
-            ]
-            return replace(self.slots, lanes=tuple(rows), end=self.slots.end + self.lanes[0].columns)
+            rows = []
+            for row, gone in zip(self.slots.lanes, self.evicted, strict=True):
+                rows.append(row if row.evicted == gone else replace(row, evicted=gone))
+            return Slots(self.slots.banks, tuple(rows), self.slots.end + self.lanes[0].columns)
         after = [lane.after for lane in self.lanes]
         aside = self._windows, self._sinks
         return self.pool.absorb(self.slots, after, self.evicted, self._starts, *aside, recording=self.recording)
@@ -142,6 +146,12 @@ class PoolCall:
         """Return which columns each query attends to, ``[lanes, 1, columns, length]`` bool."""
         evicted, pool = [row.evicted for row in self.slots.lanes], self.pool
         return masks.visible(self.lanes, evicted, pool.retention, self.held, self.epochs, device, ranked=pool.ranked)
+
+    def is_uneven(self) -> bool:
+        """Return whether some row has fewer cached tokens than another."""
+        return any(
+            lane.before.seen - row.evicted < self.held for lane, row in zip(self.lanes, self.slots.lanes, strict=True)
+        )
 
     def fold(self, weights: Tensor) -> Tensor:
         """Return attention weights with those of copied sinks added to the sinks' own columns.
@@ -225,7 +235,7 @@ class PoolCall:
                 yield batch_slice(r, len(self.lanes)), lane, slice(first, last), columns
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class StreamCall:
     """A forward call under way.
 
@@ -234,29 +244,36 @@ class StreamCall:
         lanes: The call, lane by lane.
         batch: Rows.
         parts: Its part in each pool.
+        plain: Whether all its columns hold tokens.
+        is_special: Whether it returns other columns than the stream's state tells: copied sinks, or a fork's.
     """
 
     state: State
     lanes: list[LaneCall]
     batch: int
     parts: list[PoolCall]
+    plain: bool
+    is_special: bool
 
-    @property
     def reach(self) -> int:
-        """The position of the call that is farthest from 0."""
-        ends = [(lane.before.seen - lane.after.offset, lane.after.seen - lane.after.offset) for lane in self.lanes]
-        return max(max(abs(first), last) for first, last in ends)
+        """Return the position of the call that is farthest from 0."""
+        reach = 0
+        for lane in self.lanes:
+            reach = max(reach, lane.after.seen - lane.after.offset, lane.after.offset - lane.before.seen)
+        return reach
 
     def positions(self, device: torch.device) -> Tensor:
         """Return the position of each column, ``[lanes, columns]`` int64."""
-        rows = [lane.positions(device) for lane in self.lanes]
-        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+        if len(self.lanes) == 1:
+            return self.lanes[0].positions(device)[None]
+        return torch.stack([lane.positions(device) for lane in self.lanes])
 
     def masks(self, device: torch.device) -> list[Tensor] | None:
-        """Return the bool mask of each pool, ``None`` where the model's own causal masks say the same."""
-        if not self._needs_masks():
-            return None
-        return [part.visible(device) for part in self.parts]
+        """Return the bool mask of each pool, ``None`` where a causal mask over all columns says the same."""
+        needed = not self.plain
+        for part in self.parts:
+            needed = needed or part.crosses or (len(self.lanes) > 1 and part.is_uneven())
+        return [part.visible(device) for part in self.parts] if needed else None
 
     def columns_with_tokens(self, device: torch.device) -> Tensor:
         """Return the 2D mask for a model that makes its own 4D mask of it, ``[batch, held + columns]`` int64."""
@@ -264,18 +281,6 @@ class StreamCall:
         evicted = [row.evicted for row in part.slots.lanes]
         found = masks.columns_with_tokens(self.lanes, evicted, part.pool.retention, part.held, device)
         return found.expand(self.batch, -1)
-
-    def _needs_masks(self) -> bool:
-        """Return whether queries see other columns than a causal mask over all columns shows them."""
-        for part in self.parts:
-            rule, rows = part.pool.retention, part.slots.lanes
-            lengths = {lane.before.seen - row.evicted for lane, row in zip(self.lanes, rows, strict=True)}
-            crosses = any(
-                masks.epochs_begun(lane, row.evicted, rule) for lane, row in zip(self.lanes, rows, strict=True)
-            )
-            if crosses or len(lengths) > 1:
-                return True
-        return any(lane.padded for lane in self.lanes)
 
 
 def _joined(*states: KeyValue) -> KeyValue:

@@ -34,8 +34,7 @@ class _Counts:
 
 def recorded(state: State, call: StreamCall, pools: Sequence[Pool]) -> tuple[CallRecord, ...]:
     """Return the records of a state after a call: as many as the longest list has tokens, no roll-back crosses more."""
-    by_call = any(pool.retention.evict == "call" for pool in pools)
-    if not by_call and all(lane.real is None for lane in call.lanes):
+    if call.plain and pools[0].retention.evict == "token":
         return state.past
     record = CallRecord(
         start=state.columns,

@@ -44,6 +44,11 @@ class Stream:
         bound: Positions stay below it.
         longest: Columns, cached ones included, that the model can attend to in one call; ``None`` for any number.
         state: What it holds; nothing if omitted.
+
+    Attributes:
+        rule: The first pool's.
+        static: Whether the slots are rings.
+        state: What the stream holds.
     """
 
     def __init__(
@@ -52,18 +57,14 @@ class Stream:
         self.pools = pools
         self.rule = pools[0].retention
         self.bound = bound
-        self._keeps_addresses = pools[0].static and state is None
+        self.static = pools[0].static
+        self._keeps_addresses = self.static and state is None
         self._longest = longest
         self.state = self._new_state() if state is None else state
         self._unfinished: tuple[Writes, State] | None = None
 
     def _new_state(self) -> State:
         return State(tuple(Slots() for _ in self.pools))
-
-    @property
-    def static(self) -> bool:
-        """Whether the slots are rings."""
-        return self.pools[0].static
 
     @property
     def retained(self) -> list[list[int]]:
@@ -123,60 +124,71 @@ class Stream:
             ValueError: The model cannot attend to so many columns.
         """
         state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
-        todo = self.lanes_of(inputs)
-        held = 0 if self._longest is None else self.pools[0].held(state.pools[0], state.lanes)
-        if self._longest is not None and held + inputs.columns > self._longest:
-            raise ValueError(
-                f"The call brings {inputs.columns} columns and {held} are cached, but this model's table of positions "
-                f'ends at {self._longest}; feed shorter calls, or use evict="token", which splits them.'
-            )
-        before = self._rebased(state, [fresh for _, _, fresh in todo])
-        state = state if before is state.lanes else replace(state, lanes=before)
+        if self._longest is not None:
+            self._check_longest(state, inputs.columns)
+        all_real, fresh, reach = inputs.real or [None] * len(state.lanes), [], 0
+        for lane, real in zip(state.lanes, all_real, strict=True):
+            fresh.append(inputs.columns if real is None else len(real))
+            reach = max(reach, lane.seen - lane.offset + fresh[-1])
+        if reach > self.bound:
+            state = self._rebased(state, fresh)
         if state.batch is not None:
             self.state = state
-        lanes = [
-            LaneCall(lane, Lane(lane.seen + fresh, lane.offset), inputs.columns, real)
-            for lane, (_, real, fresh) in zip(before, todo, strict=True)
-        ]
-        plain = inputs.real is None or not any(lane.padded for lane in lanes)
+        lanes, plain = [], min(fresh) == inputs.columns
+        for lane, real, count in zip(state.lanes, all_real, fresh, strict=True):
+            lanes.append(LaneCall(lane, Lane(lane.seen + count, lane.offset), inputs.columns, real))
         columns = inputs.columns if plain else 0
         parts = [self._begin_pool(index, state, lanes, columns) for index in range(len(self.pools))]
-        return StreamCall(state if state.batch is None else self.state, lanes, inputs.batch, parts)
+        special = max([part.epochs for part in parts]) > 0
+        return StreamCall(state if state.batch is None else self.state, lanes, inputs.batch, parts, plain, special)
 
-    def _rebased(self, state: State, fresh: Sequence[int]) -> tuple[Lane, ...]:
-        """Return the lanes with their next token back at its rank, if the next positions would reach the bound.
+    def _check_longest(self, state: State, columns: int) -> None:
+        held = self.pools[0].held(state.pools[0], state.lanes)
+        if self._longest is not None and held + columns > self._longest:
+            raise ValueError(
+                f"The call brings {columns} columns and {held} are cached, but this model's table of positions "
+                f'ends at {self._longest}; feed shorter calls, or use evict="token", which splits them.'
+            )
+
+    def _rebased(self, state: State, fresh: Sequence[int]) -> State:
+        """Return the state with the next tokens back at their ranks, since their positions would reach the bound.
 
         A call that has not enough positions even then begins below its rank, where RoPE is as good.
         """
-        if all(lane.seen - lane.offset + count <= self.bound for lane, count in zip(state.lanes, fresh, strict=True)):
-            return state.lanes
         rows = zip(state.lanes, state.pools[0].lanes, fresh, strict=True)
-        return tuple(Lane(lane.seen, max(row.evicted, lane.seen + count - self.bound)) for lane, row, count in rows)
+        lanes = tuple(Lane(lane.seen, max(row.evicted, lane.seen + count - self.bound)) for lane, row, count in rows)
+        return replace(state, lanes=lanes)
 
     def _begin_pool(self, index: int, state: State, lanes: list[LaneCall], columns: int) -> PoolCall:
         """Put a pool's slots in order and plan its part of a call; ``columns`` is 0 where they cannot be written."""
-        pool, slots, before = self.pools[index], state.pools[index], state.lanes
-        held, recording = pool.held(slots, before), state.recording
+        pool, slots, recording = self.pools[index], state.pools[index], state.recording
+        held = pool.held(slots, state.lanes)
+        if not slots.banks or pool.static:
+            return PoolCall(pool, slots, lanes, held, recording, in_slots=False)
         size = pool.size(slots, recording=recording)
-        in_slots = 0 < columns <= size - held and bool(slots.banks) and not pool.static
-        change = pool.make_ready(slots, before, columns if in_slots else 0, recording=recording)
-        if change is not None:
+        room = columns if columns <= size - held else 0  # enough, after a move if need be
+        stale = False
+        for lane, row in zip(state.lanes, slots.lanes, strict=True):
+            stale = stale or lane.offset != row.offset
+        if stale or slots.end + room > size:
+            change = pool.relocation(slots, state.lanes, recording=recording, stay=slots.end + room <= size)
             slots = self._change_pool(index, *change)
             size = pool.size(slots, recording=recording)
-        if slots.banks and not pool.must_copy(slots, recording=recording):
+        copied = recording and pool.must_copy(slots)
+        if not copied:
             slots = self._place_sinks(index, slots)
-        in_slots = in_slots and slots.end + columns <= size
-        return PoolCall(pool, slots, lanes, held, recording, in_slots)
+        return PoolCall(pool, slots, lanes, held, recording, in_slots=0 < room <= size - slots.end, copied=copied)
 
     def _place_sinks(self, index: int, slots: Slots) -> Slots:
         """Write the sinks in front of the windows where they are not; a placed sink stays until its row evicts."""
-        lanes = self.state.lanes
-        if all(row.placed == row.evicted for row in slots.lanes) or not (self.pools[index].retention.num_sinks):
+        pool, due = self.pools[index], False
+        for row in slots.lanes:
+            due = due or row.placed != row.evicted
+        if not due or not pool.retention.num_sinks:
             return slots
-        first = self.pools[index].retention.first
-        lost = tuple(replace(row, placed=-1, floor=first(row.evicted)) for row in slots.lanes)
+        lost = tuple(replace(row, placed=-1, floor=pool.retention.first(row.evicted)) for row in slots.lanes)
         slots = self._change_pool(index, Writes([]), replace(slots, lanes=lost))  # before they are written
-        self.pools[index].place_sinks(slots, lanes, [bank.slots for bank in slots.banks], slots.end)
+        pool.place_sinks(slots, self.state.lanes, [bank.slots for bank in slots.banks], slots.end)
         placed = tuple(replace(row, placed=row.evicted) for row in slots.lanes)
         return self._change_pool(index, Writes([]), replace(slots, lanes=placed))
 
@@ -190,8 +202,8 @@ class Stream:
         columns = call.lanes[0].columns
         self.adopt(
             State(
-                pools=tuple(part.outcome() for part in call.parts),
-                lanes=tuple(lane.after for lane in call.lanes),
+                pools=tuple([part.outcome() for part in call.parts]),
+                lanes=tuple([lane.after for lane in call.lanes]),
                 columns=state.columns + columns,
                 batch=call.batch,
                 num_evictions=state.num_evictions + len(events),
