@@ -37,16 +37,30 @@ class Rotary:
         Returns:
             Rotated vectors of the same shape and dtype, computed in at least float32: one rounding per rotation.
         """
+        return self.rotate(states, *self.cos_sin(distance, states.device, states.dtype))
+
+    def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate vectors as ``rotate_by`` does, by cosines and sines that serve several layers.
+
+        Args:
+            states: ``[..., tokens, head_dim]``.
+            cos: From ``cos_sin``, for the dtype of ``states``.
+            sin: Likewise.
+        """
         wide = torch.promote_types(states.dtype, torch.float32)
-        cos, sin = self._cos_sin(distance, states.device, wide)
         width = 2 * self.inv_freq.shape[0]
         first, second = self._split(states[..., :width].to(wide))
         ahead, behind = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
         turned = self._join(ahead, behind).to(states.dtype)
         return turned if width == states.shape[-1] else torch.cat((turned, states[..., width:]), dim=-1)
 
-    def _cos_sin(self, distance: int | Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, ``[..., tokens, pairs]`` (or ``[pairs]`` for an int), rounded once to ``dtype``."""
+    def cos_sin(self, distance: int | Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines for states of a dtype.
+
+        Returns:
+            ``[..., tokens, pairs]``, or ``[pairs]`` for an int, in at least float32.
+        """
+        dtype = torch.promote_types(dtype, torch.float32)
         exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         inv_freq = self.inv_freq.to(device=device, dtype=exact)
         angles = distance * inv_freq if isinstance(distance, int) else distance.to(device, exact)[..., None] * inv_freq

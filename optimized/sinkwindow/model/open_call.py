@@ -124,10 +124,9 @@ class OpenCall:
             ValueError: The call must run in pieces, and is asked for what pieces do not add up to.
         """
         masked = decoder.config._attn_implementation in MASKED and not facts.own  # noqa: SLF001
-        columns = self._first_piece(stream, decoder, kwargs, inputs, masked=masked)
-        self.stream = stream if columns == inputs.columns else stream.fork()
+        self.stream, columns = stream, self._first_piece(stream, decoder, kwargs, inputs, masked=masked)
         if columns < inputs.columns:
-            kwargs, inputs = self._run_pieces(columns, facts, decoder, kwargs, inputs, masked=masked)
+            kwargs, inputs = self._run_pieces(stream, columns, facts, decoder, kwargs, inputs, masked=masked)
         return self._plan(facts, decoder, kwargs, inputs, masked=masked)
 
     def _first_piece(
@@ -149,6 +148,7 @@ class OpenCall:
 
     def _run_pieces(
         self,
+        stream: Stream,
         length: int,
         facts: AttentionFacts,
         decoder: PreTrainedModel,
@@ -158,21 +158,34 @@ class OpenCall:
         masked: bool,
     ) -> tuple[dict[str, Any], Inputs]:
         """Run all pieces but the last; return the arguments of that one, and what they bring."""
-        stream, name, start, end = cast("Stream", self.stream), tokens_of(kwargs), 0, inputs.columns
+        name, start, end = tokens_of(kwargs), 0, inputs.columns
         while start + length < end:
             piece = kwargs | {name: kwargs[name][:, start : start + length]}
-            arguments = self._plan(facts, decoder, piece, piece_of(inputs, start, start + length), masked=masked)
+            run = piece_of(inputs, start, start + length)
+            arguments = self._plan(facts, decoder, piece, run, masked=masked, aside=not start)
             self.outputs.append(decoder.forward(**arguments))
-            self.evictions += stream.commit(cast("StreamCall", self.plan))
+            plan = cast("StreamCall", self.plan)
+            if start:
+                self.evictions += stream.commit_piece(plan)
+            else:
+                self.stream, self.evictions = stream.fork(plan)
+                stream = self.stream
             start += length
             length = stream.piece_length(piece_of(inputs, start, end), masked=masked)
         return kwargs | {name: kwargs[name][:, start:]}, piece_of(inputs, start, end)
 
     def _plan(
-        self, facts: AttentionFacts, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs, *, masked: bool
+        self,
+        facts: AttentionFacts,
+        decoder: PreTrainedModel,
+        kwargs: dict[str, Any],
+        inputs: Inputs,
+        *,
+        masked: bool,
+        aside: bool = False,
     ) -> dict[str, Any]:
-        """Plan a piece and return the decoder's arguments for it."""
-        plan = cast("Stream", self.stream).begin(inputs)
+        """Plan a piece and return the decoder's arguments for it; ``aside`` leaves the slots alone."""
+        plan = cast("Stream", self.stream).begin(inputs, aside=aside)
         plan.is_special |= bool(self.outputs)
         self.plan, self.targets = plan, plan.parts
         positions = plan.positions(inputs.device)
@@ -222,7 +235,9 @@ def _mask(
                 'several kinds need: use "sdpa", or rows without padding.'
             )
         return plan.columns_with_tokens(inputs.device)
-    if implementation != "sdpa":
+    if implementation == "sdpa":  # which makes this of a bool mask, in every layer
+        masks = [additive(mask, decoder.dtype, least=float("-inf")) for mask in masks]
+    else:
         masks = [additive(mask, decoder.dtype).expand(inputs.batch, -1, -1, -1) for mask in masks]
     by_type = dict(zip(facts.layer_types, masks, strict=True))
     return masks[0] if len(by_type) == 1 else by_type

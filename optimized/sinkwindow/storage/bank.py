@@ -49,17 +49,17 @@ class Bank:
         with torch.inference_mode(mode=False):  # a tensor made in inference mode could not be written outside it
             return Bank(self.layers, KeyValue(*map(change, self.slots)), KeyValue(*map(change, self.sinks)))
 
-    def emptied(self, size: int) -> Bank:
-        """Return a bank with other slots, ``size`` of them and all free, and the same sinks."""
+    def with_slots(self, size: int) -> Bank:
+        """Return a bank with other slots, uninitialized, and the same sinks."""
         return Bank(
-            self.layers, KeyValue(*(_zeros(tensor, tensor.shape[:3], size) for tensor in self.slots)), self.sinks
+            self.layers, KeyValue(*(_allocate(tensor, tensor.shape[:3], size) for tensor in self.slots)), self.sinks
         )
 
 
 def allocate(
     layers: Iterable[int], like: Mapping[int, KeyValue], size: int, num_sinks: int, *, apart: bool
 ) -> list[Bank]:
-    """Return new banks for layers.
+    """Return new banks for layers, uninitialized.
 
     Args:
         layers: The model's layer indices.
@@ -73,7 +73,7 @@ def allocate(
     for group in groups:
         pair = like[group[0]]
         slots, sinks = (
-            KeyValue(*(_zeros(tensor, (len(group), *tensor.shape[:2]), tokens) for tensor in pair))
+            KeyValue(*(_allocate(tensor, (len(group), *tensor.shape[:2]), tokens) for tensor in pair))
             for tokens in (size, num_sinks)
         )
         banks.append(Bank({layer: place for place, layer in enumerate(group)}, slots, sinks))
@@ -90,7 +90,7 @@ def _alike(layers: Iterable[int], like: Mapping[int, KeyValue]) -> Iterator[list
     yield from groups.values()
 
 
-def _zeros(like: Tensor, front: Iterable[int], tokens: int) -> Tensor:
-    """Allocate zeros: a slot that a mask hides is still multiplied by a weight of zero, so it must be finite."""
+def _allocate(like: Tensor, front: Iterable[int], tokens: int) -> Tensor:
+    """Return uninitialized memory for tokens."""
     with torch.inference_mode(mode=False):
-        return like.new_zeros((*front, tokens, like.shape[-1]))
+        return like.new_empty((*front, tokens, like.shape[-1]))

@@ -28,11 +28,11 @@ import torch
 
 from sinkwindow.lanes import batch_slice
 from sinkwindow.storage import ring
-from sinkwindow.storage.bank import Bank, KeyValue, allocate
+from sinkwindow.storage.bank import Bank, KeyValue
 from sinkwindow.storage.journal import Write, Writes, in_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -153,9 +153,11 @@ class Pool:
         """
         size = self.size(slots, recording=recording)
         wanted = self.size(Slots(), recording=True) if recording else 0
-        banks = tuple(bank.emptied(wanted) for bank in slots.banks) if size < wanted else slots.banks
+        banks = tuple(bank.with_slots(wanted) for bank in slots.banks) if size < wanted else slots.banks
+        for bank in banks if size < wanted else ():
+            torch._foreach_zero_(bank.slots)
         pairs = list(zip(lanes, slots.lanes, strict=True))
-        starts = [self._keep_from(lane, row, row.evicted, row.floor, size, recording=recording) for lane, row in pairs]
+        starts = [self.keep_from(lane, row, row.evicted, row.floor, size, recording=recording) for lane, row in pairs]
         counts = [lane.seen - start for (lane, _), start in zip(pairs, starts, strict=True)]
         front = max(self.retention.sinks(lane.seen) + count for (lane, _), count in zip(pairs, counts, strict=True))
         end = slots.end if stay else front
@@ -214,75 +216,23 @@ class Pool:
 
     # -- after a call -------------------------------------------------------------------------------------------------
 
-    def keep_from(self, slots: Slots, r: int, lane: Lane, evicted: int, *, recording: bool) -> int:
-        """Return the oldest window token to keep of a call that saw the list as it was before.
+    def keep_from(self, lane: Lane, row: PoolLane, evicted: int, oldest: int, size: int, *, recording: bool) -> int:
+        """Return the oldest window token to keep: the rule's, or an older one for a roll-back, if there is room.
 
         Args:
-            slots: What held before the call.
-            r: The lane's index.
-            lane: The lane after the call.
-            evicted: Tokens that it has evicted then.
+            lane: What the row has seen.
+            row: What the pool knows of it.
+            evicted: Tokens that it has evicted.
+            oldest: The oldest token that there is to keep.
+            size: Slots per row.
             recording: Whether evicted tokens are kept for a roll-back.
         """
-        row, size = slots.lanes[r], self.size(slots, recording=recording)
-        floor = self.retention.first(row.evicted)
-        return self._keep_from(lane, row, evicted, floor, size, recording=recording)
-
-    def _keep_from(self, lane: Lane, row: PoolLane, evicted: int, floor: int, size: int, *, recording: bool) -> int:
-        """Return the rule's oldest window token; or older ones for a roll-back, as far as there is room."""
         first = self.retention.first(evicted)
         if recording or self.static:
             mark = 0 if self.static else row.mark
             room = size - self.retention.num_sinks - 1
-            first = min(first, max(mark, floor, self.retention.num_sinks, lane.seen - room))
+            first = min(first, max(mark, oldest, self.retention.num_sinks, lane.seen - room))
         return min(first, lane.seen)
-
-    def absorb(
-        self,
-        slots: Slots,
-        lanes: Sequence[Lane],
-        evicted: Sequence[int],
-        starts: Sequence[int],
-        windows: Mapping[int, KeyValue],
-        sinks: Mapping[int, KeyValue],
-        *,
-        recording: bool,
-    ) -> Slots:
-        """Return what holds after a call whose tokens were kept aside, in banks of their own.
-
-        Args:
-            slots: What held before the call.
-            lanes: The lanes as they are after the call.
-            evicted: Tokens that each lane has evicted then.
-            starts: Its oldest token to keep, see ``keep_from``.
-            windows: For each layer the newest tokens of every row from there on, right-aligned, at the lanes' offsets.
-            sinks: For each layer the pristine sinks, those of the call included.
-            recording: Whether evicted tokens are kept for a roll-back.
-        """
-        size, num_sinks = self.size(slots, recording=recording), self.retention.num_sinks
-        if slots.banks:
-            banks = [bank.emptied(size) for bank in slots.banks]
-        else:
-            banks = allocate(self.layers, windows, size, num_sinks, apart=self.static)
-        rows = [
-            PoolLane(count, lane.offset, start, -1, row.mark)
-            for lane, row, count, start in zip(lanes, slots.lanes, evicted, starts, strict=True)
-        ]
-        counts = [lane.seen - start for lane, start in zip(lanes, starts, strict=True)]
-        end = max(self.retention.sinks(lane.seen) + count for lane, count in zip(lanes, counts, strict=True))
-        for bank in banks:
-            for layer, place in bank.layers.items():
-                for target, source in zip(bank.sinks, sinks[layer], strict=True):
-                    target[place, :, :, : source.shape[2]] = source
-                for target, source in zip(bank.slots, windows[layer], strict=True):
-                    if self.static:
-                        ring.write(target[place], source, lanes, counts, num_sinks)
-                    else:
-                        target[place, :, :, end - source.shape[2] : end] = source
-            if self.static:
-                for target, pristine in zip(bank.slots, bank.sinks, strict=True):
-                    target[:, :, :, :num_sinks] = pristine  # values for good, keys until the first step rotates them
-        return Slots(tuple(banks), tuple(rows), end)
 
     # -- roll-back ----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sinkwindow.attention import mask as masks
 from sinkwindow.lanes import batch_slice
+from sinkwindow.storage.aside import Aside
 from sinkwindow.storage.bank import KeyValue
 from sinkwindow.storage.slots import Slots
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sinkwindow.lanes import LaneCall
+    from sinkwindow.storage.bank import Bank
     from sinkwindow.storage.slots import Pool
     from sinkwindow.stream.state import State
 
@@ -39,6 +41,7 @@ class PoolCall:
         held: Cached columns that every layer returns in front of the call's columns.
         recording: Whether evicted tokens are kept for a roll-back.
         in_slots: Whether the call's tokens go straight into the slots; otherwise they are kept aside until the end.
+        spare: Banks that such a call may write.
         copied: Whether the cached columns are read as a copy, since the slots do not hold them in order.
         crosses: Whether its queries' lists differ: an eviction happens between them.
         epochs: Copies of the sinks in front of the cached columns, see ``attention/mask.py``.
@@ -52,6 +55,7 @@ class PoolCall:
     held: int
     recording: bool
     in_slots: bool
+    spare: tuple[Bank, ...] = ()
     copied: bool = False
     crosses: bool = False
     epochs: int = 0
@@ -61,28 +65,26 @@ class PoolCall:
     _todo: set[int] = field(default_factory=set)
     _whole: bool = False  # what a layer returns is one view of the slots
     _needs_sinks: bool = False
-    _starts: list[int] = field(default_factory=list)
-    _windows: dict[int, KeyValue] = field(default_factory=dict)
-    _sinks: dict[int, KeyValue] = field(default_factory=dict)
-    _turns: dict[torch.device, Tensor] = field(default_factory=dict)
+    _aside: Aside | None = None
+    _turns: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Slice all layers of a bank at once: a handful of views per call instead of a handful per layer."""
         pool, slots, rule = self.pool, self.slots, self.pool.retention
         columns, epochs, brings_sinks = self.lanes[0].columns, 0, False
-        for r, (lane, row) in enumerate(zip(self.lanes, slots.lanes, strict=True)):
+        for lane, row in zip(self.lanes, slots.lanes, strict=True):
             self.evicted.append(rule.evicted_after(lane.after.seen, row.evicted))
             epochs = max(epochs, masks.epochs_begun(lane, row.evicted, rule))
             brings_sinks = brings_sinks or lane.before.seen < rule.num_sinks
-            if not self.in_slots:
-                start = pool.keep_from(slots, r, lane.after, self.evicted[r], recording=self.recording)
-                self._starts.append(start)
         self.crosses = epochs > 0
         self.epochs = epochs if pool.ranked and rule.num_sinks else 0
         self.length = self.epochs * rule.num_sinks + self.held + columns
         self.copied = self.copied or (pool.static and bool(slots.banks))
         self._todo = set(pool.layers)
         self._needs_sinks = brings_sinks or self.epochs > 0 or not self.in_slots
+        if not self.in_slots:
+            sizes = pool, slots, self.lanes, self.held, self.evicted
+            self._aside = Aside(*sizes, recording=self.recording, spare=self.spare)
         self._whole = self.in_slots and not self.copied and not self.epochs
         if self.copied:
             before = [lane.before for lane in self.lanes]
@@ -115,15 +117,20 @@ class PoolCall:
             to_keys.copy_(key.detach() if key.requires_grad else key)  # the check is ten times cheaper than detach()
             to_values.copy_(value.detach() if value.requires_grad else value)
         self._todo.discard(layer)
-        if self._needs_sinks:
-            self._sinks[layer] = self._collect_sinks(layer, KeyValue(key.detach(), value.detach()))
+        if self._whole and not self._needs_sinks and keys is not None and values is not None:
+            return keys, values
+        fresh = KeyValue(key, value)
+        sinks = self._collect_sinks(layer, fresh)
         if self._whole and keys is not None and values is not None:
             return keys, values
-        cached = [] if keys is None or values is None else [KeyValue(keys, values)]
-        if not self.in_slots:
-            self._windows[layer] = self._window(*cached, KeyValue(key, value))
-        copies = [self._rotated(self._sinks[layer])] if self.epochs else []
-        return _joined(*copies, *cached, KeyValue(key, value))
+        states = [fresh] if keys is None or values is None else [KeyValue(keys, values), fresh]
+        if self._aside is not None:
+            self._aside.keep(layer, states, sinks)
+        if self.epochs:
+            states = [self._rotated(sinks), *states]
+        return (
+            states[0] if len(states) == 1 else KeyValue(*(torch.cat(pair, dim=2) for pair in zip(*states, strict=True)))
+        )
 
     def outcome(self) -> Slots:
         """Return what the pool holds after the call.
@@ -133,14 +140,12 @@ class PoolCall:
         """
         if self._todo:
             raise RuntimeError(f"Layers {sorted(self._todo)} did not update the cache in this call; it is undone.")
-        if self.in_slots:
+        if self._aside is None:
             rows = []
             for row, gone in zip(self.slots.lanes, self.evicted, strict=True):
                 rows.append(row if row.evicted == gone else replace(row, evicted=gone))
             return Slots(self.slots.banks, tuple(rows), self.slots.end + self.lanes[0].columns)
-        after = [lane.after for lane in self.lanes]
-        aside = self._windows, self._sinks
-        return self.pool.absorb(self.slots, after, self.evicted, self._starts, *aside, recording=self.recording)
+        return self._aside.slots()
 
     def visible(self, device: torch.device) -> Tensor:
         """Return which columns each query attends to, ``[lanes, 1, columns, length]`` bool."""
@@ -176,36 +181,17 @@ class PoolCall:
 
     def _rotated(self, sinks: KeyValue) -> KeyValue:
         """Return the sinks once for each epoch that begins in the call, ``[batch, kv_heads, epochs * S, ...]``."""
-        device = sinks.keys.device
+        device, dtype, rotary = sinks.keys.device, sinks.keys.dtype, self.pool.rotary
         if device not in self._turns:
             step = self.pool.retention.buffer + 1
             turns = [
                 [self.pool.turn(row.evicted + step * epoch, lane.after.offset) for epoch in range(1, self.epochs + 1)]
                 for lane, row in zip(self.lanes, self.slots.lanes, strict=True)
             ]
-            self._turns[device] = torch.tensor(turns, device=device)[:, None, :, None]  # [lanes, 1, epochs, 1]
+            distances = torch.tensor(turns, device=device)[:, None, :, None]  # [lanes, 1, epochs, 1]
+            self._turns[device] = rotary.cos_sin(distances, device, dtype)
         keys, values = (tensor[:, :, None].expand(-1, -1, self.epochs, -1, -1) for tensor in sinks)
-        return KeyValue(self.pool.rotary.rotate_by(keys, self._turns[device]).flatten(2, 3), values.flatten(2, 3))
-
-    def _window(self, *states: KeyValue) -> KeyValue:
-        """Return the window that is left after the call, right-aligned, in memory of its own."""
-        counts = [lane.after.seen - start for lane, start in zip(self.lanes, self._starts, strict=True)]
-        longest = max(counts)
-        if any(lane.real is not None for lane in self.lanes):
-            index = torch.tensor([self._columns_of(lane, longest) for lane in self.lanes], dtype=torch.long)
-            index = index.to(states[0].keys.device)[:, None, :, None]
-            keys, values = (tensor.take_along_dim(index, dim=2) for tensor in _joined(*states))
-            return KeyValue(keys.detach(), values.detach())
-        fresh = states[-1].keys.shape[2]
-        if longest <= fresh:
-            return KeyValue(*(tensor.detach()[:, :, fresh - longest :].clone() for tensor in states[-1]))
-        cached = KeyValue(*(tensor[:, :, self.held - (longest - fresh) :] for tensor in states[0]))
-        return KeyValue(*(tensor.detach() for tensor in _joined(cached, states[-1])))
-
-    def _columns_of(self, lane: LaneCall, count: int) -> list[int]:
-        """Return the columns of a lane's newest tokens; 0 is a placeholder for indices before the first token."""
-        naturals = range(lane.after.seen - count, lane.after.seen)
-        return [max(0, lane.column(natural, self.held)) if natural >= 0 else 0 for natural in naturals]
+        return KeyValue(rotary.rotate(keys, *self._turns[device]).flatten(2, 3), values.flatten(2, 3))
 
     def _collect_sinks(self, layer: int, fresh: KeyValue) -> KeyValue:
         """Return the pristine sinks, those that the call brings included; sinks yet to come are zeros.
@@ -219,7 +205,7 @@ class PoolCall:
             count = self.pool.retention.num_sinks
             sinks = KeyValue(*(tensor.new_zeros((*tensor.shape[:2], count, tensor.shape[3])) for tensor in fresh))
         for index, lane, where, columns in self._new_sinks():
-            keys, values = (tensor[index][:, :, columns] for tensor in fresh)
+            keys, values = (tensor[index][:, :, columns].detach() for tensor in fresh)
             sinks.keys[index, :, where] = (
                 self.pool.rotary.rotate_by(keys, lane.after.offset) if lane.after.offset else keys
             )
@@ -281,10 +267,3 @@ class StreamCall:
         evicted = [row.evicted for row in part.slots.lanes]
         found = masks.columns_with_tokens(self.lanes, evicted, part.pool.retention, part.held, device)
         return found.expand(self.batch, -1)
-
-
-def _joined(*states: KeyValue) -> KeyValue:
-    """Return keys and values joined along the tokens."""
-    if len(states) == 1:
-        return states[0]
-    return KeyValue(*(torch.cat(parts, dim=2) for parts in zip(*states, strict=True)))

@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sinkwindow.storage.bank import Bank
+
 T = TypeVar("T")
 
 __all__ = ["Stream"]
 
 PIECE = 256  # columns of a call run at once: beyond, masked columns cost more than the fixed cost of another piece
-PIECE_COPIES = 512  # and no more columns of copied sinks than this in a piece
+PIECE_COPIES = 1024  # and no more columns of copied sinks than this in a piece
 
 
 class Stream:
@@ -61,6 +63,7 @@ class Stream:
         self._keeps_addresses = self.static and state is None
         self._longest = longest
         self.state = self._new_state() if state is None else state
+        self._spare: list[tuple[Bank, ...]] = [()] * len(pools)
         self._unfinished: tuple[Writes, State] | None = None
 
     def _new_state(self) -> State:
@@ -117,8 +120,12 @@ class Stream:
                 ends.append(room if real is None else real[room - 1] + 1)
         return min(ends)
 
-    def begin(self, inputs: Inputs) -> StreamCall:
+    def begin(self, inputs: Inputs, *, aside: bool = False) -> StreamCall:
         """Plan a call and put the slots in order for it; what the stream holds does not change.
+
+        Args:
+            inputs: What the call brings.
+            aside: Whether it must leave the slots alone, even if they have room.
 
         Raises:
             ValueError: The model cannot attend to so many columns.
@@ -137,7 +144,7 @@ class Stream:
         lanes, plain = [], min(fresh) == inputs.columns
         for lane, real, count in zip(state.lanes, all_real, fresh, strict=True):
             lanes.append(LaneCall(lane, Lane(lane.seen + count, lane.offset), inputs.columns, real))
-        columns = inputs.columns if plain else 0
+        columns = inputs.columns if plain and not aside else 0
         parts = [self._begin_pool(index, state, lanes, columns) for index in range(len(self.pools))]
         special = max([part.epochs for part in parts]) > 0
         return StreamCall(state if state.batch is None else self.state, lanes, inputs.batch, parts, plain, special)
@@ -164,7 +171,7 @@ class Stream:
         pool, slots, recording = self.pools[index], state.pools[index], state.recording
         held = pool.held(slots, state.lanes)
         if not slots.banks or pool.static:
-            return PoolCall(pool, slots, lanes, held, recording, in_slots=False)
+            return PoolCall(pool, slots, lanes, held, recording, in_slots=False, spare=self._spare[index])
         size = pool.size(slots, recording=recording)
         room = columns if columns <= size - held else 0  # enough, after a move if need be
         stale = False
@@ -177,7 +184,8 @@ class Stream:
         copied = recording and pool.must_copy(slots)
         if not copied:
             slots = self._place_sinks(index, slots)
-        return PoolCall(pool, slots, lanes, held, recording, in_slots=0 < room <= size - slots.end, copied=copied)
+        in_slots = 0 < room <= size - slots.end
+        return PoolCall(pool, slots, lanes, held, recording, in_slots, self._spare[index], copied)
 
     def _place_sinks(self, index: int, slots: Slots) -> Slots:
         """Write the sinks in front of the windows where they are not; a placed sink stays until its row evicts."""
@@ -198,21 +206,40 @@ class Stream:
         Raises:
             RuntimeError: Some layer did not update the cache; the stream is as before.
         """
+        state, events = self._after(call)
+        self.adopt(state)
+        return events
+
+    def fork(self, call: StreamCall) -> tuple[Stream, list[Eviction]]:
+        """Return a stream that goes on from a call that was begun ``aside``, and what the call evicted.
+
+        This stream stays before the call, until ``adopt`` takes the state of the other one over.
+        """
+        state, events = self._after(call)
+        return Stream(self.pools, self.bound, longest=self._longest, state=state), events
+
+    def commit_piece(self, call: StreamCall) -> list[Eviction]:
+        """Do what ``commit`` does, in a fork: what it held before is free to be written."""
+        before, events = self.state, self.commit(call)
+        for index, (old, new) in enumerate(zip(before.pools, self.state.pools, strict=True)):
+            if old.banks is not new.banks:
+                self._spare[index] = old.banks
+        return events
+
+    def _after(self, call: StreamCall) -> tuple[State, list[Eviction]]:
         events, state = evictions_of(call), call.state
         columns = call.lanes[0].columns
-        self.adopt(
-            State(
-                pools=tuple([part.outcome() for part in call.parts]),
-                lanes=tuple([lane.after for lane in call.lanes]),
-                columns=state.columns + columns,
-                batch=call.batch,
-                num_evictions=state.num_evictions + len(events),
-                forwarded=state.forwarded + columns,
-                past=recorded(state, call, self.pools),
-                recording=state.recording,
-            )
+        after = State(
+            pools=tuple([part.outcome() for part in call.parts]),
+            lanes=tuple([lane.after for lane in call.lanes]),
+            columns=state.columns + columns,
+            batch=call.batch,
+            num_evictions=state.num_evictions + len(events),
+            forwarded=state.forwarded + columns,
+            past=recorded(state, call, self.pools),
+            recording=state.recording,
         )
-        return events
+        return after, events
 
     def repair(self) -> None:
         """Finish, or undo, a change of tensors that was interrupted."""
@@ -261,10 +288,6 @@ class Stream:
         pools = (*self.state.pools[:index], slots, *self.state.pools[index + 1 :])
         self.change(writes, replace(self.state, pools=pools))
         return slots
-
-    def fork(self) -> Stream:
-        """Return a copy that goes its own way, until ``adopt`` takes its state over."""
-        return Stream(self.pools, self.bound, longest=self._longest, state=self.state.cloned())
 
     def reset(self) -> None:
         """Forget everything, interrupted changes too."""
