@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -27,6 +28,7 @@ SPECS: Final = (
     ModelSpec(family="gpt_neox", head_dim=16, kv_heads=2, rotary_fraction=0.5, max_positions=40),
 )
 MAX_ROWS: Final = 4
+OTHER: Final = Rule(1, 4, 2)  # of another cache of the model
 FLOAT32: Final = 1e-5  # `generate` hands logits out in float32
 Row = list[list[int | None]]  # calls of tokens
 
@@ -161,23 +163,56 @@ class Streams(Feeding):
         assert torch.equal(torch.stack(output.logits, dim=1).argmax(-1), output.sequences[:, prompt:])
 
     @precondition(lambda self: self.columns() > 0)
-    @rule(seed=seeds(), length=st.integers(1, 20), layer=st.integers(0, 1))
-    def fail(self, seed: int, length: int, layer: int) -> None:
-        """Interrupt a call in a middle layer: it has not happened."""
+    @rule(seed=seeds(), length=st.integers(1, 20), place=st.integers(0, 2))
+    def fail(self, seed: int, length: int, place: int) -> None:
+        """Interrupt a call before a layer, or before the head: it has not happened."""
 
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        layers: Any = self.model.base_model.layers
-        handle = layers[layer].register_forward_pre_hook(interrupt)
+        handle = self.modules()[place].register_forward_pre_hook(interrupt)
         try:
             with pytest.raises(KeyboardInterrupt):
                 self.model(input_ids=tokens(seed, len(self.rows), length), **{CACHE_NAME: self.cache})
         finally:
             handle.remove()
-        # Torch runs no hook after a KeyboardInterrupt. The next call cleans up, but here the reference comes first: it
-        # reads the model's attention before it calls the model.
-        self.cache.rollback()
+
+    @rule(seed=seeds(), length=st.integers(1, 30), place=st.integers(0, 2), thread=st.booleans(), data=st.data())
+    def forward_with_company(self, seed: int, length: int, place: int, data: st.DataObject, *, thread: bool) -> None:
+        """Call the model; in the middle of it another cache, or none, is fed: nested in it, or in another thread."""
+        others, kind = tokens(seed + 1, 1, 20), data.draw(st.sampled_from(["streaming", "static", "plain", "itself"]))
+        found: list[torch.Tensor | type[Exception]] = []
+
+        def other() -> None:
+            handle.remove()
+            cache = {"plain": None, "itself": self.cache}.get(kind, OTHER.cache(self.model, static=kind == "static"))
+            try:
+                found.append(call(self.model, cache, others))
+            except RuntimeError:
+                found.append(RuntimeError)
+
+        def hook(*_: object) -> None:
+            if thread:
+                company = threading.Thread(target=other)
+                company.start()
+                company.join()
+            else:
+                other()
+
+        handle = self.modules()[place].register_forward_pre_hook(hook)
+        self.forward(seed, length, padded=False)
+        if kind == "itself":
+            assert found == [RuntimeError]
+        else:
+            sizes = {"num_sinks": 0, "window": 100} if kind == "plain" else OTHER.arguments
+            (logits,) = found
+            assert isinstance(logits, torch.Tensor)
+            assert worst(logits - reference_logits(self.model, others, **sizes)) < (1e-3 if kind == "plain" else EXACT)
+
+    def modules(self) -> list[torch.nn.Module]:
+        """Return the layers and the head."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # not typed in transformers
+        return [*self.model.base_model.layers, head]  # type: ignore[misc]  # a module to mypy
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
