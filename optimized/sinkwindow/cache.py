@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,6 +23,7 @@ from sinkwindow.model.inputs import CallChecks
 from sinkwindow.model.layer_stub import stubs_of
 from sinkwindow.model.open_call import AttentionFacts
 from sinkwindow.retention import EvictMode, Retention
+from sinkwindow.stream.state import DebugState
 from sinkwindow.stream.steps import Steps
 from sinkwindow.stream.stream import Stream
 
@@ -41,27 +41,6 @@ __all__ = ["StreamingCache"]
 AttentionInterface.register(STEP_NAME, step_attention)
 
 
-@dataclass(frozen=True, slots=True)
-class DebugState:
-    """Where a cache is, for measuring and for bug reports.
-
-    Attributes:
-        evictions: Evictions so far, all rows together.
-        end: Slot after the newest token; without meaning in a static cache.
-        size: Slots per row, 0 before the first call.
-        offsets: Natural index minus position of each lane's next token.
-        bound: Positions stay below it.
-        recording: Whether evicted tokens are kept for a roll-back.
-    """
-
-    evictions: int
-    end: int
-    size: int
-    offsets: tuple[int, ...]
-    bound: int
-    recording: bool
-
-
 class StreamingCache(Cache, Calls):
     """Keep the first ``num_sinks`` and the last ``window`` tokens, indefinitely (StreamingLLM, arXiv 2309.17453).
 
@@ -71,7 +50,8 @@ class StreamingCache(Cache, Calls):
     recall it.
 
     A call counts when the module that was called has returned: one that fails or is interrupted, wherever, leaves the
-    cache as it was. Caches of one model do not meet, in several threads neither. One cache serves one call at a time.
+    cache as it was. Several caches may serve one model, also in several threads. One cache serves one call at a time:
+    while it does, another call of it, and every method that would change it, raises a ``RuntimeError``.
 
     Args:
         model: The model that will use the cache; its weights and forward are left as they are.
@@ -104,7 +84,7 @@ class StreamingCache(Cache, Calls):
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
         >>> cache = StreamingCache(model, num_sinks=2, window=4, buffer=1)
         >>> with torch.no_grad():
-        ...     output = model(torch.arange(9)[None], past_key_values=cache)
+        ...     output = model(torch.arange(9)[None], cache=cache)
         >>> cache.retained_tokens
         [[0, 1, 4, 5, 6, 7, 8]]
         >>> cache
@@ -176,7 +156,12 @@ class StreamingCache(Cache, Calls):
         return sum(slots.nbytes for slots in self._stream.state.pools)
 
     def debug_state(self) -> DebugState:
-        """Return where the cache is, for measuring and for bug reports."""
+        """Return where the cache is, for measuring and for bug reports.
+
+        Example:
+            >>> cache.debug_state().evictions
+            1
+        """
         state = self._state
         slots = state.pools[0]
         return DebugState(
@@ -281,19 +266,17 @@ class StreamingCache(Cache, Calls):
     def reset(self) -> None:
         """Forget everything, what was interrupted too; the cache is as new.
 
-        Raises:
-            RuntimeError: A call of this cache is running.
+        Example:
+            >>> cache.reset()
+            >>> cache.seen_tokens
+            [0]
         """
         with self._idle("be reset", repair=False) as stream:  # we may be recovering from an out-of-memory error
             self._untold.clear()
             stream.reset()
 
     def detach(self) -> None:
-        """Remove the cache's hooks from the model; the cache can be read but not fed any more.
-
-        Raises:
-            RuntimeError: A call of this cache is running.
-        """
+        """Remove the cache's hooks from the model; the cache can be read but not fed any more."""
         with self._idle("be detached"):
             self._finalizer()
 
@@ -302,9 +285,6 @@ class StreamingCache(Cache, Calls):
 
         Args:
             beam_idx: ``[rows]`` int64, of any length.
-
-        Raises:
-            RuntimeError: A call of this cache is running.
         """
         with self._idle("reorder rows") as stream:
             stream.select_rows(beam_idx)
@@ -314,7 +294,13 @@ class StreamingCache(Cache, Calls):
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times, side by side."""
+        """Repeat every row ``repeats`` times, side by side.
+
+        Example:
+            >>> cache.batch_repeat_interleave(2)
+            >>> cache.seen_tokens
+            [9, 9]
+        """
         if self.batch_size > 0:
             self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
@@ -336,7 +322,6 @@ class StreamingCache(Cache, Calls):
         Raises:
             ValueError: It is positive, more than was fed, or the tokens that the columns evicted are gone; nothing has
                 changed then.
-            RuntimeError: A call of this cache is running.
         """
         with self._idle("be cropped") as stream:
             fed = stream.state.columns
@@ -353,8 +338,13 @@ class StreamingCache(Cache, Calls):
 
         A static cache keeps the 7 that its shapes have room for.
 
-        Raises:
-            RuntimeError: A call of this cache is running.
+        Example:
+            >>> cache.activate_past_recording()
+            >>> with torch.no_grad():
+            ...     output = model(torch.arange(3)[None], cache=cache)
+            >>> cache.crop(-3)
+            >>> cache.seen_tokens
+            [9]
         """
         with self._idle("begin to record") as stream:
             for stub in self.layers:
@@ -364,8 +354,12 @@ class StreamingCache(Cache, Calls):
     def snapshot(self) -> Snapshot:
         """Copy the cache's content, to come back to it with ``restore`` any number of times.
 
-        Raises:
-            RuntimeError: A call of this cache is running.
+        Example:
+            >>> snapshot = cache.snapshot()
+            >>> cache.reset()
+            >>> cache.restore(snapshot)
+            >>> cache.seen_tokens
+            [9]
         """
         with self._idle("be copied") as stream:
             return stream.snapshot()
@@ -375,7 +369,6 @@ class StreamingCache(Cache, Calls):
 
         Raises:
             ValueError: The snapshot is of a cache with other sizes.
-            RuntimeError: A call of this cache is running.
         """
         with self._idle("be restored") as stream:
             stream.restore(snapshot)

@@ -90,10 +90,9 @@ def columns_with_tokens(
     return (torch.cat((_cached(lanes, evicted, rule, held, device), naturals), dim=1) >= 0).long()
 
 
-def additive(mask: Tensor, dtype: torch.dtype, *, least: float | None = None) -> Tensor:
-    """Return what is added to scores: 0 where a query attends, ``least`` (by default the dtype's minimum) elsewhere."""
-    least = torch.finfo(dtype).min if least is None else least
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, least)
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bool mask as what is added to scores: 0 where a query attends, the dtype's minimum elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _cached(

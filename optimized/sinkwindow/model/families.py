@@ -164,6 +164,10 @@ def supports(model: nn.Module) -> Support:
 
     Returns:
         A truthy or falsy answer with its reason.
+
+    Example:
+        >>> supports(torch.nn.Linear(2, 2)).reason
+        'model must be a transformers PreTrainedModel, got Linear.'
     """
     try:
         inspect_model(model)

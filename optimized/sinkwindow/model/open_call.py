@@ -89,7 +89,8 @@ class OpenCall:
         own = self.thread == threading.get_ident()
         frame = above if own else sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, for debuggers
         while frame is not None:
-            if id(frame) == self.frame and frame.f_code is _CALL:
+            # An address is used again: look also whom the frame calls.
+            if id(frame) == self.frame and frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module:
                 return True
             frame = frame.f_back
         return False
@@ -235,9 +236,7 @@ def _mask(
                 'several kinds need: use "sdpa", or rows without padding.'
             )
         return plan.columns_with_tokens(inputs.device)
-    if implementation == "sdpa":  # which makes this of a bool mask, in every layer
-        masks = [additive(mask, decoder.dtype, least=float("-inf")) for mask in masks]
-    else:
+    if implementation != "sdpa":
         masks = [additive(mask, decoder.dtype).expand(inputs.batch, -1, -1, -1) for mask in masks]
     by_type = dict(zip(facts.layer_types, masks, strict=True))
     return masks[0] if len(by_type) == 1 else by_type

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sinkwindow.retention import Retention
     from sinkwindow.storage.slots import Slots
 
-__all__ = ["CallRecord", "Snapshot", "State"]
+__all__ = ["CallRecord", "DebugState", "Snapshot", "State"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +81,24 @@ class Snapshot:
     rules: list[Retention]
     static: bool
     state: State
+
+
+@dataclass(frozen=True, slots=True)
+class DebugState:
+    """Where a cache is, for measuring and for bug reports.
+
+    Attributes:
+        evictions: Evictions so far, all rows together.
+        end: Slot after the newest token; without meaning in a static cache.
+        size: Slots per row, 0 before the first call.
+        offsets: Natural index minus position of each lane's next token.
+        bound: Positions stay below it.
+        recording: Whether evicted tokens are kept for a roll-back.
+    """
+
+    evictions: int
+    end: int
+    size: int
+    offsets: tuple[int, ...]
+    bound: int
+    recording: bool
