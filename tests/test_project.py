@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import importlib.metadata
 import os
 import re
@@ -184,6 +185,47 @@ def test_readme_warns_before_it_shows() -> None:
     """A reader learns that evicted text is gone before the first line of code."""
     readme = _read("README.md")
     assert 0 < readme.index("Evicted text is gone") < readme.index("```")
+
+
+# The floors of the core, from the ground up; a module imports from its own floor and those below it.
+FLOORS = (
+    ("retention", "lanes"),
+    ("attention",),
+    ("storage",),
+    ("stream",),
+    ("model",),
+    ("fit",),
+    ("cache", "__init__"),
+)
+
+
+def _core_imports() -> dict[str, set[str]]:
+    """Return for every module of the core those that it imports, for types alone too."""
+    core = ROOT / "optimized" / "sinkwindow"
+    paths = [path for path in core.rglob("*.py") if "lab" not in path.relative_to(core).parts]
+    modules = {".".join(("sinkwindow", *path.relative_to(core).with_suffix("").parts)): path for path in paths}
+    pattern = re.compile(r"^\s*from (sinkwindow[\w.]*) import (\w+)", re.MULTILINE)
+    return {
+        module: {
+            f"{source}.{name}" if f"{source}.{name}" in modules else source
+            for source, name in pattern.findall(path.read_text("utf-8"))
+        }
+        for module, path in modules.items()
+    }
+
+
+def test_the_core_has_floors_and_no_circles() -> None:
+    """No module imports one of a floor above it, and none imports itself by a detour."""
+    imports = _core_imports()
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    upwards = [
+        (module, other)
+        for module, others in imports.items()
+        for other in others
+        if floor[module.split(".")[1]] < floor[other.split(".")[1]]
+    ]
+    assert upwards == []
+    assert len(list(graphlib.TopologicalSorter(imports).static_order())) >= len(imports) > 20
 
 
 @pytest.mark.parametrize(
