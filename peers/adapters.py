@@ -227,7 +227,7 @@ class IndexSelect(Adapter):
 
     def work(self) -> list[tuple[Any, str]]:
         """The loop compresses behind the layers."""
-        return [(importlib.import_module("sinkwindow_reference.loop"), "_compress")]
+        return [(importlib.import_module("sinkwindow_reference.models.loop"), "_compress")]
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """The layers of the loop's own cache."""

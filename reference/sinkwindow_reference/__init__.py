@@ -1,19 +1,18 @@
-"""Sinks and a window, the slow and obviously right way.
+"""The reference: attention sinks and a window, slow and easy to check.
 
-`retention`  the rule: a program on a list that says which tokens each query attends to.
-`rotation`   RoPE.
-`attention`  gather the retained keys of a query, rotate keys and query to their ranks, softmax, sum.
-`layers`, `rope`, `angles`, `attach`, `steps`, `forward`  the same under any Hugging Face model with RoPE or ALiBi:
-    `reference_logits`.
-`loop`       a hand-written generation loop that compresses a stock cache with `index_select`.
+`retention`  which tokens each query attends to: the rule, as a program on a list.
+`rotation`   rotary position embedding (RoPE).
+`attention`  gather a query's retained keys, rotate keys and query to their ranks, softmax, weighted sum.
+`models`     the same under any Hugging Face model with RoPE or ALiBi (`reference_logits`), and a hand-written
+    generation loop (`generate_by_index_select`).
 
-Nothing here caches (but for `loop`) and no key ever moves: every query starts again from keys before rotation. That
-costs O(tokens * limit) rotations per layer and buys code that can be checked against section 3.2 of arXiv 2309.17453.
+The three files of the rule can be checked against section 3.2 of arXiv 2309.17453. They have no cache: each query
+rotates unrotated keys again, which costs O(tokens * limit) rotations per layer.
 """
 
 from sinkwindow_reference.attention import rank_attention
-from sinkwindow_reference.forward import reference_logits
-from sinkwindow_reference.loop import generate_by_index_select, stream_by_index_select
+from sinkwindow_reference.models.forward import reference_logits
+from sinkwindow_reference.models.loop import generate_by_index_select, stream_by_index_select
 from sinkwindow_reference.retention import RetainedList, retained_after, retained_lists
 from sinkwindow_reference.rotation import rotate
 

@@ -1,7 +1,6 @@
-"""A generation loop that needs no cache class: compress a stock `DynamicCache` with `index_select` between steps.
+"""A generation loop without a cache class: compress a stock `DynamicCache` with `index_select` between steps.
 
-The only part of the reference that moves keys. A stock cache holds keys after RoPE, so the keys that stay have to be
-rotated back by as many ranks as they moved; rotations compose, so that is one more rotation.
+A stock cache stores rotated keys. When evictions lower the rank of a key, the loop rotates it back by the difference.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from sinkwindow_reference.checks import check_int
-from sinkwindow_reference.feed import feed
-from sinkwindow_reference.layers import own_windows
-from sinkwindow_reference.retention import RetainedList
-from sinkwindow_reference.rope import Rope, ropes_of
+from sinkwindow_reference.models.feed import feed
+from sinkwindow_reference.models.layers import own_windows
+from sinkwindow_reference.models.rope import Rope, ropes_of
+from sinkwindow_reference.retention import RetainedList, check_int
 from sinkwindow_reference.rotation import rotate
 
 if TYPE_CHECKING:
@@ -33,10 +31,10 @@ def generate_by_index_select(
     window: int,
     buffer: int = 0,
 ) -> torch.Tensor:
-    """Return the prompt with its greedy continuation `[1, prompt + max_new_tokens]`.
+    """Return the prompt followed by its greedy continuation `[1, prompt + max_new_tokens]`.
 
     Raises:
-        TypeError, ValueError: As `stream_by_index_select`.
+        TypeError, ValueError: See `stream_by_index_select`.
     """
     sizes = {"num_sinks": num_sinks, "window": window, "buffer": buffer}
     steps = list(stream_by_index_select(model, input_ids, max_new_tokens=max_new_tokens, **sizes))
@@ -53,9 +51,7 @@ def stream_by_index_select(
     window: int,
     buffer: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """Yield the logits `[vocab]` of each token fed: first the prompt's, then those of the greedy continuation's.
-
-    The last new token is not fed, so that `prompt + max_new_tokens - 1` logits come.
+    """Yield the logits `[vocab]` of each prompt token, then of each token of the greedy continuation except the last.
 
     Raises:
         TypeError: If a size is not an int.
@@ -64,12 +60,12 @@ def stream_by_index_select(
     check_int("max_new_tokens", max_new_tokens, at_least=0)
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.numel():  # noqa: PLR2004 - batch and tokens
         raise ValueError(
-            f"input_ids must have the shape [1, tokens], got {tuple(input_ids.shape)}: give one row at a time"
+            f"input_ids must have the shape [1, tokens], got {tuple(input_ids.shape)}: pass one row at a time"
         )
     kept, cache, ropes = RetainedList(num_sinks, window, buffer), DynamicCache(), ropes_of(model)
     if any(own_windows(model.config)):
         raise ValueError(
-            f"model of type {model.config.model_type!r} has layers with a window of their own: the loop has one list"
+            f"model of type {model.config.model_type!r} mixes sliding and full layers, but the loop has one list"
         )
     prompt = input_ids.shape[1]
     token = input_ids[:, :1]
@@ -85,13 +81,13 @@ def stream_by_index_select(
 
 
 def _compress(layer: Any, num_sinks: int, num_evicted: int, rope: Rope) -> None:
-    """Drop the evicted ranks of a layer of the cache and rotate the keys behind them back by as many."""
+    """Remove the evicted tokens from a layer of the cache and rotate the keys after them to their new ranks."""
     device, length = layer.keys.device, layer.keys.shape[-2]
     sinks = torch.arange(num_sinks, device=device)
     window = torch.arange(num_sinks + num_evicted, length, device=device)
-    # At least float32: a key of the window is rounded again at every eviction that it survives.
-    moved = layer.keys.index_select(-2, window).to(torch.promote_types(layer.keys.dtype, torch.float32))
+    # At least float32, because a key in the window is rounded again at every eviction.
+    keys = layer.keys.index_select(-2, window).to(torch.promote_types(layer.keys.dtype, torch.float32))
     shift = torch.full_like(window, -num_evicted)
-    moved = rotate(moved, shift, rope.inv_freq.to(device), interleaved=rope.interleaved)
-    layer.keys = torch.cat([layer.keys.index_select(-2, sinks), moved.to(layer.keys.dtype)], dim=-2)
+    keys = rotate(keys, shift, rope.inv_freq.to(device), interleaved=rope.interleaved)
+    layer.keys = torch.cat([layer.keys.index_select(-2, sinks), keys.to(layer.keys.dtype)], dim=-2)
     layer.values = layer.values.index_select(-2, torch.cat([sinks, window]))

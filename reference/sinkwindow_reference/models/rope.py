@@ -1,4 +1,4 @@
-"""Read a model's rotary embeddings: the frequencies of each layer and how it pairs the channels."""
+"""Read a model's rotary embeddings: the frequencies of each layer and how its channels form pairs."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sinkwindow_reference.layers import FULL, check_model, has_alibi, has_rope
+from sinkwindow_reference.models.layers import FULL, check_model, has_alibi, has_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Families whose RoPE pairs the channels (2i, 2i + 1); all others pair (i, i + pairs). Tested one by one.
+# Families whose RoPE pairs the channels (2i, 2i + 1); all others pair (i, i + pairs). Each is tested.
 INTERLEAVED = frozenset({"codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium"})
 
 
 class Rope(NamedTuple):
-    """What the reference needs to know to rotate as a layer does.
+    """The rotary embedding of a layer.
 
     Attributes:
-        inv_freq: Angle per position of each pair of channels `[pairs]` [rad]; no pairs, no rotation.
-        interleaved: The pairing of channels, see `rotate`.
+        inv_freq: Angle per position of each pair of channels `[pairs]` [rad]; empty if the layer does not rotate.
+        interleaved: How channels form pairs, see `rotate`.
     """
 
     inv_freq: torch.Tensor
@@ -31,7 +31,7 @@ def ropes_of(model: PreTrainedModel) -> list[Rope]:
     """Return the rotary embedding of each layer of `model`.
 
     Raises:
-        ValueError: If the model is refused (`check_model`), has neither RoPE nor ALiBi, or rotary modules that differ.
+        ValueError: If the model is refused (`check_model`), has neither RoPE nor ALiBi, or its rotary modules differ.
     """
     config = model.config.get_text_config()
     check_model(config)
@@ -43,26 +43,26 @@ def ropes_of(model: PreTrainedModel) -> list[Rope]:
 
 
 def _layer_frequencies(model: PreTrainedModel, layer_type: str, *, rotates: bool) -> torch.Tensor:
-    """Return `[pairs]` for a layer, empty if it does not rotate."""
+    """Return the frequencies `[pairs]` of a layer, empty if it does not rotate."""
     found = [freq for module in model.modules() if (freq := _frequencies(module, layer_type)) is not None]
     if not found and not has_alibi(model.config):
         raise ValueError(
-            f"model of type {model.config.model_type!r} has no module with inv_freq: only rotary position embeddings "
-            "(RoPE) and ALiBi have ranks"
+            f"model of type {model.config.model_type!r} has no module with inv_freq: the reference supports only "
+            "rotary position embeddings (RoPE) and ALiBi"
         )
     if any(not torch.equal(found[0], other) for other in found):
         raise ValueError(
             f"model of type {model.config.model_type!r} has rotary modules with different frequencies: the reference "
-            "knows one for each type of layer"
+            "supports one for each type of layer"
         )
     return found[0] if rotates else torch.zeros(0)
 
 
 def _frequencies(module: torch.nn.Module, layer_type: str) -> torch.Tensor | None:
-    """Return a module's `[pairs]`, None if it is not a rotary one.
+    """Return the frequencies `[pairs]` of a module, None if it is not rotary.
 
-    Dynamic rope types overwrite inv_freq after a long call but keep the original; Gemma 3 has one for each type of
-    layer; GPT-J and CodeGen keep a table of sines, whose angles are those of plain RoPE with base 10,000.
+    Dynamic rope types overwrite inv_freq after a long call but keep the original. Gemma 3 has one for each type of
+    layer. GPT-J and CodeGen store a table of sines: plain RoPE with base 10,000.
     """
     if hasattr(module, "embed_positions") and hasattr(module, "pos_embd_dim"):
         width = int(module.pos_embd_dim)  # type: ignore[arg-type]  # nn.Module types its attributes as tensors

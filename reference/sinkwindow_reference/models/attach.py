@@ -1,4 +1,4 @@
-"""Put rank attention under a Hugging Face model for the length of a `with` block."""
+"""Use rank attention in a Hugging Face model within a `with` block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AttentionInterface
 
 from sinkwindow_reference.attention import rank_attention
-from sinkwindow_reference.checks import check_layer
-from sinkwindow_reference.layers import configs_of, last_tokens
+from sinkwindow_reference.models.checks import check_layer
+from sinkwindow_reference.models.layers import configs_of, last_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from sinkwindow_reference.rope import Rope
+    from sinkwindow_reference.models.rope import Rope
 
 NAME = "sinkwindow_reference"
 
 
 @dataclass
 class Plan:
-    """What the attention function of the running call must know.
+    """What the attention function needs to know about the current forward pass.
 
     Attributes:
         retained: For each query the natural indices that it attends to.
-        ropes: Each layer's rotary embedding.
-        windows: Each layer's own sliding window [tokens], None where `retained` holds.
+        ropes: The rotary embedding of each layer.
+        windows: The sliding window of each layer [tokens], None where `retained` applies.
         upcast: See `rank_attention`.
-        calls: Attention layers that have used the plan so far.
+        calls: How many attention layers have used the plan so far.
     """
 
     retained: list[list[int]]
@@ -43,7 +43,7 @@ class Plan:
     calls: int = 0
 
 
-# A context variable, since not every model family passes keyword arguments on to its attention function.
+# A context variable, because not every model family passes keyword arguments on to its attention function.
 _plan: ContextVar[Plan] = ContextVar("_plan")
 
 
@@ -58,7 +58,7 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function in the form that transformers calls; returns `[batch, tokens, heads, head_dim]`."""
+    """Compute attention with the signature that transformers expects. Return `[batch, tokens, heads, head_dim]`."""
     plan = _plan.get()
     rope, window = plan.ropes[plan.calls], plan.windows[plan.calls]
     plan.calls += 1
@@ -72,11 +72,11 @@ def _attention(
 
 
 @contextmanager
-def rank_attention_under(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """Let every attention layer of `model` follow `plan`; on exit the model is as it was.
+def use_rank_attention(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Use `plan` in every attention layer of `model`; on exit, restore its attention implementation.
 
     Raises:
-        ValueError: If not every layer called the attention function, so that the result would be another model's.
+        ValueError: If some layer did not call the attention function, so that its result does not follow the rule.
     """
     configs = configs_of(model)
     before = [(config, config._attn_implementation) for config in configs]  # noqa: SLF001 - no public getter
@@ -94,5 +94,5 @@ def rank_attention_under(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     if plan.calls != layers:
         raise ValueError(
             f"model of type {model.config.model_type!r} sent {plan.calls} of its {layers} layers through "
-            f"transformers' AttentionInterface: the reference needs a model whose every layer does"
+            f"transformers' AttentionInterface: the reference needs a model in which every layer uses it"
         )

@@ -1,0 +1,1 @@
+"""The reference under whole Hugging Face models: everything that knows transformers."""
