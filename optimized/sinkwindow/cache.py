@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.state import Snapshot
 
-__all__ = ["StreamingCache"]
-
 AttentionInterface.register(STEP_NAME, step_attention)
 
 

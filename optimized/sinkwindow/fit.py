@@ -12,8 +12,6 @@ from sinkwindow.storage.slots import Pool
 if TYPE_CHECKING:
     from sinkwindow.model.families import LayerKind, ModelFacts
 
-__all__ = ["OnOverflow", "Positions", "check_fit", "pools_of", "position_bound"]
-
 Positions = Literal["rank", "original"]
 OnOverflow = Literal["evict", "error"]
 

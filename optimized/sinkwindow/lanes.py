@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "Lane", "LaneCall", "batch_slice"]
-
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -30,6 +28,12 @@ class Inputs:
     columns: int
     device: torch.device
     real: list[list[int] | None] | None
+
+    def counts(self, lanes: int) -> list[int]:
+        """Return how many tokens each lane gets."""
+        if self.real is None:
+            return [self.columns] * lanes
+        return [self.columns if row is None else len(row) for row in self.real]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,6 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-__all__ = ["EvictMode", "Retention"]
-
 EvictMode = Literal["token", "call"]
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from sinkwindow.lanes import LaneCall
     from sinkwindow.retention import Retention
 
-__all__ = ["additive", "columns_with_tokens", "epochs_begun", "visible"]
-
 
 def epochs_begun(lane: LaneCall, evicted: int, rule: Retention) -> int:
     """Return how many evictions happen before the last token of a call attends.

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Rotary"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotary:

@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["STEP_NAME", "step_attention"]
-
 STEP_NAME = "sinkwindow_step"
 
 

@@ -1,4 +1,4 @@
-"""Three mistakes, made on purpose and measured: they explain numbers that others have published.
+"""Three deliberate mistakes, measured: they explain numbers that others have published.
 
 Two run on the stock `DynamicCache` and compress it with `index_select`, as a hand-written loop would.
 """
@@ -20,14 +20,7 @@ class CompressedSession(Session):
     """A stock cache that is cut to the first S and some of the last tokens."""
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
-        """Makes a stock cache without sliding layers.
-
-        Args:
-            model: a causal language model in eval mode.
-            num_sinks: S [tokens].
-            window: W [tokens].
-            buffer: B [tokens].
-        """
+        """Create a stock cache without sliding layers."""
         super().__init__(model)
         self.cache = DynamicCache()
         self._sinks, self._window, self._buffer = num_sinks, window, buffer
@@ -38,13 +31,13 @@ class CompressedSession(Session):
         return int(self.cache.get_seq_length())
 
     def _at_ranks(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        """A forward with each new token at the rank at which it is inserted."""
+        """Run a forward with each new token at the rank at which it is inserted."""
         kept = self.kept_tokens
         ranks = torch.arange(kept, kept + ids.shape[1], device=ids.device)[None]
         return self._forward(ids, last_only=last_only, position_ids=ranks)
 
     def _keep(self, last: int) -> int:
-        """Cuts every layer to the first S and the `last` tokens; returns by how much these moved [tokens]."""
+        """Cut every layer to the first S and the `last` tokens; return by how much these moved [tokens]."""
         kept = self.kept_tokens
         for layer in self.cache.layers:
             chosen = torch.arange(kept, device=layer.keys.device)
@@ -56,10 +49,10 @@ class CompressedSession(Session):
 
 
 class StaleRanksSession(CompressedSession):
-    """The right tokens at the wrong places: a key keeps the rotation of the rank at which it was inserted.
+    """The right tokens at the wrong positions: a key keeps the rotation of the rank at which it was inserted.
 
-    After the first eviction new queries come at ranks that older keys already had, so these keys seem to lie beside
-    or after the query. Nothing else is wrong: the retained tokens are exactly those of `streaming_S_W_B`.
+    After the first eviction new queries get ranks that older keys already had, so these keys appear to be at or after
+    the query's position. Nothing else is wrong: the retained tokens are exactly those of `streaming_S_W_B`.
     """
 
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
@@ -68,7 +61,7 @@ class StaleRanksSession(CompressedSession):
             room = self._sinks + self._window + self._buffer + 1 - self.kept_tokens
             piece, ids = ids[:, :room], ids[:, room:]
             parts.append(self._at_ranks(piece, last_only=last_only))
-            if piece.shape[1] == room:  # the piece ends where the rule evicts, so that no query sees too much
+            if piece.shape[1] == room:  # the rule evicts here; no query attends to too many tokens
                 self._keep(self._window)
         return parts[-1] if last_only else torch.cat(parts, dim=1)
 
@@ -76,32 +69,26 @@ class StaleRanksSession(CompressedSession):
 class EagerEvictionSession(CompressedSession):
     """The right positions for too few tokens: the cache is cut to S + W *before* the attention of every call.
 
-    A call has B tokens (one where B is 0; a shorter piece at the end). Appending its n tokens and cutting to S + W
-    at once leaves room for W - n older ones, so the call's first query misses n - 1 tokens of its window and the
-    buffer, made to postpone evictions, does nothing. Keys that move are rotated to their new ranks.
+    A call has B tokens (one if B is 0; the last piece may be shorter). Appending its n tokens and cutting to S + W at
+    once leaves room for W - n older ones, so the call's first query misses n - 1 tokens of its window and the buffer,
+    intended to delay evictions, has no effect. Keys that move are rotated to their new ranks.
     """
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
-        """Finds the model's rotation too.
-
-        Args:
-            model: a causal language model in eval mode.
-            num_sinks: S [tokens].
-            window: W [tokens].
-            buffer: B, the tokens of a call [tokens]; at most W.
+        """Create the cache and find the model's rotary embeddings.
 
         Raises:
-            LabError: if a call would push its own tokens out, or the model has no rotary embedding.
+            LabError: if a call would evict its own tokens, or the model has no rotary embedding.
         """
         super().__init__(model, num_sinks, window, buffer)
         if buffer > window:
-            message = f"eager_eviction with buffer {buffer} above window {window}: a call would evict its own tokens"
-            raise LabError(message)
+            raise LabError(
+                f"eager_eviction with buffer {buffer} above window {window}: a call would evict its own tokens"
+            )
         try:
             kinds = inspect_model(model).kinds
         except ValueError as error:
-            message = f"eager_eviction rotates keys itself: {error}"
-            raise LabError(message) from error
+            raise LabError(f"eager_eviction rotates keys itself: {error}") from error
         self._rotary = {layer: kind.rotary for kind in kinds for layer in kind.layers}
 
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
@@ -117,26 +104,20 @@ class EagerEvictionSession(CompressedSession):
         return self._at_ranks(ids, last_only=last_only)
 
     def _rotate_back(self, number: int, layer: Any, moved: int) -> None:
-        """Turns the keys behind the sinks to their new ranks; rotations add up, so the old angle need not be known."""
+        """Rotate the keys after the sinks to their new ranks; rotations add up, so the old angle is not needed."""
         sinks, recent = layer.keys[:, :, : self._sinks], layer.keys[:, :, self._sinks :]
         layer.keys = torch.cat((sinks, self._rotary[number].rotate_by(recent, -moved)), dim=2)
 
 
 class AbsoluteSession(StreamingSession):
-    """The right tokens at their original positions: sound while the whole text fits the trained positions only.
+    """The right tokens at their original positions: valid only while the whole text fits the trained positions.
 
-    What the seed's author did in the end. The gap between sinks and window grows for ever, and with it the position.
+    The seed's author chose this in the end. The gap between sinks and window grows indefinitely, and the positions with
+    it.
     """
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
-        """Makes the cache; that original positions cannot stream is this session's point, not a surprise.
-
-        Args:
-            model: a causal language model in eval mode.
-            num_sinks: S [tokens].
-            window: W [tokens].
-            buffer: B [tokens].
-        """
+        """Create the cache without its warning about original positions: this session measures exactly that."""
         with catch_warnings():
             filterwarnings("ignore", message=".*positions.*", category=UserWarning)
             super().__init__(model, num_sinks, window, buffer, positions="original")

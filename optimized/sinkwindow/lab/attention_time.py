@@ -1,8 +1,9 @@
-"""Time in cache update and attention, isolated: all layers of one token, the device idle before and after each part.
+"""Time in cache update and attention, isolated: all layers of one token, with the device idle before and after.
 
-Never inside a run whose TPOT is reported: the waiting alone would change it. The probed steps are spread evenly over
-a generation; between them the text is fed in long calls, which leaves every session in the state that it has there.
-Configurations that are compared are probed in turns, place by place, so that a slow minute hits all of them alike.
+This is never part of a run that reports TPOT: the waiting alone would change it. The probed steps are spread evenly
+over a generation; between them the text is fed in long calls, which leave every session in the state that single tokens
+would. Compared configurations are probed interleaved, place by place, so that a slow minute affects all of them
+equally.
 """
 
 from __future__ import annotations
@@ -38,14 +39,7 @@ class StopWatch:
     _inside: bool = False
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that does the same and is timed.
-
-        Args:
-            function: any function.
-
-        Returns:
-            The timed function.
-        """
+        """Return a function that does the same and is timed."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
@@ -64,16 +58,9 @@ class StopWatch:
 
 @contextmanager
 def attention_watched(cache: Any, clock: HostClock) -> Iterator[StopWatch]:
-    """Times a cache's work and the attention functions of transformers while the block runs.
+    """Time a cache's work and the attention functions of transformers while the block runs.
 
     A cache's work is `update`; `StreamingCache` evicts before and after the layers, and that is counted too.
-
-    Args:
-        cache: a transformers cache, or None.
-        clock: waits for the device.
-
-    Yields:
-        The stop watch.
     """
     watch = StopWatch(clock)
     attention = StopWatch(clock)
@@ -83,7 +70,7 @@ def attention_watched(cache: Any, clock: HostClock) -> Iterator[StopWatch]:
         attention.calls += 1
         return watch.wrap(look_up(*args, **kwargs))
 
-    # Set on the two objects, not on their classes: other caches and the code of transformers stay as they are.
+    # Set on the two objects, not on their classes: other caches and the code of transformers do not change.
     ALL_ATTENTION_FUNCTIONS.get_interface = timed_look_up  # type: ignore[method-assign]
     work = [name for name in CACHE_WORK if hasattr(cache, name)]
     for name in work:
@@ -95,8 +82,7 @@ def attention_watched(cache: Any, clock: HostClock) -> Iterator[StopWatch]:
         for name in work:
             delattr(cache, name)
     if attention.calls == 0:
-        message = "this model does not call its attention through AttentionInterface: its time cannot be isolated"
-        raise LabError(message)
+        raise LabError("this model does not call its attention through AttentionInterface: its time cannot be isolated")
 
 
 def measure(
@@ -109,19 +95,10 @@ def measure(
     probes: Sequence[int],
     on_probe: Callable[[int], None] | None = None,
 ) -> list[AttentionRecord]:
-    """Isolated attention time of several configurations over a generation, in turns.
+    """Measure the isolated attention time of several configurations over a generation, interleaved.
 
-    Args:
-        configurations: which ones, in the order of a turn.
-        model: a causal language model in eval mode.
-        text: [1, tokens], what is fed; repeated from its start where it ends before prompt and generation.
-        prompt_tokens: where the generation starts [tokens].
-        new_tokens: its length [tokens].
-        probes: for each configuration, the number of places to look at.
-        on_probe: told each place [tokens].
-
-    Returns:
-        The samples of each configuration.
+    `text` ([1, tokens]) repeats from its start if it is shorter than prompt and generation. `probes` is the number of
+    places to measure for each configuration.
 
     Raises:
         LabError: if a configuration or the model does not allow it.
@@ -156,22 +133,16 @@ def measure(
 
 
 def places(prompt_tokens: int, new_tokens: int, probes: int) -> list[int]:
-    """Numbers of tokens seen at which to probe, spread evenly from the prompt's end on.
+    """Return the numbers of tokens seen at which to probe, ascending and spread evenly from the prompt's end on.
 
-    Args:
-        prompt_tokens: where the generation starts [tokens].
-        new_tokens: its length [tokens].
-        probes: how many; fewer come back where the generation is too short for `STEPS` tokens at each.
-
-    Returns:
-        Ascending numbers, at least one.
+    Returns fewer than `probes`, but at least one, if the generation is too short for `STEPS` tokens at each.
     """
     count = max(1, min(probes, new_tokens // STEPS))
     return [prompt_tokens + new_tokens * index // count for index in range(count)]
 
 
 class _Stream:
-    """A text that a session reads in order, from the start again at its end."""
+    """A text that a session reads in order, repeated from its start."""
 
     def __init__(self, session: Session, text: torch.Tensor) -> None:
         self.session = session
@@ -189,7 +160,7 @@ class _Stream:
 
 
 def _probe(stream: _Stream, clock: HostClock) -> list[float]:
-    """Milliseconds of `STEPS` decode steps, each with one token."""
+    """Return the milliseconds of `STEPS` decode steps, each with one token."""
     stream.feed(1)  # the step after a long call warms the caches of the CPU
     samples = []
     for _ in range(STEPS):

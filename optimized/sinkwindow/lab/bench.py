@@ -1,4 +1,4 @@
-"""What stays the same while many things are measured: model, texts, finished measurements, progress."""
+"""What many measurements share: model, texts, finished measurements, progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCORING = ("perplexity", "sessions", "ablations", "configurations")
 
 @dataclass
 class Bench:
-    """A model, its texts, and where finished measurements are kept."""
+    """A model, its texts, and the store of finished measurements."""
 
     loaded: LoadedModel
     corpora: Sequence[Corpus]
@@ -40,42 +40,21 @@ class Bench:
     _read: dict[Hashable, Perplexity] = field(default_factory=dict, init=False)
 
     def text(self, corpus: Corpus, count: int) -> tokens.TokenText:
-        """The first tokens of a text.
-
-        Args:
-            corpus: one of the texts.
-            count: how many tokens; fewer if the text ends before [tokens].
-
-        Returns:
-            The tokens.
-        """
+        """Return the first `count` tokens of a text, fewer if the text ends before."""
         known = (corpus.name, count)
         if known not in self._texts:
             self._texts[known] = tokens.encode(corpus, self.loaded.tokenizer, tokens=count, bos=self.bos)
         return self._texts[known]
 
     def foresee(self, readings: Iterable[tuple[Configuration, Corpus, int]]) -> None:
-        """Names what will be read, so that a text is read once, to the greatest length, and not once per length.
-
-        Args:
-            readings: how to remember, one of the texts, how many tokens.
-        """
+        """Announce readings, so that a text is read once, to its greatest length, instead of once per length."""
         for configuration, corpus, count in readings:
             if not configuration.depends_on_calls:
                 text = self.text(corpus, count)
                 self._foreseen[configuration, corpus.name][text.ids.shape[1]] = text
 
     def losses(self, label: str, configuration: Configuration, text: tokens.TokenText) -> Perplexity:
-        """Every token's loss, measured once.
-
-        Args:
-            label: which table asks, for the progress bar.
-            configuration: how to remember.
-            text: what to read.
-
-        Returns:
-            The record and the losses.
-        """
+        """Return the record and every token's loss, measured once; `label` is for the progress bar."""
         known = _reading_of(configuration, text)
         stages = [text] if known in self._read else self._stages(configuration, text)
         self.reporter.begin(f"{label}: PPL {configuration.name}, {text.corpus}", len(stages[-1].targets))
@@ -84,7 +63,7 @@ class Bench:
         return self._read[known]
 
     def _stages(self, configuration: Configuration, text: tokens.TokenText) -> list[tokens.TokenText]:
-        """The text and all that was foreseen of it, the shortest first."""
+        """Return the text and all announced starts of it, the shortest first."""
         foreseen = self._foreseen.get((configuration, text.corpus), {})
         alike = foreseen.get(text.ids.shape[1])
         if alike is None or alike.sha256 != text.sha256:
@@ -92,7 +71,7 @@ class Bench:
         return [foreseen[count] for count in sorted(foreseen)]
 
     def _read_stages(self, configuration: Configuration, stages: Sequence[tokens.TokenText]) -> None:
-        """Finds the losses of each stage: all are kept at once, or an interruption would lose the long ones."""
+        """Measure the losses of each stage; all are stored at once, so that an interruption loses none of them."""
 
         @functools.cache
         def measured() -> list[Perplexity]:
@@ -108,22 +87,12 @@ class Bench:
             self._read[_reading_of(configuration, stage)] = found
 
     def score(self, label: str, configuration: Configuration, corpus: Corpus, count: int) -> PerplexityRecord:
-        """The record alone of `losses` over the first tokens of a text.
-
-        Args:
-            label: which table asks.
-            configuration: how to remember.
-            corpus: one of the texts.
-            count: tokens to read [tokens].
-
-        Returns:
-            The record.
-        """
+        """Return the record of `losses` over the first `count` tokens of a text."""
         return self.losses(label, configuration, self.text(corpus, count)).record
 
     @functools.cached_property
     def origin(self) -> dict[str, Any]:
-        """The part of a key that is the same for all measurements: model and machine."""
+        """The part of a key that all measurements share: model and machine."""
         return {
             "model": model_digest(self.loaded),
             "dtype": self.loaded.record.dtype,
@@ -133,30 +102,23 @@ class Bench:
 
 
 def _reading_of(configuration: Configuration, text: tokens.TokenText) -> Hashable:
-    """What tells one reading from another while model and BOS policy stay."""
+    """Return what distinguishes two readings by the same model with the same BOS policy."""
     return configuration, text.corpus, text.sha256, text.lengths
 
 
 def described(configuration: Configuration) -> dict[str, Any]:
-    """A configuration as part of a key: its name and its numbers, defaults included."""
+    """Return a configuration as part of a key: its name and its numbers, defaults included."""
     numbers = [configuration.num_sinks, configuration.window, configuration.buffer]
     return {"configuration": configuration.name, "kind": configuration.kind, "numbers": numbers}
 
 
 def digest_of(ids: torch.Tensor) -> str:
-    """SHA-256 of token ids."""
+    """Return the SHA-256 of token ids."""
     return hashlib.sha256(ids.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def model_digest(loaded: LoadedModel) -> str:
-    """What identifies the weights: the file's digest, the commit on the hub, or a digest of the weights themselves.
-
-    Args:
-        loaded: the model.
-
-    Returns:
-        A text that is equal for equal weights from the same place.
-    """
+    """Identify the weights: by the file's digest, the commit on the hub, or a digest of the weights themselves."""
     record = loaded.record
     if record.sha256 or record.revision:
         return f"{record.name} {record.sha256 or record.revision}"

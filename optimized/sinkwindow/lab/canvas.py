@@ -1,6 +1,6 @@
-"""One picture as SVG, the same bytes every time.
+"""One picture as SVG, with the same bytes every time.
 
-Text and axes take the colour of the page around them (`currentColor`), so that one picture serves light and dark.
+Text and axes use the color of the page around them (`currentColor`), so that one picture works in light and dark mode.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-INK = "#010203"  # stands for the page's colour until the picture is written
+INK = "#010203"  # replaced by the page's color when the picture is written
 GREY = "#828288"
 COLOURS = ("#2a78d6", "#d9622b", "#1a9a6c", "#8a63d2", "#b8860b")  # each readable on white and on near-black
 MARKERS = ("o", "s", "^", "D", "v")
@@ -20,7 +20,7 @@ SIZE = (4.8, 3.2)  # with the font size below it needs no zoom on a phone [inch]
 SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "sinkwindow",
     "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same everywhere
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,13 +44,7 @@ class Canvas:
     """One pair of axes."""
 
     def __init__(self, name: str, title: str, height: float = SIZE[1]) -> None:
-        """Makes the axes.
-
-        Args:
-            name: of the picture; its elements' ids start with it.
-            title: the picture in words, for those who cannot see it.
-            height: of the picture [inch].
-        """
+        """Create the axes; `height` is in inches, `title` is the text alternative of the picture."""
         from matplotlib.figure import Figure
 
         self.name, self.title = name, title
@@ -59,18 +53,18 @@ class Canvas:
         self.svg = ""
 
     def labels(self, x: str, y: str) -> None:
-        """Names both axes."""
+        """Name both axes."""
         self.axes.set_xlabel(x)
         self.axes.set_ylabel(y)
 
     def log_ticks(self, axis: str, values: Sequence[float]) -> None:
-        """A logarithmic axis with plain numbers at these places."""
+        """Make an axis logarithmic, with plain numbers at these places."""
         getattr(self.axes, f"set_{axis}scale")("log")
         getattr(self.axes, f"set_{axis}ticks")(values, [f"{value:,.10g}" for value in values])
         getattr(self.axes, f"set_{axis}ticks")([], minor=True)
 
     def legend(self, columns: int = 2) -> None:
-        """A legend below the axes."""
+        """Add a legend below the axes."""
         handles, _ = self.axes.get_legend_handles_labels()
         if handles:
             self.figure.legend(loc="outside lower center", ncols=columns)
@@ -78,16 +72,7 @@ class Canvas:
 
 @contextmanager
 def canvas(name: str, title: str, height: float = SIZE[1]) -> Iterator[Canvas]:
-    """Draws a picture; its `svg` is there after the block.
-
-    Args:
-        name: of the picture.
-        title: the picture in words.
-        height: of the picture [inch].
-
-    Yields:
-        The axes to draw on.
-    """
+    """Yield the axes of a picture; its `svg` is available after the block. `height` is in inches."""
     import matplotlib as mpl
 
     with mpl.rc_context(cast("Any", SETTINGS)):
@@ -104,16 +89,7 @@ def canvas(name: str, title: str, height: float = SIZE[1]) -> Iterator[Canvas]:
 
 
 def tidy(svg: str, name: str, title: str) -> str:
-    """Makes matplotlib's file one that can stand inside a page: no prolog, own ids, the page's colour.
-
-    Args:
-        svg: the file.
-        name: what its ids start with.
-        title: for those who cannot see it.
-
-    Returns:
-        An `svg` element.
-    """
+    """Turn matplotlib's SVG into an element of a page: no prolog, ids that start with `name`, the page's color."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
@@ -126,27 +102,13 @@ def tidy(svg: str, name: str, title: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """An `svg` element as a file of its own, which knows no page: it brings its colours.
-
-    Args:
-        svg: from one of the functions below.
-
-    Returns:
-        The file's text.
-    """
+    """Turn an `svg` element into a file of its own, with its own colors."""
     start = svg.index(">", svg.index("<svg")) + 1
     return f"{svg[:start]}\n{STANDALONE}{svg[start:]}\n"
 
 
 def nice_ticks(values: Sequence[float]) -> list[float]:
-    """Places for a logarithmic axis: 1, 2, 5 times powers of ten, from below the least value to above the largest.
-
-    Args:
-        values: positive numbers.
-
-    Returns:
-        Two places or more.
-    """
+    """Return ticks for a logarithmic axis: 1, 2, 5 times powers of ten that enclose the (positive) values."""
     low, high = min(values), max(values)
     start, stop = math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1
     steps = [factor * 10.0**power for power in range(start, stop) for factor in (1, 2, 5)]

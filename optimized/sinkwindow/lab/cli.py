@@ -1,4 +1,4 @@
-"""The command `sinkwindow`: finds the lab's dependencies, or says which extra brings them."""
+"""The command `sinkwindow`: import the lab's dependencies, or name the extra that installs them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line.
-
-    Args:
-        arguments: without the program's name; `sys.argv` by default.
+    """Run the command line with `arguments`, without the program's name (`sys.argv` by default).
 
     Raises:
         SystemExit: always: 0 when all went well, 2 after a user's error (one line on standard error).

@@ -23,13 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str | None, typer.Option(help="Hub id or folder of a causal LM; left out: the embedded one.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder of a causal LM; the embedded one by default.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, ...")]
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the records as JSON.")]
 Bos = Annotated[str, typer.Option(help="none, or add: put the tokenizer's BOS in front of the text.")]
-Sinks = Annotated[int, typer.Option(help="S, first tokens that stay.")]
-Window = Annotated[int, typer.Option(help="W, most recent tokens that survive an eviction.")]
+Sinks = Annotated[int, typer.Option(help="S, first tokens to keep.")]
+Window = Annotated[int, typer.Option(help="W, most recent tokens to keep in an eviction.")]
 Buffer = Annotated[int, typer.Option(help="B, tokens above S + W before an eviction.")]
 Config = Annotated[str | None, typer.Option(help="A configuration by name, such as baseline; instead of S, W and B.")]
 PARTS = "experiments, mistakes, sinks, sizes, along, steps, where, recall"
@@ -50,7 +50,7 @@ def tables(
     quick: Annotated[bool, typer.Option("--quick", help="The same questions over far fewer tokens.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has finished.")] = False,
 ) -> None:
-    """Measures experiments and studies, and writes them as JSON, Markdown, pictures and one HTML page."""
+    """Measure experiments and studies, and write them as JSON, Markdown, pictures and one HTML page."""
     from sinkwindow.lab import configurations, corpora, experiments, files, models, output
     from sinkwindow.lab.progress import Bars
     from sinkwindow.lab.store import Store
@@ -70,15 +70,15 @@ def tables(
     for path in output.write_report(report, folder):
         typer.echo(f"wrote {path}")
     if store.reused:
-        typer.echo(f"note: {store.reused} measurements were there from before; --fresh measures again", err=True)
+        typer.echo(f"note: {store.reused} measurements are from an earlier run; --fresh measures again", err=True)
 
 
 @app.command()
 def render(
     source: Annotated[Path, typer.Argument(help="A paper_tables.json.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pages; left out: the file's own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pages; the file's own by default.")] = None,
 ) -> None:
-    """Writes the pages of an earlier run again, from its JSON."""
+    """Write the pages of an earlier run again, from its JSON."""
     from sinkwindow.lab import files, output
 
     report = output.read_report(source)
@@ -105,7 +105,7 @@ def perplexity(
     *,
     as_json: Json = False,
 ) -> None:
-    """Scores one configuration on one text, each target once."""
+    """Score one configuration on one text, each target once."""
     from sinkwindow.lab import corpora, files, machine, methods, models
     from sinkwindow.lab.progress import Bars
     from sinkwindow.lab.tokens import encode
@@ -117,7 +117,7 @@ def perplexity(
     loaded = models.load_model(model, device=device, dtype=dtype)
     ids = encode(text, loaded.tokenizer, tokens=tokens, bos=policy, documents=reading)
     if ids.ids.shape[1] < tokens:
-        typer.echo(f"note: corpus {text.name!r} has {ids.ids.shape[1]} tokens, {tokens} were asked for", err=True)
+        typer.echo(f"note: corpus {text.name!r} has {ids.ids.shape[1]} tokens, {tokens} were requested", err=True)
     with Bars(len(ways)) as bars:
         scores = methods.score(chosen, loaded, ids, ways, block=block, reporter=bars)
     origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
@@ -133,14 +133,14 @@ def speed(
     prompt: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 500,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
     configs: Annotated[str, typer.Option(help="Configurations, separated by commas.")] = "baseline,streaming_8_256",
-    rounds: Annotated[int, typer.Option(help="How often all generate, in turns; medians are shown.")] = 1,
+    rounds: Annotated[int, typer.Option(help="How often all generate, interleaved; medians are shown.")] = 1,
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     *,
     as_json: Json = False,
 ) -> None:
-    """Times greedy generation: TTFT, TPOT, throughput, peak memory."""
+    """Time greedy generation: TTFT, TPOT, throughput, peak memory."""
     from sinkwindow.lab import configurations, corpora, machine, models
     from sinkwindow.lab import speed as timing
     from sinkwindow.lab.progress import Bars
@@ -157,7 +157,7 @@ def speed(
             ids.ids,
             tokens,
             rounds=rounds,
-            on_round=lambda _: bars.begin("speed, in turns", tokens * len(rows)),
+            on_round=lambda _: bars.begin("speed, interleaved", tokens * len(rows)),
             on_token=lambda _: bars.advance(),
         )
     origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
@@ -171,7 +171,7 @@ def mechanics(
     buffer: Buffer = 64,
     evictions: Annotated[int, typer.Option(help="Stop after this many.")] = 3,
 ) -> None:
-    """Shows the cache's shape step by step on a tiny random model, each eviction as it happens."""
+    """Show the cache's shape step by step on a tiny random model, with each eviction."""
     from sinkwindow.lab.mechanics import log
 
     for line in log(sinks, window, buffer, evictions=evictions):
@@ -180,7 +180,7 @@ def mechanics(
 
 @app.command()
 def configs() -> None:
-    """Lists how the names of configurations look and what they mean."""
+    """List the forms of configuration names and what they mean."""
     from sinkwindow.lab.configurations import SHAPES
 
     width = max(len(shape.example) for shape in SHAPES)
@@ -204,8 +204,7 @@ def _bos(policy: str) -> BosPolicy:
         return "none"
     if policy == "add":
         return "add"
-    message = f"--bos {policy} is unknown; choose none or add"
-    raise LabError(message)
+    raise LabError(f"--bos {policy} is unknown; choose none or add")
 
 
 def _documents(name: str) -> Documents:
@@ -213,16 +212,14 @@ def _documents(name: str) -> Documents:
         return "concat"
     if name == "apart":
         return "apart"
-    message = f"--documents {name} is unknown; choose concat or apart"
-    raise LabError(message)
+    raise LabError(f"--documents {name} is unknown; choose concat or apart")
 
 
 def _check_names(names: list[str]) -> None:
-    """Columns are named by corpus: two of one name could not be told apart."""
+    """Refuse two texts of one name: they could not be told apart, since columns are named by corpus."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        message = f"corpus {repeated[0]!r} is given twice; give each text once, and files different names"
-        raise LabError(message)
+        raise LabError(f"corpus {repeated[0]!r} is given twice; give each text once, and files different names")
 
 
 def _as_json(result: Any, **records: Any) -> str:

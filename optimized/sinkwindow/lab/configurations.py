@@ -3,16 +3,16 @@
 | name | what it is |
 |---|---|
 | `baseline` | dense attention over everything, a growing `DynamicCache` |
-| `streaming_S_W[_B]` | `StreamingCache`: S sinks, W recent tokens, buffer B (64 where left out) |
+| `streaming_S_W[_B]` | `StreamingCache`: S sinks, W recent tokens, buffer B (64 by default) |
 | `static_S_W[_B]` | the same at fixed shapes: `static=True`, its steps compiled |
-| `window_0_W[_B]` | the same without sinks (B is 0 where left out) |
-| `call_S_W[_B]` | the seed's chunk-wise rule: a call sees itself whole, one eviction after it (B is 0 where left out) |
+| `window_0_W[_B]` | the same without sinks (B is 0 by default) |
+| `call_S_W[_B]` | the seed's chunk-wise rule: a call attends to all of itself, then evicts once (B is 0 by default) |
 | `recompute_W` | sliding window with re-computation: no cache, the last W tokens run again for every token |
 | `stale_ranks_S_W[_B]` | ablation: keys keep the rotation of the rank at which they were inserted |
 | `eager_eviction_S_W[_B]` | ablation: calls of B tokens, the cache cut to S + W *before* attention |
 | `absolute_S_W[_B]` | ablation: the right tokens at their original positions, refused beyond the trained length |
 
-B is 64 where an ablation leaves it out.
+B is 64 by default in the ablations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Shape:
-    """How the names of one kind look."""
+    """The form of the names of one kind."""
 
     kind: Kind
     pattern: str
@@ -55,7 +55,7 @@ SHAPES = (
         r"static_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
         "static_8_256_64",
         64,
-        "streaming at fixed shapes, its steps compiled: one graph for ever",
+        "streaming at fixed shapes, its steps compiled: one graph for all of them",
     ),
     Shape(
         "window",
@@ -107,7 +107,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way of remembering; S, W and B are None where the kind has none."""
+    """One way of remembering; S, W and B are None if the kind does not have them."""
 
     name: str
     kind: Kind
@@ -125,17 +125,16 @@ class Configuration:
             LabError: if the kind has no such limits.
         """
         if self.num_sinks is None or self.window is None or self.buffer is None:
-            message = f"configuration {self.name!r} has no sinks, window and buffer"
-            raise LabError(message)
+            raise LabError(f"configuration {self.name!r} has no sinks, window and buffer")
         return self.num_sinks, self.window, self.buffer
 
     @property
     def depends_on_calls(self) -> bool:
-        """Whether it matters where one call ends and the next begins, as by the paper's rule it does not."""
+        """Whether losses depend on where one call ends and the next begins; by the paper's rule they do not."""
         return self.kind in ("call", "eager_eviction")
 
     def record(self) -> ConfigurationRecord:
-        """The configuration as it is written beside its measurements."""
+        """Return the configuration as it is written with its measurements."""
         return ConfigurationRecord(
             name=self.name,
             kind=self.kind,
@@ -148,13 +147,7 @@ class Configuration:
 
 
 def parse(name: str) -> Configuration:
-    """Reads a configuration's name.
-
-    Args:
-        name: such as `baseline` or `streaming_8_256`; see the table above.
-
-    Returns:
-        The configuration.
+    """Parse a configuration's name, such as `baseline` or `streaming_8_256`; see the table above.
 
     Raises:
         LabError: if no kind has names of this shape, or a number is out of range; the message lists the shapes.
@@ -164,59 +157,40 @@ def parse(name: str) -> Configuration:
         if found is not None:
             return _from_match(name, shape, found.groupdict())
     shapes = ", ".join(shape.example for shape in SHAPES)
-    message = f"unknown configuration {name!r}; names look like {shapes}"
-    raise LabError(message)
+    raise LabError(f"unknown configuration {name!r}; names look like {shapes}")
 
 
 def parse_list(names: str) -> list[Configuration]:
-    """Reads names separated by commas.
-
-    Args:
-        names: such as `baseline,streaming_8_256`.
-
-    Returns:
-        The configurations in the given order.
+    """Parse names separated by commas, such as `baseline,streaming_8_256`, in the given order.
 
     Raises:
         LabError: if a name is unknown, appears twice, or there is none.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
-        message = f"no configuration in {names!r}; give names such as baseline,streaming_8_256"
-        raise LabError(message)
+        raise LabError(f"no configuration in {names!r}; give names such as baseline,streaming_8_256")
     repeated = sorted({name for name in wanted if wanted.count(name) > 1})
     if repeated:
-        message = f"configuration {repeated[0]!r} is given twice; name each one once"
-        raise LabError(message)
+        raise LabError(f"configuration {repeated[0]!r} is given twice; name each one once")
     return [parse(name) for name in wanted]
 
 
 def streaming(num_sinks: int, window: int, buffer: int) -> Configuration:
-    """The streaming configuration with these numbers, under its full name.
-
-    Args:
-        num_sinks: S >= 0 [tokens].
-        window: W >= 1 [tokens].
-        buffer: B >= 0 [tokens].
-
-    Returns:
-        The configuration.
+    """Return the streaming configuration with these numbers (S >= 0, W >= 1, B >= 0), under its full name.
 
     Raises:
         LabError: if a number is out of range.
     """
     for option, value, least in (("sinks", num_sinks, 0), ("window", window, 1), ("buffer", buffer, 0)):
         if value < least:
-            message = f"{option}={value} is too small: it must be {least} or more"
-            raise LabError(message)
+            raise LabError(f"{option}={value} is too small: it must be {least} or more")
     return parse(f"streaming_{num_sinks}_{window}_{buffer}")
 
 
 def _from_match(name: str, shape: Shape, groups: dict[str, str | None]) -> Configuration:
     numbers = {key: int(value) for key, value in groups.items() if value is not None}
     if numbers.get("window", 1) < 1:
-        message = f"configuration {name!r} has window 0: it must keep at least one recent token"
-        raise LabError(message)
+        raise LabError(f"configuration {name!r} has window 0: it must keep at least one recent token")
     return Configuration(
         name=name,
         kind=shape.kind,

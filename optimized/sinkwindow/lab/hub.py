@@ -1,4 +1,4 @@
-"""One quick question to the hub before its clients start their long retries."""
+"""One quick request to the hub before its clients start their long retries."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Literal
 
 from sinkwindow.lab.errors import require
 
-TIMEOUT = 10.0  # for the one question [s]
+TIMEOUT = 10.0  # of the one request [s]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the hub said about a model or data set.
+    """The hub's answer about a model or data set.
 
     Attributes:
-        reachable: whether it said anything, a refusal included.
-        commit: what the branch stands at, so that a result can name it.
+        reachable: whether the hub answered, a refusal included.
+        commit: the branch's current commit, so that a result can name it.
     """
 
     reachable: bool
@@ -24,18 +24,12 @@ class Answer:
 
 
 def ask(kind: Literal["model", "dataset"], place: str, branch: str | None = None) -> Answer:
-    """Asks the hub for the commit of a branch.
+    """Ask the hub for the commit of a branch; None is the main one.
 
-    Args:
-        kind: what to ask for.
-        place: its id.
-        branch: None is the main one.
-
-    Returns:
-        The answer; an unreachable hub is an answer too, since files may be on this disk already.
+    An unreachable hub is an answer too, since files may be cached on this disk.
     """
     hub = require("huggingface_hub")
-    hub.utils.logging.set_verbosity_error()  # its retries fill the screen; our own message names the failure
+    hub.utils.logging.set_verbosity_error()  # its log of retries fills the screen; our own message names the failure
     try:
         info = hub.HfApi().repo_info(place, repo_type=kind, revision=branch, timeout=TIMEOUT)
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):

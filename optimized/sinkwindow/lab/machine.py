@@ -1,4 +1,4 @@
-"""Where a measurement was made: the head of every result."""
+"""The machine of a measurement: the head of every result."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ PACKAGES = ("sinkwindow", "torch", "transformers", "tokenizers", "datasets", "gg
 
 
 def describe(device: torch.device) -> MachineRecord:
-    """This machine, its software and the state of the working tree.
-
-    Args:
-        device: where the model runs.
-
-    Returns:
-        The record.
-    """
+    """Describe this machine, its software and the state of the working tree."""
     commit, dirty = _commit()
     return MachineRecord(
         date=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
@@ -45,27 +38,20 @@ def describe(device: torch.device) -> MachineRecord:
 
 
 def fingerprint(device: torch.device) -> str:
-    """What a measured time depends on besides the code: the processor and the number of threads.
-
-    Args:
-        device: where the model runs.
-
-    Returns:
-        One line.
-    """
+    """Return what a measured time depends on besides the code, in one line: processor and number of threads."""
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{_cpu()}, {_cores()} cores, {torch.get_num_threads()} threads, {place}"
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _cpu() -> str:
-    """The CPU's name; Linux knows a better one than `platform`."""
+    """Return the CPU's name; Linux provides a better one than `platform`."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -82,7 +68,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of the checkout that this file lies in, and whether tracked files differ from it."""
+    """Return the commit of the checkout that contains this file, and whether tracked files differ from it."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:  # an installed wheel, or no git
         return None, None

@@ -1,4 +1,4 @@
-"""Tables in hand-written pages: each stands between two marks, so that a run can write it again and nothing else."""
+"""Tables in hand-written pages: each is between two marks, so that a run can rewrite it and nothing else."""
 
 from __future__ import annotations
 
@@ -10,39 +10,23 @@ from sinkwindow.lab.files import write_text
 
 
 def marks(name: str) -> tuple[str, str]:
-    """What stands before and after a place.
-
-    Args:
-        name: of the place.
-
-    Returns:
-        Two HTML comments.
-    """
+    """Return the two HTML comments before and after a named place."""
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
 def check(page: Path, name: str) -> None:
-    """Makes sure, before anything is measured, that there is a page with a place.
-
-    Args:
-        page: a Markdown file.
-        name: of the place.
+    """Check before measuring that a Markdown page has a named place.
 
     Raises:
         LabError: if the page cannot be read or the place has no beginning or no end.
     """
     begin, end = marks(name)
     if end not in _read(page).partition(begin)[2]:
-        message = f"{page} has no {begin} with {end} after it: put both where the table belongs"
-        raise LabError(message)
+        raise LabError(f"{page} has no {begin} with {end} after it: put both where the table belongs")
 
 
 def fill(page: Path, found: Mapping[str, str]) -> None:
-    """Writes places of a page again; what the page has no place for is left out.
-
-    Args:
-        page: a Markdown file.
-        found: Markdown by the place's name.
+    """Rewrite the named places of a Markdown page; Markdown without a place in it is left out.
 
     Raises:
         LabError: if the page cannot be read or a place does not end; nothing is written then.
@@ -61,5 +45,4 @@ def _read(page: Path) -> str:
     try:
         return page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        message = f"{page} cannot be read: give a Markdown file"
-        raise LabError(message) from error
+        raise LabError(f"{page} cannot be read: give a Markdown file") from error

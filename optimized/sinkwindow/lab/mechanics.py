@@ -1,4 +1,4 @@
-"""The cache at work: its shape step by step, and every eviction as it happens."""
+"""The cache at work: its shape step by step, and every eviction."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from sinkwindow import Eviction, StreamingCache
 from sinkwindow.lab.errors import LabError
 from sinkwindow.lab.sessions import cache_keyword
 
-AROUND = 2  # steps shown before and after each eviction; the rest only fills the cache
+AROUND = 2  # steps shown before and after each eviction; the others only fill the cache
 
 
 def tiny_model() -> PreTrainedModel:
-    """A random Llama of two layers: the mechanics do not depend on what a model has learnt.
-
-    Returns:
-        The model in eval mode.
-    """
+    """Return a random Llama of two layers: the mechanics do not depend on trained weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
@@ -36,23 +32,13 @@ def tiny_model() -> PreTrainedModel:
 
 
 def log(num_sinks: int, window: int, buffer: int, *, evictions: int = 3) -> Iterator[str]:
-    """Feeds one token at a time and tells what the cache does.
-
-    Args:
-        num_sinks: S [tokens].
-        window: W [tokens].
-        buffer: B [tokens].
-        evictions: stop after this many.
-
-    Yields:
-        Lines of the log, each as soon as it is known.
+    """Feed one token at a time, up to a number of evictions, and yield a log of what the cache does, line by line.
 
     Raises:
         LabError: if a number is out of range.
     """
     if evictions < 1:
-        message = f"evictions={evictions} must be 1 or more"
-        raise LabError(message)
+        raise LabError(f"evictions={evictions} must be 1 or more")
     model, events = tiny_model(), list[Eviction]()
     cache = _cache(model, num_sinks, window, buffer, events.append)
     limit = num_sinks + window

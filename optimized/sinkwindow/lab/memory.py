@@ -1,8 +1,8 @@
 """Peak memory of a piece of work, counted in its tensors: exact, and the same in every run.
 
-A GPU's allocator keeps its own peak. A CPU has none, so torch's profiler tells of every tensor that is allocated or
-freed; it slows the work down, so nothing is timed then. What the process holds beside its tensors is not counted: its
-resident set moves by tens of megabytes from one run to the next, more than a small model's cache.
+A GPU's allocator records its own peak. For a CPU, torch's profiler records every tensor that is allocated or freed; it
+slows the work down, so nothing is timed then. What the process holds besides its tensors is not counted: its resident
+set varies by tens of megabytes between runs, more than a small model's cache.
 """
 
 from __future__ import annotations
@@ -25,37 +25,25 @@ from sinkwindow.lab.configurations import Configuration
 from sinkwindow.lab.records import MemoryRecord
 from sinkwindow.lab.sessions import Session, open_session
 
-COUNTED = ("cpu", "cuda")  # devices that tell
-PIECE = "sinkwindow: piece {}"  # what the profiler calls a piece of work
-FEED = 256  # tokens of a call that brings a session to the steps that are looked at [tokens]
+COUNTED = ("cpu", "cuda")  # devices that report their memory
+PIECE = "sinkwindow: piece {}"  # name of a piece of work in the profiler
+FEED = 256  # tokens of a call between the watched steps [tokens]
 
 
 def tensor_peak(device: torch.device, work: Callable[[], object]) -> int:
-    """Runs `work` and counts what its tensors need at most, all at once.
+    """Run `work` and return the peak of its live tensors above what was allocated before [bytes].
 
-    Args:
-        device: where they are.
-        work: what is run; on a CPU how long it takes means nothing.
-
-    Returns:
-        The highest sum of live tensors above what there was before [bytes].
+    On a CPU the profiler makes the work slow: do not time it.
     """
     return tensor_peaks(device, [work])[0]
 
 
 def tensor_peaks(device: torch.device, pieces: Sequence[Callable[[], object]]) -> list[int]:
-    """Runs pieces of work, one after the other, and counts what each needs at most, all tensors at once.
+    """Run pieces of work in order and return the peak of each above what was allocated before the first [bytes].
 
-    What one piece frees of another's is known only because all are watched together.
-
-    Args:
-        device: where the tensors are.
-        pieces: what is run; on a CPU how long it takes means nothing.
-
-    Returns:
-        For each piece the highest sum of live tensors above what there was before the first one [bytes].
+    All are watched together, since a piece may free what another one allocated.
     """
-    gc.collect()  # what is garbage now must not be freed, and subtracted, later
+    gc.collect()  # otherwise it would be freed, and subtracted, later
     return _allocator_peaks(device, pieces) if device.type == "cuda" else _profiled_peaks(pieces)
 
 
@@ -71,7 +59,7 @@ def _allocator_peaks(device: torch.device, pieces: Sequence[Callable[[], object]
 
 
 def _profiled_peaks(pieces: Sequence[Callable[[], object]]) -> list[int]:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes to the terminal that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports its start and stop on the terminal
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         for number, piece in enumerate(pieces):
             with torch.profiler.record_function(PIECE.format(number)):
@@ -92,19 +80,10 @@ def _profiled_peaks(pieces: Sequence[Callable[[], object]]) -> list[int]:
 def generation_peaks(
     configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor, stages: Sequence[int]
 ) -> list[MemoryRecord | None]:
-    """Peaks of a generation up to each number of tokens.
+    """Return the peaks of a generation up to each number of tokens; None on a device that does not report them.
 
-    The prompt and the last steps of each stage are looked at; between them the session is fed in long calls, which
-    leave the cache as single tokens would.
-
-    Args:
-        configuration: how to remember.
-        model: a causal language model in eval mode.
-        prompt: [1, tokens], on the model's device; its tokens are fed again and again.
-        stages: ascending numbers of new tokens [tokens].
-
-    Returns:
-        A record per stage; None where the device does not tell.
+    The prompt and the last steps of each stage are watched; between them the session is fed in long calls, which leave
+    the cache as single tokens would. `prompt` ([1, tokens], on the model's device) is fed repeatedly.
     """
     if prompt.device.type not in COUNTED:
         return [None] * len(stages)
@@ -119,14 +98,14 @@ def generation_peaks(
         first, *peaks = tensor_peaks(prompt.device, pieces)
     finally:
         session.close()
-    highest = itertools.accumulate([first, *peaks[1::2]], max)  # the long calls are not the generation's
+    highest = itertools.accumulate([first, *peaks[1::2]], max)  # the long calls are not part of the generation
     return [MemoryRecord(weight_bytes=weight_bytes(model), tensor_bytes=peak) for peak in list(highest)[1:]]
 
 
 def _cycle(configuration: Configuration) -> int:
-    """Steps of which some evicts, some meets the longest list, and some moves the window to the front of its slots.
+    """Return a number of steps that covers an eviction, the longest list, and a move of the window to the first slots.
 
-    A list is longest once in B + 1 steps. The free slots, a sixteenth of it, eight at least, last as many more.
+    A list is longest once in B + 1 steps. The free slots, a sixteenth of it but at least eight, last as many more.
     """
     if configuration.kind in ("baseline", "recompute"):
         return 1
@@ -135,12 +114,12 @@ def _cycle(configuration: Configuration) -> int:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """A model's parameters [bytes]."""
+    """Return the size of a model's parameters [bytes]."""
     return sum(one.numel() * one.element_size() for one in model.parameters())
 
 
 def give_back() -> None:
-    """Frees what is garbage, down to the operating system where the C library can (glibc)."""
+    """Free garbage, and return it to the operating system if the C library can (glibc)."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -149,13 +128,13 @@ def give_back() -> None:
 
 
 def _read_on(session: Session, text: torch.Tensor, count: int) -> None:
-    """Feeds some more tokens in long calls."""
+    """Feed some more tokens in long calls."""
     step = min(FEED, text.shape[1])
     for start in range(0, count, step):
         session.read(text[:, : min(step, count - start)])
 
 
 def _take(session: Session, text: torch.Tensor, steps: int) -> None:
-    """Feeds single tokens."""
+    """Feed single tokens."""
     for _ in range(steps):
         session.feed(text[:, :1], last_only=True)

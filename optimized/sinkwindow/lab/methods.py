@@ -1,4 +1,4 @@
-"""Two ways through a text: token by token, and in long calls. Same losses, other speed."""
+"""Two ways to read a text: token by token, and in long calls. The losses are the same, the speed is not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scores:
 
     @property
     def main(self) -> Perplexity:
-        """The last one measured: by blocks where both were asked for."""
+        """The last one measured: `blocks` if both were requested."""
         return list(self.found.values())[-1]
 
     @property
@@ -48,20 +48,13 @@ class Scores:
 
 
 def methods(name: str) -> tuple[Method, ...]:
-    """Reads the option `--method`.
-
-    Args:
-        name: `token`, `blocks` or `both`.
-
-    Returns:
-        The methods in the order in which they run.
+    """Parse the option `--method`: `token`, `blocks` or `both`. Return the methods in the order in which they run.
 
     Raises:
-        LabError: if it is another name.
+        LabError: if `name` is none of them.
     """
     if name not in METHODS:
-        message = f"--method {name} is unknown; choose token, blocks or both"
-        raise LabError(message)
+        raise LabError(f"--method {name} is unknown; choose token, blocks or both")
     return METHODS[name]
 
 
@@ -74,18 +67,7 @@ def score(
     block: int,
     reporter: Reporter,
 ) -> Scores:
-    """Scores a text by each method.
-
-    Args:
-        configuration: how to remember.
-        loaded: the model.
-        text: what to read.
-        chosen: the methods.
-        block: tokens per call of the method `blocks` [tokens].
-        reporter: told about progress.
-
-    Returns:
-        What each method found.
+    """Score a text by each method; `block` is the number of tokens per call of the method `blocks`.
 
     Raises:
         LabError: if the configuration does not fit the model, or an option is out of range.
@@ -104,13 +86,10 @@ def score(
 
 
 def save_losses(path: Path, scores: Scores, text: TokenText, **metadata: str) -> None:
-    """Writes every target's loss: `nll_token`, `nll_blocks`, `targets` (ids) and `lengths` (tokens of each text).
+    """Write a safetensors file of every target's loss.
 
-    Args:
-        path: a safetensors file.
-        scores: the losses.
-        text: what was read.
-        **metadata: strings to put into the file's head, such as the records as JSON.
+    It holds `nll_token`, `nll_blocks`, `targets` (ids) and `lengths` (tokens of each text); `metadata` are strings for
+    its header, such as the records as JSON.
 
     Raises:
         OSError: if the file cannot be written.

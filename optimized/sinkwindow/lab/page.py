@@ -72,14 +72,14 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Quote:
-    """A sample of text, shown as it is."""
+    """A sample of text, shown verbatim."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells, as many per row as titles; numbers stand right, `facts` have words instead."""
+    """Cells, as many per row as titles; numbers are aligned right, `facts` are words, aligned left."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -88,7 +88,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: a file name without ending, what it shows in words, and what draws it as SVG."""
+    """A picture: a file name without extension, its content in words, and the function that draws it as SVG."""
 
     name: str
     caption: str
@@ -99,34 +99,18 @@ Block = Heading | Text | Bullets | Quote | Table | Figure
 
 
 def markdown(blocks: Sequence[Block], figures: str = "figures") -> str:
-    """Writes a page as Markdown.
-
-    Args:
-        blocks: the page.
-        figures: folder of the pictures, relative to the page.
-
-    Returns:
-        Its text.
-    """
+    """Write a page as Markdown; `figures` is the folder of the pictures, relative to the page."""
     return "\n\n".join(_markdown_block(block, figures) for block in blocks) + "\n"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned right.
-
-    Args:
-        header: titles.
-        rows: cells, as many per row as titles.
-
-    Returns:
-        The table's lines.
+    """Return the lines of a Markdown table; all columns but the first are aligned right.
 
     Raises:
         ValueError: if a row has another number of cells.
     """
     if any(len(row) != len(header) for row in rows):
-        message = f"every row needs {len(header)} cells, one per title"
-        raise ValueError(message)
+        raise ValueError(f"every row needs {len(header)} cells, one per title")
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, rule, *rows)
@@ -149,14 +133,9 @@ def _markdown_block(block: Block, figures: str) -> str:
 
 
 def html_page(title: str, blocks: Sequence[Block]) -> str:
-    """Writes a page as one HTML file that needs nothing else: no script, no font, no address.
+    """Write a page as one self-contained HTML file: no script, no font, no address.
 
-    Args:
-        title: of the window.
-        blocks: the page; its level 2 headings become a table of contents behind the first one of level 1.
-
-    Returns:
-        Its text.
+    The level 2 headings become a table of contents after the first heading of level 1.
     """
     parts: list[str] = []
     contents = _contents(blocks)
@@ -173,12 +152,12 @@ def html_page(title: str, blocks: Sequence[Block]) -> str:
 
 
 def anchor(text: str) -> str:
-    """A heading's address on its page."""
+    """Return a heading's address on its page."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def inline(text: str) -> str:
-    """HTML of a paragraph's words."""
+    """Return the HTML of a paragraph's text."""
     parts = re.split(r"(`[^`]+`)", text)
     return "".join(_code(part) if part.startswith("`") and part != "`" else _words(part) for part in parts)
 

@@ -40,27 +40,19 @@ def token_losses(
     block: int = BLOCK,
     on_block: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Negative log likelihoods of tokens 1 .. n-1.
+    """Return the negative log likelihoods of tokens 1 .. n-1 of `ids` [1, n], as float64 on the CPU, [n - 1].
 
-    Args:
-        session: fresh.
-        ids: [1, tokens], two or more.
-        block: tokens per call [tokens]; for a chunk-invariant session any number gives the same losses.
-        on_block: told how many targets each block added.
-
-    Returns:
-        [tokens - 1], float64, on the CPU.
+    `session` is fresh. `block` is the number of tokens per call; a chunk-invariant session gives the same losses for
+    any. `on_block` gets the number of targets that each block added.
 
     Raises:
         LabError: if `block` is below 1, there is no target, or a loss is not finite.
     """
     if block < 1:
-        message = f"block={block} must be 1 or more"
-        raise LabError(message)
+        raise LabError(f"block={block} must be 1 or more")
     if ids.shape[1] < LEAST:
-        message = f"{ids.shape[1]} token(s) have no target to score: give 2 or more"
-        raise LabError(message)
-    losses = torch.empty(ids.shape[1] - 1, dtype=torch.float64)  # all that grows with the text
+        raise LabError(f"{ids.shape[1]} token(s) have no target to score: give 2 or more")
+    losses = torch.empty(ids.shape[1] - 1, dtype=torch.float64)  # the only tensor that grows with the text
     for start in range(0, len(losses), block):
         stop = min(start + block, len(losses))  # the last token is a target only: nothing follows it
         losses[start:stop] = _block_losses(session.feed(ids[:, start:stop]), ids[:, start + 1 : stop + 1])
@@ -71,14 +63,10 @@ def token_losses(
 
 
 def summarise(nll: torch.Tensor, text_bytes: int) -> dict[str, float]:
-    """Token-weighted figures of losses.
+    """Return token-weighted figures of losses ([targets], float64, natural logarithm).
 
-    Args:
-        nll: [targets], float64, natural logarithm.
-        text_bytes: UTF-8 bytes of the scored text [bytes].
-
-    Returns:
-        `mean_nll`, `standard_error` of that mean (tokens taken as independent), `perplexity`, `bits_per_byte`.
+    These are `mean_nll`, `standard_error` of that mean (tokens taken as independent), `perplexity` and `bits_per_byte`;
+    `text_bytes` counts the UTF-8 bytes of the scored text.
     """
     mean = float(nll.mean())
     error = float(nll.std() / math.sqrt(len(nll))) if len(nll) > 1 else 0.0
@@ -95,18 +83,7 @@ def measure(
     clock: Clock | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of one configuration on one text.
-
-    Args:
-        configuration: how to remember.
-        model: a causal language model in eval mode.
-        text: what to read.
-        block: tokens per call [tokens].
-        clock: for the evaluation's speed; the device's own by default.
-        on_block: told how many targets each block added.
-
-    Returns:
-        The record and every token's loss.
+    """Measure the perplexity of one configuration on one text; return the record and every token's loss.
 
     Raises:
         LabError: if the configuration does not fit the model, or an option is out of range.
@@ -135,17 +112,10 @@ def measure_stages(
     block: int = BLOCK,
     on_block: Callable[[int], None] | None = None,
 ) -> list[Perplexity]:
-    """One reading of a text, looked at after several lengths; a loss does not depend on what comes later.
+    """Read a text once and record several lengths; a loss does not depend on what comes later.
 
-    Args:
-        configuration: how to remember; not one whose losses depend on where calls end.
-        model: a causal language model in eval mode.
-        texts: starts of one text, ascending.
-        block: tokens per call [tokens]; a call ends with each length, too.
-        on_block: told how many targets each block added.
-
-    Returns:
-        For each length what `measure` finds.
+    `texts` are starts of one text, ascending; a call ends at each of their lengths, too. The losses of `configuration`
+    must not depend on where calls end. Returns for each length what `measure` finds.
 
     Raises:
         LabError: if a text is not the start of the next one, or as `measure`.
@@ -173,8 +143,9 @@ def measure_stages(
 
 def _check_starts(configuration: Configuration, texts: Sequence[TokenText]) -> None:
     if configuration.depends_on_calls:
-        message = f"{configuration.name} scores otherwise where a call ends elsewhere: measure each length by itself"
-        raise LabError(message)
+        raise LabError(
+            f"{configuration.name} gives losses that depend on where calls end: measure each length separately"
+        )
     for short, long in itertools.pairwise(texts):
         count = short.ids.shape[1]
         if (
@@ -183,13 +154,14 @@ def _check_starts(configuration: Configuration, texts: Sequence[TokenText]) -> N
             or count >= long.ids.shape[1]
             or not torch.equal(short.ids, long.ids[:, :count])
         ):
-            message = f"{count} tokens of {short.corpus} are not the start of {long.ids.shape[1]} of {long.corpus}"
-            raise LabError(message)
+            raise LabError(
+                f"{count} tokens of {short.corpus} are not the start of {long.ids.shape[1]} of {long.corpus}"
+            )
 
 
 @dataclass
 class _Totals:
-    """What adds up over texts that are read from a fresh start each."""
+    """Sums over texts that are each read by a fresh session."""
 
     nll: list[torch.Tensor] = field(default_factory=list)
     seconds: float = 0.0
@@ -228,16 +200,17 @@ def _record(
 
 
 def _check_finite(losses: torch.Tensor, start: int, stop: int) -> None:
-    """One NaN would make the whole perplexity NaN: say where it came from instead."""
+    """Raise where a loss is not finite: one NaN would make the whole perplexity NaN."""
     bad = (~losses[start:stop].isfinite()).nonzero()
     if len(bad):
         place = start + int(bad[0])
-        message = f"the loss of target {place} is {float(losses[place])}: the model overflows; try --dtype float32"
-        raise LabError(message)
+        raise LabError(
+            f"the loss of target {place} is {float(losses[place])}: the model overflows; try --dtype float32"
+        )
 
 
 def _block_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses of one block, computed in float32 at least and returned in float64 [tokens]."""
+    """Return the losses of one block, computed in float32 at least and returned in float64 [tokens]."""
     wide = logits[0].to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(wide, targets[0].to(wide.device), reduction="none")
     return losses.double().cpu()

@@ -1,7 +1,7 @@
-"""Tokenising a long text piece by piece: the ids of the whole, in the memory of one piece.
+"""Tokenize a long text piece by piece: the ids of the whole, in the memory of one piece.
 
-A tokenizer's own record of a text (offsets, words, masks) is a hundred times the ids. Pieces overlap, and are joined
-at a place where both have the same tokens for a while on end: what a token is depends on its neighbourhood only.
+A tokenizer's own record of a text (offsets, words, masks) is a hundred times the size of the ids. Pieces overlap, and
+are joined where both have the same tokens for some length: a token depends on its neighborhood only.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE = 1 << 18  # characters tokenised at once
+PIECE = 1 << 18  # characters tokenized at once
 OVERLAP = 1 << 12  # characters that two pieces share
 AGREE = 16  # tokens that must be equal before a seam
-CHARACTERS_PER_TOKEN = 8  # a first guess, so that a short start of a long text is not tokenised in vain
+CHARACTERS_PER_TOKEN = 8  # a first guess, so that no more of a long text is tokenized than needed
 MARGIN = 256  # tokens before a piece's end that may depend on what follows: not used where the text goes on
 
 
@@ -25,29 +25,23 @@ class Pieces:
 
     Attributes:
         ids: [tokens], int64.
-        ends: [tokens], int64, where each token ends in the text [characters]; None if the tokenizer cannot say.
+        ends: [tokens], int64, where each token ends in the text [characters]; None if the tokenizer has no offsets.
     """
 
     ids: NDArray[np.int64]
     ends: NDArray[np.int64] | None
 
     def start(self, count: int) -> Pieces:
-        """The first `count` tokens."""
+        """Return the first `count` tokens."""
         return Pieces(self.ids[:count], None if self.ends is None else self.ends[:count])
 
 
 def encode_start(tokenizer: Any, text: str, wanted: int) -> Pieces:
-    """Tokenises the beginning of a text, without special tokens.
+    """Tokenize the beginning of a text, without special tokens, as if the whole text had been tokenized at once.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        text: the text.
-        wanted: how many tokens to return, fewer if the text ends before [tokens].
-
-    Returns:
-        The tokens, as if the whole text had been tokenised at once.
+    Returns `wanted` tokens, fewer if the text ends before.
     """
-    if not getattr(tokenizer, "is_fast", False):  # no offsets, hence no seams
+    if not getattr(tokenizer, "is_fast", False):  # no offsets, so no seams
         return _encode(tokenizer, text, 0, len(text)).start(wanted)
     size = min(PIECE, (wanted + MARGIN) * CHARACTERS_PER_TOKEN)
     size = max(size, 2 * OVERLAP)
@@ -57,7 +51,7 @@ def encode_start(tokenizer: Any, text: str, wanted: int) -> Pieces:
         start, stop = stop - OVERLAP, stop - OVERLAP + PIECE
         following = _encode(tokenizer, text, start, stop)
         seam = _seam(found[-1], following, start)
-        if seam is None:  # nothing to hold on to, such as one endless word
+        if seam is None:  # no safe place, such as in one endless word
             return _encode(tokenizer, text, 0, len(text)).start(wanted)
         found[-1], following = found[-1].start(seam[0]), _after(following, seam[1])
         found.append(following)
@@ -67,9 +61,9 @@ def encode_start(tokenizer: Any, text: str, wanted: int) -> Pieces:
 
 
 def _encode(tokenizer: Any, text: str, start: int, stop: int) -> Pieces:
-    """Tokens of a slice; ends count from the start of the whole text."""
+    """Return the tokens of a slice; ends count from the start of the whole text."""
     fast = getattr(tokenizer, "is_fast", False)
-    # verbose=False: a text longer than the model's trained length is the point here, not a mistake.
+    # verbose=False: a text longer than the model's trained length is intended here.
     found = tokenizer(
         text[start:stop],
         add_special_tokens=False,
@@ -89,10 +83,10 @@ def _after(pieces: Pieces, count: int) -> Pieces:
 
 
 def _seam(left: Pieces, right: Pieces, start: int) -> tuple[int, int] | None:
-    """Numbers of tokens to take of the left piece and to leave out of the right one; None without a safe place."""
+    """Return how many tokens to take of the left piece and to skip of the right one; None without a safe place."""
     if left.ends is None or right.ends is None:
         return None
-    low, high = start + OVERLAP // 4, start + 3 * OVERLAP // 4  # both pieces know their neighbourhood here
+    low, high = start + OVERLAP // 4, start + 3 * OVERLAP // 4  # both pieces contain the neighborhood here
     places = {int(end): index for index, end in enumerate(right.ends) if end <= high}
     first = int(np.searchsorted(left.ends, low))
     last = int(np.searchsorted(left.ends, high, side="right"))
@@ -104,7 +98,7 @@ def _seam(left: Pieces, right: Pieces, start: int) -> tuple[int, int] | None:
 
 
 def _equal_before(left: Pieces, right: Pieces, index: int, other: int) -> bool:
-    """Whether the tokens up to both places are equal for long enough, and the next ones as well."""
+    """Return whether the tokens up to both places are equal for long enough, and the next ones as well."""
     ours = left.ids[index + 1 - AGREE : index + 2]
     theirs = right.ids[other + 1 - AGREE : other + 2]
     return bool(np.array_equal(ours, theirs))

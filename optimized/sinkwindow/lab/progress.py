@@ -1,4 +1,4 @@
-"""Progress on standard error; standard output belongs to results."""
+"""Progress on standard error; standard output is for results."""
 
 from __future__ import annotations
 
@@ -12,34 +12,30 @@ from typing_extensions import Self
 
 
 class Reporter(Protocol):
-    """Told what is being measured."""
+    """Is informed about what is being measured."""
 
     def begin(self, label: str, total: int) -> None:
-        """The next measurement: its name and its number of steps."""
+        """Begin the next measurement: its name and its number of steps."""
 
     def advance(self, steps: int = 1) -> None:
-        """Steps that are done."""
+        """Count steps as done."""
 
 
 class Silent:
-    """Says nothing."""
+    """Reports nothing."""
 
     def begin(self, label: str, total: int) -> None:
-        """Says nothing."""
+        """Do nothing."""
 
     def advance(self, steps: int = 1) -> None:
-        """Says nothing."""
+        """Do nothing."""
 
 
 class Bars:
-    """One bar for all measurements and one for the current one; plain lines where there is no terminal."""
+    """One bar for all measurements and one for the current one; plain lines if there is no terminal."""
 
     def __init__(self, measurements: int) -> None:
-        """Prepares the bars.
-
-        Args:
-            measurements: how many there will be.
-        """
+        """Prepare the bars for a number of measurements."""
         self._console = Console(file=sys.stderr)
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
@@ -57,7 +53,7 @@ class Bars:
         self._progress.stop()
 
     def begin(self, label: str, total: int) -> None:
-        """The next measurement: its name and its number of steps."""
+        """Begin the next measurement: its name and its number of steps."""
         if self._current is not None:
             self._progress.remove_task(self._current)
             self._progress.advance(self._all)
@@ -67,6 +63,6 @@ class Bars:
         self._current = self._progress.add_task(label, total=total)
 
     def advance(self, steps: int = 1) -> None:
-        """Steps that are done."""
+        """Count steps as done."""
         if self._current is not None:
             self._progress.advance(self._current, steps)

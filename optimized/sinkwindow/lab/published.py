@@ -1,6 +1,6 @@
-"""Numbers that others published, beside which ours stand: facts with their source, never mixed with measurements.
+"""Numbers that others published, shown with ours: facts with their source, never mixed with measurements.
 
-Perplexities compare on the same text and model only; what carries over is the pattern.
+Perplexities are comparable on the same text and model only; what carries over is the pattern.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS: Final = (
     ("Llama-2-13B, re-computation", "99", "169", "361", "860", "2355"),
     ("Llama-2-13B, streaming", "48", "52", "60", "75", "106"),
 )
-# Pythia-2.8B on an RTX 4060 Ti, 2,000 tokens: a student project's first numbers and its author's repair.
+# Pythia-2.8B on an RTX 4060 Ti, 2,000 tokens: a student project's first numbers and its author's fix.
 SEED_COLUMNS: Final = ("baseline", "8 + 256", "8 + 512")
 SEED: Final = (
     ("WikiText-2, first", "7.97", "71.67", "41.28"),

@@ -22,7 +22,7 @@ class Record(BaseModel):
 
 
 class ModelRecord(Record):
-    """The model that really ran."""
+    """The model that ran."""
 
     name: str
     source: str
@@ -38,7 +38,7 @@ class ModelRecord(Record):
 
 
 class TokenizerRecord(Record):
-    """What made token ids of the text; `sha256` is of the vocabulary, words with their ids."""
+    """The tokenizer; `sha256` is of the vocabulary, words with their ids."""
 
     kind: str
     vocabulary: int
@@ -46,7 +46,7 @@ class TokenizerRecord(Record):
 
 
 class CorpusRecord(Record):
-    """The text that was really read; `sha256` is of the UTF-8 text, documents joined by `joiner`."""
+    """The text that was read; `sha256` is of the UTF-8 text, documents joined by `joiner`."""
 
     name: str
     source: str
@@ -60,7 +60,7 @@ class CorpusRecord(Record):
 
 
 class MachineRecord(Record):
-    """Where and with what a measurement was made."""
+    """The machine and software of a measurement."""
 
     date: str
     cpu: str
@@ -132,10 +132,10 @@ class MemoryRecord(Record):
 
 
 class GenerationRecord(Record):
-    """One greedy generation: `token_times_s[i]` is when token i was there, counted from the start of the prefill.
+    """One greedy generation: `token_times_s[i]` is the time of token i, counted from the start of the prefill.
 
-    The prompt was read several times, `prompt_times_s`; the first token counts with their median. `memory` is None on
-    a device that does not tell.
+    The prompt was read several times, `prompt_times_s`; the first token counts with their median. `memory` is None on a
+    device that does not report it.
     """
 
     prompt_tokens: int
@@ -179,18 +179,18 @@ class GenerationRecord(Record):
 
 
 class SpeedRecord(Record):
-    """Several generations of one configuration; those of different configurations took turns, a token each."""
+    """Several generations of one configuration; different configurations were interleaved, a token each."""
 
     configuration: str
     rounds: list[GenerationRecord] = Field(min_length=1)
 
     def median(self, name: str) -> float:
-        """Median over the rounds of a property of `GenerationRecord` such as `tpot_ms`."""
+        """Return the median over the rounds of a property of `GenerationRecord` such as `tpot_ms`."""
         return float(statistics.median(getattr(one, name) for one in self.rounds))
 
     @property
     def peak_gb(self) -> float | None:
-        """Largest peak of the rounds [GB], None where the device does not tell."""
+        """Largest peak of the rounds [GB], None if the device does not report it."""
         peaks = [one.memory.peak_gb for one in self.rounds if one.memory is not None]
         return max(peaks, default=None)
 
@@ -217,14 +217,7 @@ class AttentionRecord(Record):
         return statistics.fmean(statistics.median(probe.step_ms) for probe in self.probes)
 
     def until(self, new_tokens: int) -> AttentionRecord:
-        """What a shorter generation would have shown.
-
-        Args:
-            new_tokens: its length [tokens].
-
-        Returns:
-            The record without the later places.
-        """
+        """Return the record without the places after `new_tokens`, as of a shorter generation."""
         probes = [one for one in self.probes if one.tokens_seen < self.prompt_tokens + new_tokens]
         return self.model_copy(update={"generated_tokens": new_tokens, "probes": probes})
 

@@ -9,7 +9,7 @@ SCHEMA = 3
 
 
 class Report(Record):
-    """What ran, where, and what it found; parts that were not asked for are empty or None."""
+    """The machine, the inputs and the results of a run; parts that were not requested are empty or None."""
 
     schema_version: int = SCHEMA
     quick: bool

@@ -1,7 +1,7 @@
 """Sessions: a model with one configuration's memory. Feed token ids, get logits.
 
-Every measurement drives a session and never looks at the cache below it, so that all configurations see the same
-tokens in the same order.
+Every measurement uses a session and never the cache below it, so that all configurations see the same tokens in the
+same order.
 """
 
 from __future__ import annotations
@@ -22,16 +22,12 @@ if TYPE_CHECKING:
 
 
 class Session(ABC):
-    """A conversation with a model, one row, no padding."""
+    """A conversation with a model: one row, no padding."""
 
     cache: Any = None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Remembers the model and how its `forward` wants to be called.
-
-        Args:
-            model: a causal language model in eval mode.
-        """
+        """Store the model and inspect the signature of its `forward`."""
         self.model = model
         self._cache_keyword = cache_keyword(model)
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -39,33 +35,24 @@ class Session(ABC):
 
     @torch.inference_mode()
     def feed(self, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
-        """Runs the model over new tokens.
+        """Run the model over new tokens [1, tokens] and return logits [1, tokens, vocab].
 
-        Args:
-            ids: [1, tokens], one token or more.
-            last_only: return the last token's logits only (a prefill needs no others).
-
-        Returns:
-            Logits [1, tokens, vocab], or [1, 1, vocab].
+        With `last_only` it returns the last token's logits, [1, 1, vocab] (a prefill needs no others).
         """
         return self._feed(ids, last_only=last_only)
 
     def read(self, ids: torch.Tensor) -> None:
-        """Takes tokens in whose logits nobody wants.
-
-        Args:
-            ids: [1, tokens], one token or more.
-        """
+        """Feed tokens [1, tokens] without returning logits."""
         self.feed(ids, last_only=True)
 
     @abstractmethod
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        """What `feed` does, inside inference mode."""
+        """Do the work of `feed`, inside inference mode."""
 
     @property
     @abstractmethod
     def kept_tokens(self) -> int:
-        """Tokens that the next query can see besides itself [tokens]."""
+        """Tokens that the next query can see in addition to itself [tokens]."""
 
     @property
     def cache_bytes(self) -> int:
@@ -73,7 +60,7 @@ class Session(ABC):
         return _stored_bytes(self.cache)
 
     def close(self) -> None:  # noqa: B027 - most sessions leave nothing behind
-        """Leaves the model as it was before the session."""
+        """Restore the model to its state before the session."""
 
     def _forward(self, ids: torch.Tensor, *, last_only: bool, **kwargs: Any) -> torch.Tensor:
         if self.cache is None:
@@ -87,14 +74,10 @@ class Session(ABC):
 
 
 class DenseSession(Session):
-    """Everything is kept: the stock `DynamicCache` of the model's own configuration."""
+    """Keeps everything: the stock `DynamicCache` of the model's own configuration."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Makes the cache.
-
-        Args:
-            model: a causal language model in eval mode.
-        """
+        """Create the cache."""
         super().__init__(model)
         self.cache = DynamicCache(config=model.config)
 
@@ -111,14 +94,7 @@ class StreamingSession(Session):
     """The product: `sinkwindow.StreamingCache`."""
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int, **options: Any) -> None:
-        """Makes the cache.
-
-        Args:
-            model: a causal language model in eval mode.
-            num_sinks: S [tokens].
-            window: W [tokens].
-            buffer: B [tokens].
-            **options: further choices of `StreamingCache`, such as `evict="call"`.
+        """Create the cache; `options` are further arguments of `StreamingCache`, such as `evict="call"`.
 
         Raises:
             LabError: if the cache refuses the model or the numbers; its own message is kept.
@@ -148,7 +124,7 @@ class StreamingSession(Session):
         return int(self.cache.nbytes)
 
     def close(self) -> None:
-        """Takes the cache's hooks off the model."""
+        """Remove the cache's hooks from the model."""
         self.cache.detach()
 
 
@@ -156,13 +132,7 @@ class StaticSession(StreamingSession):
     """The product with `static=True`: one compiled graph for every token after the prompt."""
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
-        """Makes the cache; nothing is compiled before the first step.
-
-        Args:
-            model: a causal language model in eval mode.
-            num_sinks: S [tokens].
-            window: W [tokens].
-            buffer: B [tokens].
+        """Create the cache; nothing is compiled before the first step.
 
         Raises:
             LabError: if the cache refuses the model or the numbers; its own message is kept.
@@ -171,11 +141,7 @@ class StaticSession(StreamingSession):
         self.compile_with(**({"mode": "reduce-overhead"} if model.device.type == "cuda" else {}))
 
     def compile_with(self, **options: Any) -> None:
-        """Chooses how the steps are compiled.
-
-        Args:
-            **options: of `torch.compile`.
-        """
+        """Set the options of `torch.compile` for the steps."""
         self._compiled = torch.compile(self.model, fullgraph=True, **options)
 
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
@@ -186,27 +152,22 @@ class StaticSession(StreamingSession):
 
 
 class RecomputeSession(Session):
-    """Sliding window with re-computation: no cache at all, the last W token ids are the whole memory."""
+    """Sliding window with re-computation: no cache at all, only the last W token ids are kept."""
 
     rows_at_once = 4  # windows per forward while scoring; decoding has one window anyway
 
     def __init__(self, model: PreTrainedModel, window: int) -> None:
-        """Starts with nothing read.
-
-        Args:
-            model: a causal language model in eval mode.
-            window: W, the longest input of a forward [tokens].
-        """
+        """Start empty; `window` is W, the longest input of a forward [tokens]."""
         super().__init__(model)
         self._window = window
         self._context = torch.empty((1, 0), dtype=torch.long)
 
     def read(self, ids: torch.Tensor) -> None:
-        """Remembers the ids: there is nothing else to keep of them."""
+        """Store the ids: there is nothing else to keep of them."""
         self._append(ids)
 
     def _append(self, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The known ids with new ones behind them, and how many were known."""
+        """Return the known ids followed by the new ones, and how many were known."""
         known = self._context.shape[1]
         text = torch.cat((self._context.to(ids.device), ids), dim=1)
         self._context = text[:, -self._window :].clone()
@@ -220,9 +181,9 @@ class RecomputeSession(Session):
         return self._score(text, known)
 
     def _score(self, text: torch.Tensor, known: int) -> torch.Tensor:
-        """Logits of the tokens from `known` on, each from the window that ends with it."""
+        """Return the logits of the tokens from `known` on, each from the window that ends with it."""
         parts = []
-        if known < self._window:  # these windows start at the first token: one causal pass has all of them
+        if known < self._window:  # these windows start at the first token: one causal pass computes all of them
             parts.append(self._forward(text[:, : self._window], last_only=False)[:, known:])
         if text.shape[1] > self._window:  # windows that start later: those ending with token W and after
             windows = text[0, 1:].unfold(0, self._window, 1)
@@ -237,19 +198,12 @@ class RecomputeSession(Session):
 
     @property
     def cache_bytes(self) -> int:
-        """Nothing is stored but token ids."""
+        """Zero: only token ids are stored."""
         return 0
 
 
 def open_session(configuration: Configuration, model: PreTrainedModel) -> Session:
-    """Starts a session.
-
-    Args:
-        configuration: how to remember.
-        model: a causal language model in eval mode.
-
-    Returns:
-        A fresh session; call `close` when done.
+    """Open a fresh session; call `close` when done.
 
     Raises:
         LabError: if the configuration does not work with this model.
@@ -271,18 +225,14 @@ def open_session(configuration: Configuration, model: PreTrainedModel) -> Sessio
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
-    """The name by which a model's forward takes its cache.
+    """Return the name of the cache argument of a model's forward.
 
-    Args:
-        model: any causal language model.
-
-    Returns:
-        `cache` from transformers 5.24 on, `past_key_values` before.
+    It is `cache` from transformers 5.24 on, `past_key_values` before.
     """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _stored_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of a stock cache."""
+    """Return the bytes of the keys and values of a stock cache."""
     layers = [layer for layer in cache.layers if layer.is_initialized]
     return sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))

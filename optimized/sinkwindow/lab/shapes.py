@@ -1,6 +1,6 @@
-"""Models with random weights and real shapes: their speed and memory are those of the real ones, nothing is loaded.
+"""Models with random weights and real shapes: speed and memory are those of the real ones, and nothing is loaded.
 
-What such a model says means nothing, so none of them has a perplexity.
+The output of such a model means nothing, so none of them has a perplexity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _llama(**sizes: Any) -> PreTrainedModel:
 
 
 def _tiny() -> PreTrainedModel:
-    """Two layers: for tests of the measuring itself."""
+    """Return two layers, for tests of the measuring itself."""
     return _llama(
         vocab_size=64,
         hidden_size=32,
@@ -28,12 +28,12 @@ def _tiny() -> PreTrainedModel:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        initializer_range=0.2,  # large: attention must matter, or every cache would pass a check
+        initializer_range=0.2,  # large: attention must have an effect, or every cache would pass a check
     )
 
 
 def _medium() -> PreTrainedModel:
-    """Eight layers, some milliseconds a token on one core: long streams are affordable."""
+    """Return eight layers, some milliseconds a token on one core: long streams are affordable."""
     return _llama(
         vocab_size=1024,
         hidden_size=256,
@@ -47,7 +47,7 @@ def _medium() -> PreTrainedModel:
 
 
 def _heads_of_smollm2() -> PreTrainedModel:
-    """Layers, heads and head size of SmolLM2-135M with hardly anything around them: for attention alone."""
+    """Return layers, heads and head size of SmolLM2-135M with almost nothing around them: for attention alone."""
     return _llama(
         vocab_size=64,
         hidden_size=72,
@@ -61,7 +61,7 @@ def _heads_of_smollm2() -> PreTrainedModel:
 
 
 def _pythia(hidden: int, layers: int, heads: int) -> PreTrainedModel:
-    """A member of the Pythia family."""
+    """Return a member of the Pythia family."""
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=50304,
@@ -77,7 +77,7 @@ def _pythia(hidden: int, layers: int, heads: int) -> PreTrainedModel:
 
 
 def _tiny_pythia() -> PreTrainedModel:
-    """Two layers of the Pythia kind: partial rotation, no grouped heads."""
+    """Return two layers of the Pythia kind: partial rotation, no grouped heads."""
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=64,
@@ -93,17 +93,17 @@ def _tiny_pythia() -> PreTrainedModel:
 
 
 def _pythia_160m() -> PreTrainedModel:
-    """EleutherAI/pythia-160m, layer by layer."""
+    """Return EleutherAI/pythia-160m, layer by layer."""
     return _pythia(768, 12, 12)
 
 
 def _pythia_2_8b() -> PreTrainedModel:
-    """EleutherAI/pythia-2.8b, layer by layer."""
+    """Return EleutherAI/pythia-2.8b, layer by layer."""
     return _pythia(2560, 32, 32)
 
 
 def _llama_7b() -> PreTrainedModel:
-    """Llama-2-7B, layer by layer, embeddings not tied."""
+    """Return Llama-2-7B, layer by layer, embeddings not tied."""
     sizes = LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
@@ -131,23 +131,15 @@ SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
 def random_model(
     shape: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
-    """Builds a model with random weights.
+    """Build a model with random weights, a key of `SHAPES`, in eval mode and without gradients.
 
-    Args:
-        shape: a key of `SHAPES`.
-        device: where to build it; large shapes are drawn there, not moved there.
-        dtype: of the weights.
-        seed: of the weights.
-
-    Returns:
-        The model in eval mode, without gradients.
+    The weights are drawn on `device`, not moved there.
 
     Raises:
         LabError: if the shape is unknown.
     """
     if shape not in SHAPES:
-        message = f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}"
-        raise LabError(message)
+        raise LabError(f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}")
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

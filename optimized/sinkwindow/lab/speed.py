@@ -1,9 +1,8 @@
 """Speed of greedy generations: TTFT, TPOT, total time, throughput and peak memory.
 
-Configurations that are compared generate in turns, a token each: on a machine that is slower in one minute than in the
-next, generations one after the other would compare minutes. The loop is our own, so that nothing but the model, its
-cache and one argmax is inside the measured times. The hooks of streaming rows stay on the model while others have their
-turn; they return at once.
+Compared configurations generate interleaved, a token each: if the machine is slower in one minute than in the next,
+sequential generations would compare minutes. The loop is our own, so that the measured times contain only the model,
+its cache and one argmax. The hooks of streaming rows stay on the model while others generate; they return at once.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ PROMPTS = 3  # times that each configuration reads the prompt; the median is its
 
 @dataclass
 class Run:
-    """One configuration's generation under way.
+    """The generation of one configuration.
 
     Attributes:
         start: opens a fresh session.
         prompt: [1, tokens].
-        clock: marks places in time, after the device's work.
+        clock: marks points in time, after the device's work.
         wait: returns when the device is idle.
-        session: the last one opened; it generates.
-        token: what is fed next, [1, 1].
+        session: the last one opened, which generates.
+        token: the next token to feed, [1, 1].
     """
 
     start: Callable[[], Session]
@@ -51,40 +50,40 @@ class Run:
     _steps: Laps = field(init=False)
 
     def __post_init__(self) -> None:
-        """Starts to time."""
+        """Create empty laps."""
         self._prompts, self._steps = Laps(self.clock, self.wait), Laps(self.clock, self.wait)
 
     def read_prompt(self) -> None:
-        """Reads the prompt in a fresh session."""
+        """Read the prompt in a fresh session."""
         self.close()
         self.session = self.start()
         self._feed(self._prompts, self.session, self.prompt)
 
     def step(self) -> None:
-        """Generates a token, after the one that the prompt has given."""
+        """Generate a token, after the first one, which the prompt has given."""
         assert self.session is not None  # noqa: S101 - a prompt comes first
         assert self.token is not None  # noqa: S101
         self._feed(self._steps, self.session, self.token)
 
     def warm_up(self) -> None:
-        """Does all of that a few times, and forgets it."""
+        """Read the prompt and generate some tokens, then discard the times."""
         self.read_prompt()
         for _ in range(WARM_UP_TOKENS):
             self.step()
         self._prompts, self._steps = Laps(self.clock, self.wait), Laps(self.clock, self.wait)
 
     def close(self) -> None:
-        """Takes the session off the model."""
+        """Remove the session from the model."""
         if self.session is not None:
             self.session.close()
             self.session = None
 
     def prompt_times(self) -> list[float]:
-        """Time from each prompt's start to its first token [s]."""
+        """Return the time from each prompt's start to its first token [s]."""
         return self._prompts.seconds()
 
     def token_times(self) -> list[float]:
-        """When each token was there, had the steps followed upon the prompt without others between them [s]."""
+        """Return the time of each token as if its steps had directly followed the prompt [s]."""
         return list(itertools.accumulate(self._steps.seconds(), initial=statistics.median(self.prompt_times())))
 
     def _feed(self, laps: Laps, session: Session, ids: torch.Tensor) -> None:
@@ -100,20 +99,11 @@ def generate(
     clock: Clock | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> list[list[GenerationRecord]]:
-    """One generation of each configuration, in turns, looked at after each of its numbers of tokens.
+    """Generate with each configuration, interleaved, and record each of its stages.
 
-    A shorter generation is the start of a longer one. Memory is counted in another generation, which nothing times.
-
-    Args:
-        configurations: which ones, in the order of a turn.
-        model: a causal language model in eval mode.
-        prompt: [1, tokens].
-        stages: for each configuration, ascending numbers of new tokens; the end-of-text token stops none [tokens].
-        clock: the device's own by default.
-        on_token: told each token's number, after its time was taken.
-
-    Returns:
-        For each configuration a record per stage, as if the generation had ended there.
+    A shorter generation is the start of a longer one. Memory is counted in another generation, which is not timed.
+    `prompt` is [1, tokens]. `stages` are ascending numbers of new tokens for each configuration; the end-of-text token
+    stops none. Returns for each configuration a record per stage, as if the generation had ended there.
 
     Raises:
         LabError: if a configuration does not fit the model, or a stage is below 2: the time per token after the first
@@ -121,8 +111,7 @@ def generate(
     """
     shortest = min(min(own) for own in stages)
     if shortest < 2:  # noqa: PLR2004 - see above
-        message = f"new_tokens={shortest} has no time per output token: generate 2 or more"
-        raise LabError(message)
+        raise LabError(f"new_tokens={shortest} has no time per output token: generate 2 or more")
     device = next(model.parameters()).device
     prompt, clock, wait = prompt.to(device), clock or clock_for(device), waiter(device)
     runs = [Run(partial(open_session, one, model), prompt, clock, wait) for one in configurations]
@@ -141,15 +130,9 @@ def generate(
 def take_turns(
     runs: Sequence[Run], stages: Sequence[Sequence[int]], on_token: Callable[[int], None] | None = None
 ) -> list[list[dict[str, int]]]:
-    """Lets every run read its prompt some times and generate, in turns.
+    """Let every run read its prompt some times and generate, interleaved.
 
-    Args:
-        runs: fresh.
-        stages: for each run, ascending numbers of new tokens [tokens].
-        on_token: told each token's number, after its time was taken.
-
-    Returns:
-        For each run and stage, what its session then kept.
+    Returns for each run and stage the state of its session at that stage.
     """
     facts: list[list[dict[str, int]]] = [[] for _ in runs]
     for run in runs:
@@ -159,7 +142,7 @@ def take_turns(
             run.read_prompt()
     for number in range(1, max(map(max, stages)) + 1):
         for run, own, seen in zip(runs, stages, facts, strict=True):
-            if 1 < number <= own[-1]:  # the prompt has given the first
+            if 1 < number <= own[-1]:  # the prompt gives the first one
                 run.step()
             if number in own:
                 seen.append(_facts(run.session))
@@ -203,26 +186,13 @@ def measure(
     on_round: Callable[[int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> list[SpeedRecord]:
-    """Speed of several configurations, in turns.
-
-    Args:
-        configurations: which ones, in the order of a turn.
-        model: a causal language model in eval mode.
-        prompt: [1, tokens].
-        new_tokens: tokens to generate [tokens].
-        rounds: how often all of them generate.
-        on_round: told each round's number before it.
-        on_token: told each token's number.
-
-    Returns:
-        One record per configuration.
+    """Measure the speed of several configurations, interleaved, in one or more rounds; return one record each.
 
     Raises:
         LabError: if a configuration does not fit the model, `new_tokens` is below 2 or `rounds` below 1.
     """
     if rounds < 1:
-        message = f"rounds={rounds} must be 1 or more"
-        raise LabError(message)
+        raise LabError(f"rounds={rounds} must be 1 or more")
     collected: list[list[GenerationRecord]] = [[] for _ in configurations]
     for number in range(rounds):
         if on_round is not None:

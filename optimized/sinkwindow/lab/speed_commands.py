@@ -1,4 +1,4 @@
-"""The commands that measure speed beside its floors: `floors`, `speed-report` and `gpu-report`."""
+"""The commands that measure speed and its lower bounds: `floors`, `speed-report` and `gpu-report`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="Tiny models and few sample
 
 
 def floors(
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; left out: the embedded one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; the embedded one by default.")] = None,
     shape: Annotated[str | None, typer.Option(help="A shape with random weights instead, such as pythia-160m.")] = None,
     context: Annotated[int, typer.Option(help="Keys of the attention, in tokens.")] = 1024,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
@@ -23,7 +23,7 @@ def floors(
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "float32",
     megabytes: Annotated[float, typer.Option(help="Tensor for the bandwidth, in MB.")] = 512.0,
 ) -> None:
-    """Measures what no cache can beat here: bare attention, a step with hardly any context, memory bandwidth."""
+    """Measure what no cache can beat here: bare attention, a step with almost no context, memory bandwidth."""
     from sinkwindow.lab import models
     from sinkwindow.lab.pace import floors as measured
     from sinkwindow.lab.pace.speed_page import bandwidth_table, floor_table
@@ -32,8 +32,7 @@ def floors(
 
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
-            message = f"--{name} {value} must be 1 or more"
-            raise LabError(message)
+            raise LabError(f"--{name} {value} must be 1 or more")
     place, kind = models.usable_device(device), models.usable_dtype(dtype)
     if shape is None:
         loaded = models.load_model(model, device=device, dtype=dtype)
@@ -48,11 +47,11 @@ def floors(
 def speed_report(
     out: Out = Path("results"),
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
-    docs: Annotated[Path | None, typer.Option(help="A Markdown file whose marked tables are written again.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="A Markdown file with marked tables to rewrite.")] = None,
     *,
     quick: Quick = False,
 ) -> None:
-    """Measures the cache beside its floors and fails, naming each bar that is missed with its number."""
+    """Measure the cache and its lower bounds; fail if a bar is missed, naming each with its number."""
     from sinkwindow.lab import files, marked
     from sinkwindow.lab.pace import collect, speed_page
 
@@ -80,9 +79,9 @@ def _judge(complaints: list[str]) -> None:
 def gpu_report(
     out: Out,
     minutes: Annotated[float, typer.Option(help="Time for everything; what does not fit is skipped and named.")] = 7.5,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; left out: the GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU by default if there is one.")] = None,
 ) -> None:
-    """Measures large shapes on a GPU, without network, and checks the cache there; tiny shapes where there is none."""
+    """Measure large shapes on a GPU, without network, and check the cache there; without a GPU, tiny shapes."""
     from sinkwindow.lab import files
     from sinkwindow.lab.pace import gpu_collect, gpu_page
     from sinkwindow.lab.pace.gpu_records import GpuReport
@@ -94,8 +93,7 @@ def gpu_report(
         files.write_text(folder / "gpu_report.md", gpu_page.render(report))
 
     if minutes <= 0:
-        message = f"--minutes {minutes} must be above 0"
-        raise LabError(message)
+        raise LabError(f"--minutes {minutes} must be above 0")
     report = gpu_collect.collect(minutes=minutes, save=save, say=lambda what: typer.echo(what, err=True), device=device)
     typer.echo(gpu_page.render(report))
     _judge([f"law {one.law!r}, {one.shape}, {one.dtype}: {one.error:.2e}" for one in report.laws if not one.holds])

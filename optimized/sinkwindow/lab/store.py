@@ -1,6 +1,6 @@
-"""Finished measurements, kept by what they were made of, so that an interrupted run goes on where it stopped.
+"""Finished measurements, stored by what they depend on, so that an interrupted run continues where it stopped.
 
-A key names everything that a number depends on: configuration, model, tokens, dtype, device, and the source text of
+A key contains everything that a number depends on: configuration, model, tokens, dtype, device, and the source text of
 the modules that measure. Whatever changes, the key changes, and the number is measured again.
 """
 
@@ -28,14 +28,12 @@ NAME_LENGTH = 24  # hexadecimal digits of the key's digest in a file name
 
 
 class Store:
-    """A folder of measurements, one file each, written whole or not at all."""
+    """A folder of measurements, one file each, written atomically."""
 
     def __init__(self, folder: Path | None = None, *, fresh: bool = False) -> None:
-        """Opens the folder.
+        """Open the folder; None stores nothing.
 
-        Args:
-            folder: where to keep measurements; None keeps nothing.
-            fresh: measure everything again, once, and replace what is there.
+        `fresh` measures everything again, once, and replaces the stored files.
         """
         self._folder = None if folder is None else files.output_folder(folder)
         self._fresh = fresh
@@ -43,16 +41,9 @@ class Store:
         self.reused = 0
 
     def record(self, what: str, key: Mapping[str, Any], kind: type[Kind], measure: Callable[[], Kind]) -> Kind:
-        """A record, from its file or measured now.
+        """Return a record of class `kind`, from its file or measured now.
 
-        Args:
-            what: what it is, the start of the file's name.
-            key: all that it depends on, as JSON values.
-            kind: the record's class.
-            measure: makes it.
-
-        Returns:
-            The record.
+        `what` is the start of the file's name; `key` is all that the record depends on, as JSON values.
         """
         path = self._path(what, key, "json")
         if path is not None and self._usable(path):
@@ -70,16 +61,7 @@ class Store:
         return made
 
     def losses(self, what: str, key: Mapping[str, Any], measure: Callable[[], Perplexity]) -> Perplexity:
-        """A perplexity with every token's loss, from its file or measured now.
-
-        Args:
-            what: what it is, the start of the file's name.
-            key: all that it depends on, as JSON values.
-            measure: makes it.
-
-        Returns:
-            The perplexity.
-        """
+        """Return a perplexity with every token's loss, from its file or measured now; arguments as in `record`."""
         path = self._path(what, key, "safetensors")
         if path is not None and self._usable(path):
             try:
@@ -113,13 +95,9 @@ class Store:
 
 @functools.cache
 def code_version(*modules: str) -> str:
-    """Digest of the source text that a number depends on: the cache itself and the named modules of the lab.
+    """Return a digest of the source text that a number depends on: the cache itself and the named lab modules.
 
-    Args:
-        *modules: names of modules below `sinkwindow.lab`, such as `perplexity`.
-
-    Returns:
-        A SHA-256, with the versions of torch and transformers in it.
+    Modules are named below `sinkwindow.lab`, such as `perplexity`. The versions of torch and transformers are included.
     """
     lab = Path(__file__).parent
     sources = sorted(lab.parent.glob("*.py")) + [lab / f"{name.replace('.', '/')}.py" for name in modules]

@@ -17,20 +17,20 @@ class ScoreStudy(Record):
     scores: list[PerplexityRecord]
 
     def score(self, configuration: str, corpus: str) -> PerplexityRecord | None:
-        """The one score of a configuration on a text."""
+        """Return the score of a configuration on a text, if there is one."""
         found = (one for one in self.scores if (one.configuration, one.corpus) == (configuration, corpus))
         return next(found, None)
 
 
 class Curve(Record):
-    """Mean loss of consecutive stretches of a text; the last one may be shorter."""
+    """Mean loss of consecutive bins of a text; the last one may be shorter."""
 
     configuration: str
     mean_nll: list[float]
 
 
 class AlongStudy(Record):
-    """Loss along a text, in stretches of `bin_tokens` targets."""
+    """Loss along a text, in bins of `bin_tokens` targets."""
 
     corpus: str
     tokens: int
@@ -85,7 +85,7 @@ class WhereCurve(Record):
 
 
 class WhereStudy(Record):
-    """Where the loss sits; targets before the first eviction are left out, since nothing was lost there."""
+    """Where the loss occurs; targets before the first eviction are left out, since nothing was lost there."""
 
     ngram: int
     tokens: int
@@ -121,7 +121,7 @@ class RecallStudy(Record):
 
 
 class Studies(Record):
-    """Everything beyond the seed's two experiments; what was not asked for is None."""
+    """Everything beyond the seed's two experiments; what was not requested is None."""
 
     mistakes: ScoreStudy | None = None
     sinks: ScoreStudy | None = None

@@ -1,4 +1,4 @@
-"""Pages of the studies: pure functions of their records; published numbers stand in tables of their own."""
+"""Pages of the studies: pure functions of their records; published numbers are in tables of their own."""
 
 from __future__ import annotations
 
@@ -23,15 +23,7 @@ NONE = "-"
 
 
 def study_blocks(studies: Studies, corpora: Sequence[str]) -> list[Block]:
-    """The pages of all studies that were run.
-
-    Args:
-        studies: what they found.
-        corpora: names of the texts, in the order of the columns.
-
-    Returns:
-        Blocks, empty if there was none.
-    """
+    """Return the pages of all studies that were run, with the columns in the order of `corpora`."""
     blocks: list[Block] = []
     if studies.mistakes is not None:
         blocks += mistakes(studies.mistakes, corpora)
@@ -51,19 +43,19 @@ def study_blocks(studies: Studies, corpora: Sequence[str]) -> list[Block]:
 
 
 def shown_name(one: ConfigurationRecord) -> str:
-    """A configuration's name in a table; ablations are marked as what they are."""
+    """Return a configuration's name in a table; ablations are marked."""
     return f"{one.name} (ablation)" if one.ablation else one.name
 
 
 def meaning(one: ConfigurationRecord) -> str:
-    """A configuration in words, with its numbers."""
+    """Describe a configuration in words, with its numbers."""
     named = (("S", one.num_sinks), ("W", one.window), ("B", one.buffer))
     shown = ", ".join(f"{name}={value}" for name, value in named if value is not None)
     return f"**{one.name}**: {one.meaning}{f' ({shown})' if shown else ''}."
 
 
 def mistakes(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
-    """What went wrong elsewhere: the right rule beside each mistake."""
+    """Return the page about mistakes: the right rule compared with each of them."""
     return [
         Heading(2, f"Right and wrong rules: PPL over {study.tokens:,} tokens"),
         Text(
@@ -80,7 +72,7 @@ def mistakes(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
 
 
 def _diagnosis(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
-    """What the published jump came from: of one rule with right and with stale positions, each text's own split."""
+    """Return the causes of the published jump: one rule with right and with stale positions, on each text."""
     texts = [line for name in corpora for line in _split_of_loss(study, name)]
     if not texts:
         return []
@@ -92,16 +84,16 @@ def _diagnosis(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
         Text(
             f"A jump from {dense} to {broken} ({jump:.1f}x) was put down to the small window. Its author later found "
             f"positions that disagreed with the compressed cache; repaired, {rest:.2f}x was left. `stale_ranks` makes "
-            "a mistake of that kind on purpose: keys stay rotated for the rank at which they came in, so that after "
-            "an eviction a new query meets keys that seem to lie in its future. `streaming` keeps the very same "
-            "tokens at their true ranks: the difference of the two is the mistake's alone:"
+            "a mistake of that kind on purpose: keys keep the rotation of the rank at which they were inserted, so "
+            "that after an eviction older keys appear to be at later positions than a new query. `streaming` keeps the "
+            "very same tokens at their true ranks: the difference of the two is due to the mistake alone:"
         ),
         Bullets(tuple(texts)),
     ]
 
 
 def _split_of_loss(study: ScoreStudy, corpus: str) -> Iterator[str]:
-    """How much of the loss over dense is the window's and how much is the positions', for each pair on this text."""
+    """Split the loss over dense into the window's and the positions' part, for each pair on this text."""
     dense = study.score("baseline", corpus)
     for rule in study.configurations:
         right = study.score(rule.name, corpus)
@@ -117,7 +109,7 @@ def _split_of_loss(study: ScoreStudy, corpus: str) -> Iterator[str]:
 
 
 def sinks(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
-    """How many sinks it takes."""
+    """Return the page about the number of sinks."""
     cache = next((one.window + (one.num_sinks or 0) for one in study.configurations if one.window is not None), 0)
     header = ("Model", "0", "1", "2", "4", "8")
     return [
@@ -130,7 +122,7 @@ def sinks(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
 
 
 def sizes(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
-    """What a larger cache buys."""
+    """Return the page about the size of the cache."""
     return [
         Heading(2, f"Size of the cache, four sinks: PPL over {study.tokens:,} tokens"),
         score_table(study, corpora),
@@ -141,15 +133,7 @@ def sizes(study: ScoreStudy, corpora: Sequence[str]) -> list[Block]:
 
 
 def score_table(study: ScoreStudy, corpora: Sequence[str]) -> Table:
-    """PPL of each row on each text, with its ratio to the dense model and the difference of losses.
-
-    Args:
-        study: what was measured.
-        corpora: names of the texts.
-
-    Returns:
-        The table.
-    """
+    """Return PPL of each row on each text, with its ratio to the dense model and the difference of losses."""
     header = ["Configuration"]
     for name in corpora:
         header += [f"PPL {name}", f"NLL {name}", "Std. error"]
@@ -170,7 +154,7 @@ def _score_cells(score: PerplexityRecord | None, dense: PerplexityRecord | None)
 
 
 def along(study: AlongStudy) -> list[Block]:
-    """Loss along a text."""
+    """Return the page about the loss along a text."""
     trained = "" if study.trained_length is None else f" The model was trained on {study.trained_length:,} positions."
     scores = {one.configuration: one for one in study.scores}
     header = ("Configuration", f"First {study.bin_tokens:,}", f"Last {study.bin_tokens:,}", "All", "Evictions", "Kept")
@@ -191,13 +175,13 @@ def along(study: AlongStudy) -> list[Block]:
 
 
 def _bin_sizes(study: AlongStudy) -> list[int]:
-    """Targets in each stretch; the last one may be shorter."""
+    """Return the number of targets in each bin; the last one may be shorter."""
     targets = study.tokens - 1
     return [min(study.bin_tokens, targets - start) for start in range(0, targets, study.bin_tokens)]
 
 
 def steps(study: StepsStudy) -> list[Block]:
-    """Time and memory of one token."""
+    """Return the page about time and memory of one token."""
     kinds = {one.name: shown_name(one) for one in study.configurations}
     rows = [
         (
@@ -226,7 +210,7 @@ def steps(study: StepsStudy) -> list[Block]:
 
 
 def _size_table(study: StepsStudy) -> Table:
-    """Streaming and re-computation side by side, and their ratio."""
+    """Return streaming and re-computation side by side, and their ratio."""
     found: dict[tuple[str, int | None], StepsRecord] = {(step.kind, step.cache_tokens): step for step in study.sizes}
     rows = []
     for size in sorted({step.cache_tokens or 0 for step in study.sizes}):
@@ -236,7 +220,7 @@ def _size_table(study: StepsStudy) -> Table:
 
 
 def where(study: WhereStudy) -> list[Block]:
-    """Where the loss sits."""
+    """Return the page about where the loss occurs."""
     names = list(dict.fromkeys(figures.distance_name(b.nearest, b.farthest) for one in study.curves for b in one.bins))
     rows = []
     for curve in study.curves:
@@ -261,7 +245,7 @@ def where(study: WhereStudy) -> list[Block]:
 
 
 def recall(study: RecallStudy) -> list[Block]:
-    """Facts found and facts lost."""
+    """Return the page about facts found and facts lost."""
     lines = sorted({point.lines_back for point in study.points})
     known = {(point.configuration, point.lines_back): point for point in study.points}
     header = ["Lines back", "Tokens back", *(shown_name(one) for one in study.configurations)]
@@ -275,7 +259,7 @@ def recall(study: RecallStudy) -> list[Block]:
         Heading(2, f"Recall: facts asked for later, {len(study.seeds)} texts, {study.tokens:,} tokens"),
         Text(
             f"Facts strewn over ordinary lines of {study.corpus}, each asked for once; answered means right to the "
-            "last digit. What was evicted cannot be answered. This is our own test after StreamEval, whose data was "
+            "last digit. What was evicted cannot be answered. This is our own test after StreamEval; its data was "
             "never published; seeds are in the JSON. A small model fails now and then on facts it still sees: "
             "the dense column is its ceiling."
         ),

@@ -1,4 +1,4 @@
-"""The page of a report: pure functions of its records, so that no number in a table was ever typed."""
+"""The page of a report: pure functions of its records, so that no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = (
     "**Avg Attn**: cache work plus attention of one token, all layers, averaged over a generation of its own.",
     "**TTFT**: prefill and the first token, the median of several prompts.",
     "**TPOT**: (last - first) / (tokens - 1), the first token excluded.",
-    "Rows take turns, a token each: a slow minute of the machine hits all of them alike.",
+    "Rows are interleaved, a token each: a slow minute of the machine affects all of them equally.",
     f"**{NOT_MEASURED}**: not measured. The speed of a mistake is of no interest, re-computation is slow to score.",
     "Generations from one prompt are one: a shorter one is the start of a longer one.",
     "**Peak Mem**: weights plus the most that a generation's tensors take at once, counted; 1 GB = 10^9 bytes.",
@@ -35,38 +35,17 @@ WORDS = (
 
 
 def render(report: Report) -> str:
-    """The whole page as Markdown.
-
-    Args:
-        report: what was measured.
-
-    Returns:
-        Markdown; its pictures lie in `figures/`.
-    """
+    """Return the whole page as Markdown, with its pictures in `figures/`."""
     return markdown(page(report))
 
 
 def render_html(report: Report) -> str:
-    """The whole page as one self-contained HTML file, pictures included.
-
-    Args:
-        report: what was measured.
-
-    Returns:
-        HTML.
-    """
+    """Return the whole page as one self-contained HTML file, pictures included."""
     return html_page(f"Paper tables, {report.model.name}", page(report))
 
 
 def page(report: Report) -> list[Block]:
-    """The whole page.
-
-    Args:
-        report: what was measured.
-
-    Returns:
-        Its blocks.
-    """
+    """Return the blocks of the whole page."""
     names = [corpus.name for corpus in report.corpora]
     blocks: list[Block] = [Heading(1, "Paper tables"), *_lead(report), Heading(2, "What ran"), _head(report)]
     for experiment in report.experiments:
@@ -131,7 +110,7 @@ def _facts(row: RowRecord, experiment: ExperimentRecord) -> list[str]:
 
 
 def _short_runs(experiment: ExperimentRecord) -> list[Text]:
-    """Says which rows generated fewer tokens than the title promises."""
+    """Describe which rows generated fewer tokens than the title promises."""
     short = [
         f"{row.configuration.name} generated {row.speed.rounds[0].generated_tokens:,} tokens only: its TPOT is per "
         "token as everywhere, a total time of so few tokens would not compare."

@@ -12,14 +12,10 @@ COLUMN = "text"
 
 
 def read_documents(path: Path) -> tuple[str, ...]:
-    """Reads a file of text.
+    """Return the documents of an existing file.
 
-    Args:
-        path: an existing file; `.jsonl` (objects with a field `text`, or plain strings) and `.parquet` (a column
-            `text`) are read by row, anything else is one UTF-8 text.
-
-    Returns:
-        Its documents.
+    `.jsonl` (objects with a field `text`, or plain strings) and `.parquet` (a column `text`) are read by row, anything
+    else is one UTF-8 text.
 
     Raises:
         LabError: if it is not what its name says, or cannot be read.
@@ -28,11 +24,9 @@ def read_documents(path: Path) -> tuple[str, ...]:
     try:
         return readers.get(path.suffix.lower(), _plain)(path)
     except UnicodeDecodeError as error:
-        message = f"corpus file {path} is not UTF-8 text (byte {error.start}): convert it first"
-        raise LabError(message) from error
+        raise LabError(f"corpus file {path} is not UTF-8 text (byte {error.start}): convert it first") from error
     except OSError as error:
-        message = f"corpus file {path} cannot be read: {error.strerror or error}"
-        raise LabError(message) from error
+        raise LabError(f"corpus file {path} cannot be read: {error.strerror or error}") from error
 
 
 def _plain(path: Path) -> tuple[str, ...]:
@@ -52,12 +46,12 @@ def _json_text(path: Path, number: int, line: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        message = f"corpus file {path}, line {number} is not JSON ({error.msg}): a jsonl file has one object per line"
-        raise LabError(message) from error
+        raise LabError(
+            f"corpus file {path}, line {number} is not JSON ({error.msg}): a jsonl file has one object per line"
+        ) from error
     text = row.get(COLUMN) if isinstance(row, dict) else row
     if not isinstance(text, str):
-        message = f"corpus file {path}, line {number} has no string in a field {COLUMN!r}: rename the field"
-        raise LabError(message)
+        raise LabError(f"corpus file {path}, line {number} has no string in a field {COLUMN!r}: rename the field")
     return text
 
 
@@ -68,12 +62,9 @@ def _parquet(path: Path) -> tuple[str, ...]:
         names = file.schema_arrow.names
         values = file.read(columns=[COLUMN]).column(COLUMN).to_pylist() if COLUMN in names else None
     except arrow.ArrowException as error:
-        message = f"corpus file {path} is not a parquet file that can be read: {error}"
-        raise LabError(message) from error
+        raise LabError(f"corpus file {path} is not a parquet file that can be read: {error}") from error
     if values is None:
-        message = f"corpus file {path} has no column {COLUMN!r}, only {', '.join(names)}: rename one"
-        raise LabError(message)
+        raise LabError(f"corpus file {path} has no column {COLUMN!r}, only {', '.join(names)}: rename one")
     if not all(isinstance(one, str | None) for one in values):
-        message = f"corpus file {path}: column {COLUMN!r} does not hold strings"
-        raise LabError(message)
+        raise LabError(f"corpus file {path}: column {COLUMN!r} does not hold strings")
     return tuple(one for one in values if one is not None)

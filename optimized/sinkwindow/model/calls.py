@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from sinkwindow.stream.steps import Steps
     from sinkwindow.stream.stream import Stream
 
-__all__ = ["Calls"]
-
 
 class Calls(Hooked):
     """Serve the calls of one cache; the base of ``StreamingCache``, which has the public methods.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-__all__ = ["marked", "recompute_tables"]
-
 # How rotary modules lay out one number per channel pair over the channels.
 LAYOUTS: Final[tuple[Callable[[Tensor], Tensor], ...]] = (
     lambda table: table.repeat(*[1] * (table.dim() - 1), 2),  # halves side by side

@@ -18,17 +18,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "LayerKind",
-    "ModelFacts",
-    "Support",
-    "UnsupportedModelError",
-    "inspect_model",
-    "supports",
-]
-
 # Rope types whose frequencies switch on the largest position of a call: there, positions must stay below the
 # trained length, whereas every other type only ever sees differences.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})

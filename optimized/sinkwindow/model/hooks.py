@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-__all__ = ["Hooked", "attach", "call_by_hand"]
-
 CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from sinkwindow.stream.stream import Stream
 
-__all__ = ["CallChecks", "read_inputs"]
-
 
 @dataclass(frozen=True, slots=True)
 class CallChecks:
@@ -56,8 +54,8 @@ class CallChecks:
         return inputs
 
     def _check_room(self, stream: Stream, inputs: Inputs) -> None:
-        most = max(lane.seen + fresh for lane, _, fresh in stream.lanes_of(inputs))
-        if not self.may_evict and stream.would_evict(inputs):
+        most, evicts = stream.preview(inputs)
+        if not self.may_evict and evicts:
             raise OverflowError(
                 f"The call brings {most} tokens and would evict: the cache keeps {stream.rule.limit} plus a "
                 f'buffer of {stream.rule.buffer}, and on_overflow is "error". Use a larger window or "evict".'

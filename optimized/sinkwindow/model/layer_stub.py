@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from sinkwindow.model.families import ModelFacts
 
-__all__ = ["LayerStub", "stubs_of"]
-
 
 class LayerStub(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers registers subclasses
     """A layer of a ``StreamingCache``: answers about its kind, and refers everything else to the cache.

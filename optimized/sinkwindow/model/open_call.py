@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from sinkwindow.stream.steps import Steps
     from sinkwindow.stream.stream import Stream
 
-__all__ = ["AttentionFacts", "OpenCall", "module_frame"]
-
 MASKED = ("sdpa", "eager", "flex_attention")  # attention implementations that take our 4D masks
 
 _CALL = nn.Module._call_impl.__code__  # noqa: SLF001 - the function that runs a module's forward and its hooks
@@ -125,17 +123,17 @@ class OpenCall:
             ValueError: The call must run in pieces, and is asked for what pieces do not add up to.
         """
         masked = decoder.config._attn_implementation in MASKED and not facts.own  # noqa: SLF001
-        self.stream, columns = stream, self._first_piece(stream, decoder, kwargs, inputs, masked=masked)
-        if columns < inputs.columns:
-            kwargs, inputs = self._run_pieces(stream, columns, facts, decoder, kwargs, inputs, masked=masked)
+        self.stream = stream
+        if inputs.columns > 1 and self.frame:  # by hand, there is nothing to run pieces with
+            columns = self._first_piece(stream, decoder, kwargs, inputs, masked=masked)
+            if columns < inputs.columns:
+                kwargs, inputs = self._run_pieces(stream, columns, facts, decoder, kwargs, inputs, masked=masked)
         return self._plan(facts, decoder, kwargs, inputs, masked=masked)
 
     def _first_piece(
         self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs, *, masked: bool
     ) -> int:
         """Return how many columns of a call to run at once."""
-        if inputs.columns == 1 or not self.frame:  # by hand, there is nothing to run pieces with
-            return inputs.columns
         length = stream.piece_length(inputs, masked=masked)
         whole = [name for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
         if length == inputs.columns or not whole:

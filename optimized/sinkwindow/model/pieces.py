@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["PER_CALL", "joined", "piece_of", "tokens_of"]
-
 # Outputs that pieces do not add up to: a call that is asked for one of them runs whole.
 PER_CALL = ("output_attentions", "output_router_logits")
 

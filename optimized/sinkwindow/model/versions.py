@@ -8,8 +8,6 @@ import warnings
 from packaging.version import Version
 from transformers import GenerationMixin
 
-__all__ = ["CACHE_ARGUMENT", "NEWEST_TESTED", "OLDEST", "check_transformers"]
-
 # What `generate` and `forward` call the cache: `cache` from transformers 5.24 on, `past_key_values` before.
 CACHE_ARGUMENT = (
     "cache"

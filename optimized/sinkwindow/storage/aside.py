@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from sinkwindow.lanes import LaneCall
 
-__all__ = ["Aside"]
-
 
 class Aside:
     """What a pool will hold after a call.

@@ -11,8 +11,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["Bank", "KeyValue", "allocate"]
-
 
 class KeyValue(NamedTuple):
     """Keys ``[batch, kv_heads, tokens, head_dim]`` and values ``[batch, kv_heads, tokens, value_dim]`` of one layer."""

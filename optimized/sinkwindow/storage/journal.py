@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Write", "Writes", "in_parts"]
-
 # [bytes] copied to scratch at a time: on a CPU what its own cache holds, since fresh pages for whole windows cost more
 # than the copying; elsewhere more, for fewer kernels. A rotation in float32 needs several times that for a moment.
 SCRATCH = {"cpu": 2 << 20}

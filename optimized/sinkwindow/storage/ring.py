@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from sinkwindow.lanes import Lane
 
-__all__ = ["list_slots", "read", "slot_of", "tokens_in", "visible_slots", "write"]
-
 
 def slot_of(naturals: Tensor, num_sinks: int, size: int) -> Tensor:
     """Return the slot of each token, same shape as ``naturals``."""

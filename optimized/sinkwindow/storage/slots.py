@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from sinkwindow.lanes import Lane
     from sinkwindow.retention import Retention
 
-__all__ = ["RECORDED", "Pool", "PoolLane", "Slots"]
-
 SLACK_SHARE = 16  # one sixteenth of the list as free slots: 6% of memory buys a move per many tokens, not per token
 MIN_SLACK = 8  # [tokens], for tiny caches
 RECORDED = 128  # [tokens] kept beyond the rule while a roll-back may ask for them: drafts are shorter than this

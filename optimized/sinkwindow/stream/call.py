@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from sinkwindow.storage.slots import Pool
     from sinkwindow.stream.state import State
 
-__all__ = ["PoolCall", "StreamCall"]
-
 
 @dataclass(slots=True, eq=False)
 class PoolCall:

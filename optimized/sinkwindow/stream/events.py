@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from sinkwindow.retention import Retention
     from sinkwindow.stream.call import StreamCall
 
-__all__ = ["Eviction", "evictions_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Eviction:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from sinkwindow.stream.call import StreamCall
     from sinkwindow.stream.state import State
 
-__all__ = ["count_evictions", "cropped", "recorded", "select_past"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
@@ -33,9 +31,10 @@ class _Counts:
 
 
 def recorded(state: State, call: StreamCall, pools: Sequence[Pool]) -> tuple[CallRecord, ...]:
-    """Return the records of a state after a call: as many as the longest list has tokens, no roll-back crosses more."""
-    if call.plain and pools[0].retention.evict == "token":
-        return state.past
+    """Return the records of a state after a call that counting alone cannot undo.
+
+    As many are kept as the longest list has tokens: no roll-back crosses more.
+    """
     record = CallRecord(
         start=state.columns,
         columns=call.lanes[0].columns,

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from sinkwindow.retention import Retention
     from sinkwindow.storage.slots import Slots
 
-__all__ = ["CallRecord", "DebugState", "Snapshot", "State"]
-
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from sinkwindow.stream.state import State
     from sinkwindow.stream.stream import Stream
 
-__all__ = ["MASKED", "Steps"]
-
 MASKED = ("sdpa", "eager")  # attention implementations that take the mask of a step
 
 

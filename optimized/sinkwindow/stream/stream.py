@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["Stream"]
-
 PIECE = 256  # columns of a call run at once: beyond, masked columns cost more than the fixed cost of another piece
 PIECE_COPIES = 1024  # and no more columns of copied sinks than this in a piece
 
@@ -83,20 +81,17 @@ class Stream:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def lanes_of(self, inputs: Inputs) -> list[tuple[Lane, list[int] | None, int]]:
-        """Return for each lane of a call what it has seen, its columns with tokens, and how many there are."""
-        lanes = self.state.lanes if inputs.real is None else self.state.by_row(inputs.batch).lanes
-        real = inputs.real or [None] * len(lanes)
-        counts = [inputs.columns if columns is None else len(columns) for columns in real]
-        return list(zip(lanes, real, counts, strict=True))
+    def _state_for(self, inputs: Inputs) -> State:
+        """Return the state, with a lane for every row if a call has padding."""
+        return self.state if inputs.real is None else self.state.by_row(inputs.batch)
 
-    def would_evict(self, inputs: Inputs) -> bool:
-        """Return whether a call makes some row evict."""
-        rows = self.state.pools[0].lanes if inputs.real is None else self.state.by_row(inputs.batch).pools[0].lanes
-        return any(
-            self.rule.evicted_after(lane.seen + fresh, row.evicted) > row.evicted
-            for (lane, _, fresh), row in zip(self.lanes_of(inputs), rows, strict=True)
-        )
+    def preview(self, inputs: Inputs) -> tuple[int, bool]:
+        """Return how many tokens the longest row will have seen after a call, and whether some row evicts."""
+        state, most, evicts = self._state_for(inputs), 0, False
+        for lane, row, fresh in zip(state.lanes, state.pools[0].lanes, inputs.counts(len(state.lanes)), strict=True):
+            most = max(most, lane.seen + fresh)
+            evicts = evicts or self.rule.evicted_after(lane.seen + fresh, row.evicted) > row.evicted
+        return most, evicts
 
     def piece_length(self, inputs: Inputs, *, masked: bool) -> int:
         """Return how many columns of a call to run at once: from the first, all of them if that is no less.
@@ -107,16 +102,17 @@ class Stream:
         """
         if self.rule.evict == "call":
             return inputs.columns
-        state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
+        state = self._state_for(inputs)
         held = self.pools[0].held(state.pools[0], state.lanes)
         most = max(self.bound - held, self.rule.window) if self._longest is None else self._longest - held
         if masked:
             copies_per_token = self.rule.num_sinks / (self.rule.buffer + 1)
             return min(inputs.columns, most, PIECE, max(1, int(PIECE_COPIES / max(1, copies_per_token))))
         ends = [inputs.columns, most]
-        for (lane, real, fresh), row in zip(self.lanes_of(inputs), state.pools[0].lanes, strict=True):
+        for r, (lane, row) in enumerate(zip(state.lanes, state.pools[0].lanes, strict=True)):
             room = self.rule.capacity - (lane.seen - row.evicted)
-            if fresh > room:
+            real = inputs.real[r] if inputs.real else None
+            if (inputs.columns if real is None else len(real)) > room:
                 ends.append(room if real is None else real[room - 1] + 1)
         return min(ends)
 
@@ -130,20 +126,20 @@ class Stream:
         Raises:
             ValueError: The model cannot attend to so many columns.
         """
-        state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
+        state = self._state_for(inputs)
         if self._longest is not None:
             self._check_longest(state, inputs.columns)
-        all_real, fresh, reach = inputs.real or [None] * len(state.lanes), [], 0
-        for lane, real in zip(state.lanes, all_real, strict=True):
-            fresh.append(inputs.columns if real is None else len(real))
-            reach = max(reach, lane.seen - lane.offset + fresh[-1])
+        fresh, reach = inputs.counts(len(state.lanes)), 0
+        for lane, count in zip(state.lanes, fresh, strict=True):
+            reach = max(reach, lane.seen - lane.offset + count)
         if reach > self.bound:
             state = self._rebased(state, fresh)
         if state.batch is not None:
             self.state = state
         lanes, plain = [], min(fresh) == inputs.columns
-        for lane, real, count in zip(state.lanes, all_real, fresh, strict=True):
-            lanes.append(LaneCall(lane, Lane(lane.seen + count, lane.offset), inputs.columns, real))
+        for r, (lane, count) in enumerate(zip(state.lanes, fresh, strict=True)):
+            after = Lane(lane.seen + count, lane.offset)
+            lanes.append(LaneCall(lane, after, inputs.columns, inputs.real[r] if inputs.real else None))
         columns = inputs.columns if plain and not aside else 0
         parts = [self._begin_pool(index, state, lanes, columns) for index in range(len(self.pools))]
         special = max([part.epochs for part in parts]) > 0
@@ -174,26 +170,23 @@ class Stream:
             return PoolCall(pool, slots, lanes, held, recording, in_slots=False, spare=self._spare[index])
         size = pool.size(slots, recording=recording)
         room = columns if columns <= size - held else 0  # enough, after a move if need be
-        stale = False
+        stale = unplaced = False
         for lane, row in zip(state.lanes, slots.lanes, strict=True):
             stale = stale or lane.offset != row.offset
+            unplaced = unplaced or row.placed != row.evicted
         if stale or slots.end + room > size:
             change = pool.relocation(slots, state.lanes, recording=recording, stay=slots.end + room <= size)
             slots = self._change_pool(index, *change)
-            size = pool.size(slots, recording=recording)
+            size, unplaced = pool.size(slots, recording=recording), True
         copied = recording and pool.must_copy(slots)
-        if not copied:
+        if unplaced and not copied and pool.retention.num_sinks:
             slots = self._place_sinks(index, slots)
         in_slots = 0 < room <= size - slots.end
         return PoolCall(pool, slots, lanes, held, recording, in_slots, self._spare[index], copied)
 
     def _place_sinks(self, index: int, slots: Slots) -> Slots:
-        """Write the sinks in front of the windows where they are not; a placed sink stays until its row evicts."""
-        pool, due = self.pools[index], False
-        for row in slots.lanes:
-            due = due or row.placed != row.evicted
-        if not due or not pool.retention.num_sinks:
-            return slots
+        """Write the sinks in front of the windows, where they stay until a row evicts."""
+        pool = self.pools[index]
         lost = tuple(replace(row, placed=-1, floor=pool.retention.first(row.evicted)) for row in slots.lanes)
         slots = self._change_pool(index, Writes([]), replace(slots, lanes=lost))  # before they are written
         pool.place_sinks(slots, self.state.lanes, [bank.slots for bank in slots.banks], slots.end)
@@ -236,7 +229,7 @@ class Stream:
             batch=call.batch,
             num_evictions=state.num_evictions + len(events),
             forwarded=state.forwarded + columns,
-            past=recorded(state, call, self.pools),
+            past=state.past if call.plain and self.rule.evict == "token" else recorded(state, call, self.pools),
             recording=state.recording,
         )
         return after, events

@@ -1,1 +1,1 @@
-"""How fast the cache is beside its floors: what `nox -s speed` and the GPU report measure, judge and show."""
+"""The cache's speed compared with its lower bounds: what `nox -s speed` and the GPU report measure, judge and show."""

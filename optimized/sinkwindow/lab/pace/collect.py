@@ -22,15 +22,7 @@ CHECKED = 200  # tokens of the check before anything is timed: past evictions, w
 
 
 def collect(*, quick: bool, threads: int, say: Callable[[str], None]) -> SpeedReport:
-    """Measures everything.
-
-    Args:
-        quick: tiny models and few samples.
-        threads: of torch; put back afterwards.
-        say: told what is being measured.
-
-    Returns:
-        The report.
+    """Measure everything; torch's number of threads is restored afterwards.
 
     Raises:
         LabError: if the cache's output is wrong, or the embedded model is missing.
@@ -61,7 +53,7 @@ def collect(*, quick: bool, threads: int, say: Callable[[str], None]) -> SpeedRe
 
 
 def check_outputs() -> None:
-    """Compares the cache with its definition on a tiny model: no speed of a wrong cache is reported.
+    """Compare the cache with its definition on a tiny model: no speed of a wrong cache is reported.
 
     Raises:
         LabError: if it differs.
@@ -74,7 +66,7 @@ def check_outputs() -> None:
 
 
 def chosen_models(plan: Plan) -> Iterator[tuple[ModelRecord, PreTrainedModel]]:
-    """The models of a plan, one at a time: each is freed before the next."""
+    """Yield the models of a plan, one at a time: each is freed before the next."""
     if plan.embedded:
         loaded = models.load_model()
         yield loaded.record, loaded.model
@@ -88,18 +80,7 @@ def chosen_models(plan: Plan) -> Iterator[tuple[ModelRecord, PreTrainedModel]]:
 def measure(
     model: PreTrainedModel, name: str, plan: Plan, bandwidth: BandwidthRecord, say: Callable[[str], None]
 ) -> tuple[list[Comparison], list[FloorRecord]]:
-    """All parts for one model.
-
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        plan: sizes.
-        bandwidth: of the machine's memory.
-        say: told what is being measured.
-
-    Returns:
-        Comparisons and floors.
-    """
+    """Measure all parts for one model."""
     rows: list[Comparison] = []
     found: list[FloorRecord] = []
     for batch in plan.batches:

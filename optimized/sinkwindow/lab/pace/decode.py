@@ -19,25 +19,20 @@ from sinkwindow.lab.pace.sampling import Side, in_turns
 if TYPE_CHECKING:
     from sinkwindow.lab.sessions import StaticSession
 
-BEFORE_REBASE = 30  # steps until the rebase that a late cache is brought in front of [tokens]
+BEFORE_REBASE = 30  # steps from a late cache to its next rebase [tokens]
 
 
 def mean_length(limit: int, buffer: int) -> int:
-    """Keys that a step attends to on average, its own included, over a cycle of B + 1 steps [tokens].
+    """Return the mean number of keys per step, its own included, over a cycle of B + 1 steps, rounded down [tokens].
 
-    Args:
-        limit: S + W [tokens].
-        buffer: B [tokens].
-
-    Returns:
-        The length, rounded down.
+    `limit` is S + W.
     """
     return limit + 1 + buffer // 2
 
 
 @dataclass(frozen=True)
 class Happened:
-    """Where a streaming cache stands; comparing two of these tells what a step did."""
+    """The state of a streaming cache; comparing two of these shows what a step did."""
 
     evictions: int
     end: int
@@ -45,12 +40,12 @@ class Happened:
 
     @classmethod
     def of(cls, cache: Any) -> Happened:
-        """Reads a cache."""
+        """Read the state of a cache."""
         state = cache.debug_state()
         return cls(state.evictions, state.end, state.offsets[0])
 
     def between(self, later: Happened) -> str:
-        """Names what one step did, an empty text for nothing."""
+        """Name what one step did; the text is empty if it did nothing."""
         names = {
             "eviction": later.evictions > self.evictions,
             "rebase": later.offset != self.offset,
@@ -63,14 +58,7 @@ class Decoder:
     """A model with a cache that has seen a number of tokens; `side` decodes from there."""
 
     def __init__(self, configuration: Configuration, model: PreTrainedModel, batch: int, seen: int) -> None:
-        """Fills the cache.
-
-        Args:
-            configuration: `baseline` or a streaming one.
-            model: a causal language model in eval mode.
-            batch: rows.
-            seen: tokens to fill in [tokens].
-        """
+        """Fill the cache with `seen` tokens."""
         self.steps = AttentionSteps(configuration, model, batch=batch)
         self.steps.fill(seen)
         self.seen = seen
@@ -78,7 +66,7 @@ class Decoder:
         self._token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
 
     def approach_rebase(self) -> None:
-        """Fills on until a rebase is some steps away."""
+        """Fill the cache further until a rebase is some steps away."""
         state = self.steps.cache.debug_state()
         reach = self.seen - state.offsets[0]
         more = state.bound - reach - BEFORE_REBASE
@@ -87,26 +75,26 @@ class Decoder:
             self.seen += more
 
     def compile_with(self, **options: str) -> None:
-        """Chooses how the steps of a static cache are compiled, as `torch.compile` has it."""
+        """Set the options of `torch.compile` for the steps of a static cache."""
         cast("StaticSession", self.steps.session).compile_with(**options)
 
     def token_side(self) -> Side:
-        """A whole step of the model."""
+        """Return a side that runs a whole step of the model."""
         return self._side(self._step)
 
     def attention_side(self) -> Side:
-        """Cache update and attention, all layers."""
+        """Return a side that runs cache update and attention, all layers."""
         return self._side(self.steps.step)
 
     def close(self) -> None:
-        """Takes the cache off the model."""
+        """Remove the cache from the model."""
         self.steps.close()
 
     def _step(self) -> None:
         self._token = self.steps.session.feed(self._token, last_only=True).argmax(dim=-1)
 
     def _side(self, run: Any) -> Side:
-        if not self.streams:  # held at its length: what a step has added goes before the next one
+        if not self.streams:  # held at its length: a step's token is removed before the next step
             return Side(run, ready=lambda: self.steps.rewind(self.seen))
         place = [Happened.of(self.steps.cache)]
 
@@ -118,16 +106,9 @@ class Decoder:
 
 
 def attention(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Comparison]:
-    """Attention and cache update of one token over bare SDPA of the same length, all layers summed.
+    """Compare attention and cache update of one token with bare SDPA of the same length, all layers summed.
 
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        batch: rows.
-        plan: sizes.
-
-    Returns:
-        One comparison per buffer, and `DynamicCache` beside them.
+    Returns one comparison per buffer, and one for `DynamicCache`.
     """
     lengths = {buffer: mean_length(plan.limit, buffer) for buffer in (BUFFER, 0)}
     ours = {b: Decoder(streaming(plan.sinks, plan.window, b), model, batch, plan.limit) for b in lengths}
@@ -168,16 +149,9 @@ def _bare(length: int) -> str:
 
 
 def tokens(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> tuple[list[Comparison], FloorRecord]:
-    """Time per output token over `DynamicCache` held at the same length, early, late, and its longest step.
+    """Compare the time per output token with `DynamicCache` held at the same length: early, late, and the longest step.
 
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        batch: rows.
-        plan: sizes.
-
-    Returns:
-        The comparisons, and the floors measured beside them.
+    Returns the comparisons, and the lower bounds measured with them.
     """
     lazy, length = streaming(plan.sinks, plan.window, BUFFER), mean_length(plan.limit, BUFFER)
     first = Decoder(lazy, model, batch, plan.limit)
@@ -202,19 +176,11 @@ def tokens(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> tuple[l
 
 
 def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan, bandwidth: BandwidthRecord) -> list[Comparison]:
-    """Time per output token of a static cache, compiled, over the other cache of its sizes and over `DynamicCache`.
+    """Compare the compiled steps of a static cache with the dynamic cache of its sizes and with `DynamicCache`.
 
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        batch: rows.
-        plan: sizes, and what compiles.
-        bandwidth: of the machine's memory; an eager step is no floor for a compiled one, reading all once is.
-
-    Returns:
-        The comparisons.
+    An eager step is no lower bound for a compiled one; reading all bytes once at the machine's `bandwidth` is.
     """
-    torch.compiler.reset()  # a graph for another number of rows would be generalised to any
+    torch.compiler.reset()  # otherwise a graph for another number of rows would be generalized
     sizes, length = (plan.sinks, plan.window, BUFFER), mean_length(plan.limit, BUFFER)
     static = Decoder(parse("static_{}_{}_{}".format(*sizes)), model, batch, plan.limit)
     static.compile_with(backend=plan.backend)

@@ -1,4 +1,4 @@
-"""Floors: what the machine needs however the cache is built."""
+"""Lower bounds: what the machine needs however the cache is built."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ from sinkwindow.lab.micro import AttentionSteps, BareAttention, geometry
 from sinkwindow.lab.pace.records import BandwidthRecord, FloorRecord
 from sinkwindow.lab.pace.sampling import Side, in_turns
 
-SHORT = 8  # tokens of context of a step whose attention costs next to nothing [tokens]
+SHORT = 8  # context of a step with almost no time in attention [tokens]
 
 
 def bandwidth(device: torch.device, *, megabytes: float = 512.0, samples: int = 7) -> BandwidthRecord:
-    """Memory bandwidth, by copying a large tensor, adding it up, and multiplying it with a vector as a model does.
+    """Measure memory bandwidth by copying a large tensor, summing it, and multiplying it with a vector as a model does.
 
-    Args:
-        device: where to measure.
-        megabytes: size of the tensor; far above every cache of the processor [MB].
-        samples: per way.
-
-    Returns:
-        The rates, bytes read plus bytes written per second.
+    `megabytes` must be far above every cache of the processor [MB]. A rate is bytes read plus bytes written per second.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     width = 4096
@@ -46,14 +40,9 @@ def bandwidth(device: torch.device, *, megabytes: float = 512.0, samples: int = 
 
 
 def short_step(model: PreTrainedModel, batch: int) -> Callable[[], object]:
-    """A step of the model with eight tokens of context in the stock cache.
+    """Return a function that runs a step of the model with eight tokens of context in the stock cache.
 
-    Args:
-        model: a causal language model in eval mode.
-        batch: rows.
-
-    Returns:
-        What runs one step; the cache is cut back first, which costs next to nothing at this length.
+    The cache is cropped first, which takes almost no time at this length.
     """
     steps = AttentionSteps(parse("baseline"), model, batch=batch)
     steps.fill(SHORT)
@@ -67,28 +56,15 @@ def short_step(model: PreTrainedModel, batch: int) -> Callable[[], object]:
 
 
 def kept_bytes(model: PreTrainedModel, tokens: int, batch: int) -> int:
-    """Bytes of keys and values that one step has to read.
-
-    Args:
-        model: gives the geometry and the dtype.
-        tokens: in the cache [tokens].
-        batch: rows.
-
-    Returns:
-        Bytes of all layers.
-    """
+    """Return the bytes of keys and values, all layers, that one step has to read."""
     sizes = geometry(model)
     return 2 * batch * sizes.layers * sizes.kv_heads * sizes.head_dim * tokens * model.dtype.itemsize
 
 
 def read_weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that one step has to read: all but an input embedding that is not the output's as well.
+    """Return the bytes of weights that one step has to read: all but an untied input embedding.
 
-    Args:
-        model: a causal language model.
-
-    Returns:
-        Bytes; of the embedding a step reads one row per token.
+    Of the embedding a step reads one row per token.
     """
     total = sum(one.numel() * one.element_size() for one in model.parameters())
     embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
@@ -97,17 +73,9 @@ def read_weight_bytes(model: PreTrainedModel) -> int:
 
 
 def floors(model: PreTrainedModel, name: str, context: int, batch: int, *, samples: int = 20) -> FloorRecord:
-    """Bare attention over `context` tokens, and a step with hardly any context, in turns.
+    """Measure bare attention over `context` tokens, and a step with almost no context, interleaved.
 
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        context: keys of the attention, the query's own included [tokens].
-        batch: rows.
-        samples: per side.
-
-    Returns:
-        The floors.
+    `context` counts the keys of the attention, the query's own included.
     """
     sides = {
         "bare SDPA": Side(BareAttention(model, context, batch=batch).step),

@@ -61,7 +61,7 @@ LARGE = Scale(
     middle=1024,
     prompts=(5, 20),
     chunk=1024,
-    turn=13,  # a fifth of the 65 steps between two evictions: five turns hold every length once
+    turn=13,  # a fifth of the 65 steps between two evictions: five turns cover every length once
     samples=5,
     megabytes=2048.0,
     compile={"mode": "reduce-overhead"},  # CUDA graphs
@@ -76,30 +76,23 @@ TINY = Scale(
     turn=3,
     samples=2,
     megabytes=1.0,
-    compile={"backend": "eager"},  # captured and guarded all the same
+    compile={"backend": "eager"},  # captured and guarded nevertheless
 )
 
 
 def lazy(limit: int) -> Configuration:
-    """The default cache of S + W tokens."""
+    """Return the default cache of S + W tokens."""
     return streaming(SINKS, limit - SINKS, BUFFER)
 
 
 def decode_points(model: PreTrainedModel, name: str, limit: int, scale: Scale) -> list[PointRecord]:
-    """Dense held at the same length beside streaming when first full; attention of both beside bare SDPA.
+    """Measure dense held at the same length, and streaming when first full; attention of both with bare SDPA.
 
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        limit: S + W [tokens].
-        scale: sizes.
-
-    Returns:
-        One point per way.
+    `limit` is S + W [tokens]. Returns one point per way.
     """
     length = mean_length(limit, BUFFER)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lists beyond the trained length: speed is not quality
+        warnings.simplefilter("ignore", UserWarning)  # lists beyond the trained length do not change the speed
         ways = {
             DENSE: Decoder(parse("baseline"), model, 1, length - 1 - scale.turn // 2),
             STREAMING: Decoder(lazy(limit), model, 1, limit),
@@ -132,19 +125,10 @@ def decode_points(model: PreTrainedModel, name: str, limit: int, scale: Scale) -
 
 
 def streamed_point(model: PreTrainedModel, name: str, streamed: int, scale: Scale, way: str = STREAMING) -> PointRecord:
-    """Streaming after so many tokens; before the cache is full, its length is what it has seen.
+    """Measure streaming after so many tokens; before the cache is full, its length is the number of tokens seen.
 
-    Static steps are compiled. Their attention has no time of its own: it is a part of the graph.
-
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        streamed: tokens before the first step [tokens].
-        scale: sizes.
-        way: `STREAMING` or `STATIC`.
-
-    Returns:
-        The point.
+    `way` is `STREAMING` or `STATIC`. Static steps are compiled; their attention is part of the graph and has no time of
+    its own.
     """
     eager = lazy(scale.middle)
     decoder = Decoder(
@@ -174,17 +158,9 @@ def streamed_point(model: PreTrainedModel, name: str, streamed: int, scale: Scal
 
 
 def prompt_point(model: PreTrainedModel, name: str, way: str, multiple: int, scale: Scale) -> PromptRecord:
-    """A prompt read in chunks, twice: once its tensors are counted, then, warm, it is timed.
+    """Measure a prompt read in chunks, twice: the first run counts its tensors, the second, warm one is timed.
 
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        way: `DENSE` or `STREAMING`.
-        multiple: the prompt's length in multiples of S + W.
-        scale: sizes.
-
-    Returns:
-        Time and memory.
+    `way` is `DENSE` or `STREAMING`; the prompt has `multiple` times S + W tokens.
     """
     configuration = parse("baseline") if way == DENSE else lazy(scale.middle)
     ids, clock = token_ids(model, multiple * scale.middle), clock_for(model.device)
@@ -209,7 +185,7 @@ def prompt_point(model: PreTrainedModel, name: str, way: str, multiple: int, sca
 
 
 def repeated(side: Side, count: int) -> Side:
-    """A side whose sample is several steps on end."""
+    """Return a side with samples of several consecutive steps."""
 
     def run() -> None:
         for _ in range(count):
@@ -219,7 +195,7 @@ def repeated(side: Side, count: int) -> Side:
 
 
 def per_step(found: dict[str, Series], count: int) -> dict[str, Series]:
-    """The same series, per step."""
+    """Return the same series, per step."""
     return {
         name: one.model_copy(update={"values": [value / count for value in one.values]}) for name, one in found.items()
     }

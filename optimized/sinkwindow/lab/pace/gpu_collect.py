@@ -1,4 +1,4 @@
-"""One run of `gpu-report`: important parts first, none begun that the time does not allow, all saved as they come."""
+"""One run of `gpu-report`: important parts first, only those that the time allows, each saved when it is measured."""
 
 from __future__ import annotations
 
@@ -16,21 +16,16 @@ from sinkwindow.lab.pace.records import BandwidthRecord
 from sinkwindow.lab.records import MachineRecord, ModelRecord
 from sinkwindow.lab.shapes import random_model
 
-MARGIN = 1.5  # a part is begun if its kind's longest time so far, times this, is left
+MARGIN = 1.5  # a part starts if its kind's longest time so far, times this, is left
 FIRST_GUESS = 25.0  # for a kind that has not run yet [s]
 Save = Callable[[GpuReport], None]
 
 
 class Budget:
-    """Says whether there is time for one more part."""
+    """Decides whether there is time for one more part."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.perf_counter) -> None:
-        """Starts the clock.
-
-        Args:
-            seconds: for everything [s].
-            now: the time [s]; a test passes a fake.
-        """
+        """Start the clock, with a budget of `seconds`."""
         self._now, self._begun, self._seconds = now, now(), seconds
         self._longest: dict[str, float] = {}
 
@@ -40,12 +35,12 @@ class Budget:
         return self._now() - self._begun
 
     def allows(self, kind: str) -> bool:
-        """Whether a part of this kind can be begun."""
+        """Return whether a part of this kind can be started."""
         guess = self._longest.get(kind, min(FIRST_GUESS, self._seconds / 10))
         return self.spent + MARGIN * guess <= self._seconds
 
     def run(self, kind: str, part: Callable[[], None]) -> None:
-        """Runs a part and remembers how long it took."""
+        """Run a part and record how long it took."""
         begun = self.spent
         part()
         self._longest[kind] = max(self._longest.get(kind, 0.0), self.spent - begun)
@@ -65,7 +60,7 @@ class _Found:
     skipped: list[str] = field(default_factory=list)
 
     def report(self, seconds: float, *, finished: bool) -> GpuReport:
-        """All of it as a record."""
+        """Return all of it as a record."""
         return GpuReport(
             on_gpu=self.on_gpu,
             machine=self.machine,
@@ -82,7 +77,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Part:
-    """Something to measure: its kind (parts of a kind take alike), its name, and what does it."""
+    """Something to measure: its kind (parts of a kind take similar time), its name, and a function."""
 
     kind: str
     name: str
@@ -90,19 +85,12 @@ class _Part:
 
 
 def collect(*, minutes: float, save: Save, say: Callable[[str], None], device: str | None = None) -> GpuReport:
-    """Measures on the GPU if there is one, else with tiny shapes on the CPU.
+    """Measure on the GPU if there is one, otherwise with tiny shapes on the CPU.
 
-    Args:
-        minutes: for everything; parts that do not fit are skipped and named.
-        save: gets the report so far after every part.
-        say: told what is being measured.
-        device: `cuda` or `cpu`; the GPU if there is one by default.
-
-    Returns:
-        The report.
+    Parts that do not fit into `minutes` are skipped and named. `save` gets the report so far after every part.
 
     Raises:
-        LabError: if the device is not there.
+        LabError: if the device does not exist.
     """
     budget = Budget(60 * minutes)
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -124,7 +112,7 @@ def collect(*, minutes: float, save: Save, say: Callable[[str], None], device: s
 
 
 def _attempt(part: _Part, budget: Budget, found: _Found) -> None:
-    """Runs a part; what does not fit into the GPU's memory is named, and the rest goes on."""
+    """Run a part; a part that does not fit into the GPU's memory is named, and the rest continues."""
     try:
         budget.run(part.kind, part.run)
     except torch.cuda.OutOfMemoryError:
@@ -132,7 +120,7 @@ def _attempt(part: _Part, budget: Budget, found: _Found) -> None:
 
 
 def _parts(device: torch.device, scale: gpu.Scale, found: _Found) -> Iterator[_Part]:
-    """Laws first: no speed of a wrong cache. Then model by model, each built when its first part is asked for."""
+    """Yield the laws first: no speed of a wrong cache is reported. Then yield model by model, each built on demand."""
     yield _Part("laws", "laws", lambda: found.laws.extend(laws.laws(device)))
     for shape, dtype in scale.models:
         held: list[PreTrainedModel] = []

@@ -15,32 +15,18 @@ WORDS = (
     "**TPOT / short**: over the same model's step with 8 tokens of context in the stock cache.",
     "**Attention**: cache work plus attention of one token, all layers; **/ bare**: over SDPA on ready-made tensors.",
     "Dense is `DynamicCache` held at the mean length of the streaming cache; a sample is several steps on end.",
-    "**Grown**: the highest sum of tensors beside the weights while a prompt is read; **Peak**: weights included.",
+    "**Grown**: the highest sum of tensors, without the weights, while a prompt is read; **Peak**: weights included.",
     "A law allows twice the error of the reference's own mathematics in the dtype, plus one rounding step.",
 )
 
 
 def render(report: GpuReport) -> str:
-    """The page as Markdown.
-
-    Args:
-        report: what was measured so far.
-
-    Returns:
-        Markdown.
-    """
+    """Return the page as Markdown."""
     return markdown(page(report))
 
 
 def page(report: GpuReport) -> list[Block]:
-    """The page.
-
-    Args:
-        report: what was measured so far.
-
-    Returns:
-        Its blocks.
-    """
+    """Return the blocks of the page."""
     blocks: list[Block] = [Heading(1, "GPU report"), Text(lead(report)), Heading(2, "What ran"), _head(report)]
     blocks += [bandwidth_table(report.bandwidth)]
     if report.points:
@@ -55,7 +41,7 @@ def page(report: GpuReport) -> list[Block]:
 
 
 def lead(report: GpuReport) -> str:
-    """Where it ran and how it ended."""
+    """Return the first paragraph: the machine, and how the run ended."""
     place = f"On {report.machine.gpu}" if report.on_gpu else "**There is no GPU here: tiny shapes on the CPU**"
     broken = sum(not one.holds for one in report.laws)
     state = "" if report.finished else " Unfinished: this is what was there when it stopped."
@@ -69,14 +55,7 @@ def _head(report: GpuReport) -> Table:
 
 
 def decode_table(report: GpuReport) -> Table:
-    """TPOT and attention, point by point.
-
-    Args:
-        report: what was measured so far.
-
-    Returns:
-        The table.
-    """
+    """Return the table of TPOT and attention, point by point."""
     header = (
         "Model", "Way", "S + W", "Streamed", "TPOT (ms)", "TPOT / bytes", "TPOT / short", "Attention (ms)", "/ bare",
         "Cache (MB)",

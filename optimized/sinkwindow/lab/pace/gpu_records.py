@@ -1,4 +1,4 @@
-"""What the GPU report holds."""
+"""The records of the GPU report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PointRecord(Record):
     bare: Series | None = None
 
     def over_bandwidth(self, rate: float) -> float:
-        """TPOT over the time that reading `read_bytes` takes at `rate` [GB/s]."""
+        """Return TPOT over the time of reading `read_bytes` at `rate` [GB/s]."""
         return self.tpot.median / (self.read_bytes / rate / 1e6)
 
 
@@ -67,7 +67,7 @@ class PromptRecord(Record):
 
 
 class GpuReport(Record):
-    """One run of `gpu-report`; what the time did not allow is named in `skipped`."""
+    """One run of `gpu-report`; `skipped` names what the time did not allow."""
 
     schema_version: int = SCHEMA
     on_gpu: bool

@@ -1,7 +1,7 @@
-"""Laws on a device: the cache's logits are the reference's, to what the dtype allows; its retained tokens exactly.
+"""Laws on a device: logits equal the reference's within the error of the dtype, retained tokens exactly.
 
-The yardstick of a dtype is the reference's own mathematics in it (`upcast=False`), measured against the reference in
-float64 on the same weights: the largest error may be twice that, plus one rounding step.
+The reference's own mathematics in a dtype (`upcast=False`) is measured against the reference in float64 on the same
+weights: the largest error of the cache may be twice that, plus one rounding step.
 """
 
 from __future__ import annotations
@@ -24,14 +24,9 @@ TOKENS = 150
 
 
 def laws(device: torch.device, *, seed: int = 0) -> Iterator[LawRecord]:
-    """Checks every dtype, shape and rule with calls of random lengths, and rows padded on the left.
+    """Check every dtype, shape and rule with calls of random lengths, and with rows padded on the left.
 
-    Args:
-        device: where to check.
-        seed: of tokens and lengths.
-
-    Yields:
-        One record per law; a broken law is a record too.
+    Yields one record per law; a broken law is a record too.
     """
     for dtype in DTYPES:
         for shape in SHAPES:
@@ -43,14 +38,7 @@ def laws(device: torch.device, *, seed: int = 0) -> Iterator[LawRecord]:
 
 
 def widened(model: PreTrainedModel) -> PreTrainedModel:
-    """A float64 model with the same weights; buffers such as rotary frequencies keep their dtype.
-
-    Args:
-        model: any.
-
-    Returns:
-        A copy.
-    """
+    """Return a float64 copy of a model; buffers such as rotary frequencies keep their dtype."""
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.data = parameter.data.double()
@@ -61,17 +49,9 @@ def widened(model: PreTrainedModel) -> PreTrainedModel:
 def calls_law(
     model: PreTrainedModel, exact: PreTrainedModel, shape: str, rule: tuple[int, int, int], seed: int
 ) -> LawRecord:
-    """Calls of random lengths give the reference's logits and retained tokens.
+    """Check that calls of random lengths give the reference's logits and retained tokens.
 
-    Args:
-        model: in the dtype to check.
-        exact: the same weights in float64.
-        shape: its name.
-        rule: S, W and B [tokens].
-        seed: of tokens and lengths.
-
-    Returns:
-        The record.
+    `exact` has the same weights in float64; `rule` is S, W and B [tokens].
     """
     from sinkwindow import StreamingCache
     from sinkwindow_reference import retained_after
@@ -92,17 +72,9 @@ def calls_law(
 def padding_law(
     model: PreTrainedModel, exact: PreTrainedModel, shape: str, rule: tuple[int, int, int], seed: int
 ) -> LawRecord:
-    """A row padded on the left gives the logits of that row alone.
+    """Check that a row padded on the left gives the logits of that row alone.
 
-    Args:
-        model: in the dtype to check.
-        exact: the same weights in float64.
-        shape: its name.
-        rule: S, W and B [tokens].
-        seed: of the tokens.
-
-    Returns:
-        The record.
+    `exact` has the same weights in float64; `rule` is S, W and B [tokens].
     """
     from sinkwindow import StreamingCache
 
@@ -153,7 +125,7 @@ def _ids(model: PreTrainedModel, rows: int, columns: int, seed: int) -> torch.Te
 
 
 def _lengths(total: int, seed: int) -> Iterator[int]:
-    """Lengths of calls: long ones, single tokens, and all between."""
+    """Return random lengths of calls: long ones, single tokens, and all between."""
     source = random.Random(seed)  # noqa: S311 - a test's choice
     while total > 0:
         length = min(total, source.choice((1, 1, 1, 2, 5, 13, 40)))

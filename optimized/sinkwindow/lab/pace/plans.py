@@ -99,6 +99,6 @@ QUICK = Plan(
     megabytes=1.0,
     tricks=3,
     compiled=(1, 8),
-    backend="eager",  # the graph is captured all the same
+    backend="eager",  # the graph is captured nevertheless
 )
 BUFFER = 64  # the cache's default; 0 is the paper [tokens]

@@ -33,7 +33,7 @@ class Series(Record):
 
     @property
     def longest_event(self) -> int:
-        """Index of the largest sample among those with an event; among all, where there is none."""
+        """Index of the largest sample with an event, or of the largest sample if there is no event."""
         return max(self.events or range(len(self.values)), key=self.values.__getitem__)
 
     @property
@@ -43,11 +43,11 @@ class Series(Record):
 
 
 class Comparison(Record):
-    """Ours beside something else.
+    """Our cache compared with something else.
 
     `cost` is our median over the other's, at most `bar`. `speed` is the other's median time over ours, at least `bar`.
-    `longest` is our longest step with an event over our median step, at most `bar`. Without a bar it is shown only.
-    `floor` is a time, in the unit of `ours`, below which no cache gets on this machine, where there is one.
+    `longest` is our longest step with an event over our median step, at most `bar`. Without a bar it is only shown.
+    `floor` is a time, in the unit of `ours`, that no cache can beat on this machine, if there is one.
     """
 
     part: str
@@ -62,14 +62,14 @@ class Comparison(Record):
 
     @property
     def ratio(self) -> float:
-        """The number that the bar is held against."""
+        """The number that is compared with the bar."""
         if self.ratio_kind == "longest":
             return self.ours.values[self.ours.longest_event] / self.ours.median
         return self._ratio_of(self.ours)
 
     @property
     def met(self) -> bool:
-        """Whether the bar is met; true where there is none."""
+        """Whether the bar is met; true if there is none."""
         return self._allows(self.ratio)
 
     @property
@@ -79,12 +79,12 @@ class Comparison(Record):
 
     @property
     def free(self) -> float | None:
-        """The ratio that the floor itself has, better than any cache's; None without a floor."""
+        """The ratio of the floor itself, better than any cache's; None without a floor."""
         return None if self.floor is None else self._ratio_of(self.floor)
 
     @property
     def attainable(self) -> bool:
-        """Whether the floor itself meets the bar; true where there is none."""
+        """Whether the floor itself meets the bar; true if there is none."""
         return self.free is None or self._allows(self.free)
 
     def _ratio_of(self, side: Series) -> float:
@@ -97,7 +97,7 @@ class Comparison(Record):
 
 
 class BandwidthRecord(Record):
-    """Bytes moved per second [GB/s], by way of moving them, for a tensor of `megabytes`."""
+    """Bytes moved per second [GB/s] for each way to move them, for a tensor of `megabytes`."""
 
     device: str
     megabytes: float
@@ -109,12 +109,12 @@ class BandwidthRecord(Record):
         return max(spread(values).median for values in self.rates.values())
 
     def least_ms(self, count: int) -> float:
-        """Time to read `count` bytes once the fastest way [ms]."""
+        """Return the time to read `count` bytes once the fastest way [ms]."""
         return count / self.best / 1e6
 
 
 class FloorRecord(Record):
-    """What a decode step cannot be faster than, for one model and batch size."""
+    """Lower bounds of a decode step, for one model and batch size."""
 
     model: str
     batch: int

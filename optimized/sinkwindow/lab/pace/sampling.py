@@ -1,4 +1,4 @@
-"""Sides of a comparison timed in turns, so that a slow minute of the machine hits all of them alike."""
+"""Sides of a comparison timed interleaved, so that a slow minute of the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sinkwindow.lab.timing import Clock, clock_for, milliseconds, waiter
 
 
 def _nothing() -> None:
-    """Most sides need no preparation."""
+    """Do nothing: most sides need no preparation."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Side:
     Attributes:
         run: what is timed, once per sample.
         ready: done before each sample, outside the timed region; it must not leave work on the device.
-        event: tells after a sample what the cache did in it, an empty text for nothing.
+        event: returns after a sample what the cache did in it, an empty text for nothing.
     """
 
     run: Callable[[], object]
@@ -38,24 +38,15 @@ def in_turns(
     warm_up: int = 2,
     clock: Clock | None = None,
 ) -> dict[str, Series]:
-    """Times sides in turns, one sample each.
+    """Time sides interleaved, one sample each; return a series [ms] per side.
 
-    Args:
-        sides: by name; each is run `samples` times in the order given.
-        samples: per side.
-        device: where they run; each sample begins and ends with the device idle.
-        warm_up: rounds before the first one that counts.
-        clock: the device's own by default.
-
-    Returns:
-        A series [ms] per side.
+    Each sample begins and ends with the device idle; the first `warm_up` rounds do not count.
 
     Raises:
         ValueError: if `samples` is below 1.
     """
     if samples < 1:
-        message = f"samples={samples} must be 1 or more"
-        raise ValueError(message)
+        raise ValueError(f"samples={samples} must be 1 or more")
     clock, wait = clock or clock_for(device), waiter(device)
     values: dict[str, list[float]] = {name: [] for name in sides}
     events: dict[str, dict[int, str]] = {name: {} for name in sides}

@@ -1,4 +1,4 @@
-"""The page of `nox -s speed`: pure functions of its records, so that no number was ever typed."""
+"""The page of `nox -s speed`: pure functions of its records, so that no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = {
     "tricks": "What each trick is worth",
 }
 WORDS = (
-    "Both sides of a ratio ran in turns in one process; medians, quartiles in brackets, raw samples in the JSON.",
+    "Both sides of a ratio ran interleaved in one process; medians, quartiles in brackets, raw samples in the JSON.",
     "**Ratio** is our time over the other side's; for prefill and perplexity our tokens/s over the other side's.",
     "**Over floor**, attention: ours over bare SDPA on ready-made contiguous keys and values of the same length.",
     "**Over floor**, steps: ours over the same model's step with 8 tokens of context plus that bare SDPA.",
@@ -33,26 +33,12 @@ WORDS = (
 
 
 def render(report: SpeedReport) -> str:
-    """The page as Markdown.
-
-    Args:
-        report: what was measured.
-
-    Returns:
-        Markdown.
-    """
+    """Return the page as Markdown."""
     return markdown(page(report))
 
 
 def page(report: SpeedReport) -> list[Block]:
-    """The page.
-
-    Args:
-        report: what was measured.
-
-    Returns:
-        Its blocks.
-    """
+    """Return the blocks of the page."""
     blocks: list[Block] = [Heading(1, "Speed"), *verdict(report), Heading(2, "What ran"), _head(report)]
     blocks += [Heading(2, "Floors"), floor_table(report.floors, report.bandwidth), bandwidth_table(report.bandwidth)]
     for part, title in PARTS.items():
@@ -63,7 +49,7 @@ def page(report: SpeedReport) -> list[Block]:
 
 
 def verdict(report: SpeedReport) -> list[Block]:
-    """What was missed, or that nothing was."""
+    """Return what was missed, or that nothing was."""
     judged = [one for one in report.comparisons if one.bar is not None]
     if report.quick:
         return [
@@ -76,22 +62,14 @@ def verdict(report: SpeedReport) -> list[Block]:
 
 
 def complaint(one: Comparison) -> str:
-    """A missed bar with its number; where the floor alone misses it, with that one too."""
+    """Describe a missed bar with its number, and with the floor's number if the floor misses it too."""
     side = "at least" if one.ratio_kind == "speed" else "at most"
     asked = f"{one.model}, {one.part}, {one.what}: {one.ratio:.3f}x, {side} {one.bar:.2f}x asked"
     return asked if one.attainable else f"{asked}; the floor itself has {one.free:.3f}x here"
 
 
 def comparison_table(rows: Sequence[Comparison], *, judged: bool = True) -> Table:
-    """Rows of one part.
-
-    Args:
-        rows: the comparisons.
-        judged: whether to say which bars are met.
-
-    Returns:
-        The table.
-    """
+    """Return the table of one part; if `judged`, it says which bars are met."""
     header = ("Model", "What", "Ours", "Beside", "Ratio", "Bar", "Over floor", "Note")
     return Table(header, tuple(_row(one, judged=judged) for one in rows))
 
@@ -123,15 +101,7 @@ def _cell(series: Series) -> str:
 
 
 def floor_table(floors: Sequence[FloorRecord], bandwidth: BandwidthRecord) -> Table:
-    """Floors of a decode step.
-
-    Args:
-        floors: by model and batch size.
-        bandwidth: of the memory.
-
-    Returns:
-        The table.
-    """
+    """Return the table of the lower bounds of a decode step."""
     header = ("Model", "Batch", "Context", "Bare SDPA", "Step, 8 tokens of context", "Bytes read", "Bytes / bandwidth")
     return Table(header, tuple(_floor_row(one, bandwidth) for one in floors))
 
@@ -143,14 +113,7 @@ def _floor_row(one: FloorRecord, bandwidth: BandwidthRecord) -> tuple[str, ...]:
 
 
 def bandwidth_table(bandwidth: BandwidthRecord) -> Table:
-    """Memory bandwidth by way of moving bytes.
-
-    Args:
-        bandwidth: what was measured.
-
-    Returns:
-        The table.
-    """
+    """Return the table of memory bandwidth by way of moving bytes."""
     rows = []
     for name, values in bandwidth.rates.items():
         found = spread(values)
@@ -164,14 +127,7 @@ def _head(report: SpeedReport) -> Table:
 
 
 def sections(report: SpeedReport) -> dict[str, str]:
-    """What a run has for the marked places of a hand-written page.
-
-    Args:
-        report: of a run.
-
-    Returns:
-        Markdown by the place's name.
-    """
+    """Return the Markdown of a run for the marked places of a hand-written page, by the place's name."""
     machine = dict(machine_rows(report.machine))
     where = f"Measured on {machine['Machine']}; {machine['Software']}; commit {machine['Commit']}; {machine['Date']}."
     tables = [floor_table(report.floors, report.bandwidth), bandwidth_table(report.bandwidth)]

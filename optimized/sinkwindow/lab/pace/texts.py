@@ -1,4 +1,4 @@
-"""Long inputs: a prompt of 20 limits beside a dense chunked pass, its peak memory, and exact scoring of a text."""
+"""Long inputs: a prompt of 20 limits over a dense chunked pass, its peak memory, and exact scoring of a text."""
 
 from __future__ import annotations
 
@@ -23,21 +23,15 @@ NAMES = {
 
 
 def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
-    """A prompt of 20 limits in chunks, ours and dense in turns, chunk by chunk.
+    """Time a prompt of 20 limits in chunks, ours and dense interleaved, chunk by chunk.
 
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        plan: sizes.
-
-    Returns:
-        Ours over dense, and over a dense cache that is cut to the same length before each chunk; the floor is the same
-        chunks with nothing before them.
+    Returns ours over dense, and over a dense cache that is cropped to the same length before each chunk; the floor is
+    the same chunks with nothing before them.
     """
     lazy = streaming(plan.sinks, plan.prompt_window, BUFFER)
     limit = plan.sinks + plan.prompt_window
     ids = token_ids(model, LONG * limit)
-    read_chunks(model, lazy, ids[:, : 2 * plan.chunk], plan.chunk, limit)  # warm
+    read_chunks(model, lazy, ids[:, : 2 * plan.chunk], plan.chunk, limit)  # warm-up
     rounds = [read_chunks(model, lazy, ids, plan.chunk, limit) for _ in range(plan.prefills)]
     found = {
         side: Series(name=NAMES[side], unit="ms/token", values=[sum(one[side]) / ids.shape[1] for one in rounds])
@@ -62,17 +56,9 @@ def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
 def read_chunks(
     model: PreTrainedModel, configuration: Configuration, ids: torch.Tensor, chunk: int, limit: int
 ) -> dict[str, list[float]]:
-    """Feeds a prompt to four sessions in turns.
+    """Feed a prompt ([1, tokens]) to four sessions, interleaved; return the times of the chunks by side [ms].
 
-    Args:
-        model: a causal language model in eval mode.
-        configuration: ours.
-        ids: [1, tokens].
-        chunk: tokens per call [tokens].
-        limit: what the third session's stock cache is cut to before each chunk; the fourth one's to nothing [tokens].
-
-    Returns:
-        Times of the chunks by side [ms].
+    The third session's stock cache is cropped to `limit` tokens before each chunk, the fourth one's to zero.
     """
     clock = clock_for(model.device)
     sessions = {
@@ -93,22 +79,13 @@ def read_chunks(
 
 
 def _cut(session: Session, kept: int | None) -> None:
-    """Cuts a stock cache to its first tokens, where it has more; None leaves it."""
+    """Crop a stock cache to its first tokens if it has more; None leaves it."""
     if kept is not None and session.kept_tokens > kept:
         session.cache.crop(kept - session.kept_tokens)
 
 
 def memory(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
-    """Peak memory above the weights of a prompt of 20 limits over that of 5, the cache included.
-
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        plan: sizes.
-
-    Returns:
-        One comparison.
-    """
+    """Compare the peak memory above the weights of a prompt of 20 limits with that of 5, the cache included."""
     lazy = streaming(plan.sinks, plan.prompt_window, BUFFER)
     limit = plan.sinks + plan.prompt_window
     peaks = {times: peak_mb(model, lazy, times * limit, plan.chunk) for times in (LONG, SHORTER)}
@@ -121,17 +98,7 @@ def memory(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
 
 
 def peak_mb(model: PreTrainedModel, configuration: Configuration, count: int, chunk: int) -> float:
-    """What a prefill adds to the weights at its peak, cache and activations.
-
-    Args:
-        model: a causal language model in eval mode.
-        configuration: how to remember.
-        count: tokens of the prompt [tokens].
-        chunk: tokens per call [tokens].
-
-    Returns:
-        The most that its tensors need at once [MB].
-    """
+    """Return the memory that a prefill adds to the weights at its peak, cache and activations [MB]."""
     ids = token_ids(model, count)
 
     def read() -> None:
@@ -144,16 +111,9 @@ def peak_mb(model: PreTrainedModel, configuration: Configuration, count: int, ch
 
 
 def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
-    """Exact streaming losses of a text in blocks over token by token, and over a dense pass in the same blocks.
+    """Time exact streaming losses of a text in blocks against token by token, and against a dense pass in such blocks.
 
-    Args:
-        model: a causal language model in eval mode.
-        name: what to call it.
-        plan: sizes.
-
-    Returns:
-        Both comparisons, times per token, logits and losses included; the floor is the same blocks with nothing before
-        them.
+    Times are per token, logits and losses included; the floor is the same blocks with nothing before them.
     """
     lazy = streaming(plan.sinks, plan.window, BUFFER)
     found = score_in_turns(model, lazy, plan)
@@ -175,15 +135,9 @@ def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
 
 
 def score_in_turns(model: PreTrainedModel, configuration: Configuration, plan: Plan) -> dict[str, Series]:
-    """Reads a text block by block, dense in turns with ours, and some tokens one by one after each block.
+    """Read a text block by block, dense interleaved with ours, and some single tokens after each block.
 
-    Args:
-        model: a causal language model in eval mode.
-        configuration: ours.
-        plan: sizes.
-
-    Returns:
-        Times per token [ms]: `blocks`, `dense`, `alone`, and `single` since the cache is full.
+    Returns times per token [ms]: `blocks`, `dense`, `alone`, and `single` from when the cache is full.
     """
     stride = plan.block + plan.singles
     ids = token_ids(model, plan.limit + plan.scored * stride + 1)
@@ -212,6 +166,6 @@ def score_in_turns(model: PreTrainedModel, configuration: Configuration, plan: P
 
 
 def token_ids(model: PreTrainedModel, count: int) -> torch.Tensor:
-    """Random token ids [1, count] on the model's device: speed does not depend on what a text says."""
+    """Return random token ids [1, count] on the model's device: speed does not depend on the text."""
     random = torch.Generator().manual_seed(count)
     return torch.randint(0, int(model.config.vocab_size), (1, count), generator=random).to(model.device)

@@ -1,4 +1,4 @@
-"""What each trick is worth: the cache's way beside the plain way, the same work, in turns."""
+"""The cost of each design choice against the obvious alternative: the same work, interleaved."""
 
 from __future__ import annotations
 
@@ -20,16 +20,7 @@ CYCLE = BUFFER + 1  # steps that hold one eviction with a buffer [tokens]
 
 
 def tricks(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
-    """Times every trick beside what it replaces, one row of text.
-
-    Args:
-        model: a causal language model in eval mode, with rotary positions.
-        name: what to call it.
-        plan: sizes.
-
-    Returns:
-        One comparison per trick, without bars.
-    """
+    """Time every trick against what it replaces, on one row of text; return one comparison per trick, without bars."""
     pairs = {
         **_moves(model, plan),
         **_restarts(model, plan),
@@ -45,7 +36,7 @@ def tricks(model: PreTrainedModel, name: str, plan: Plan) -> list[Comparison]:
 
 
 def _moves(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
-    """An eviction's rotation: which keys move, and in how many operations."""
+    """Return the sides for an eviction's rotation: which keys move, and in how many operations."""
     sizes = geometry(model)
     rotary = Rotary(next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")))
     shape = (sizes.layers, 1, sizes.kv_heads)
@@ -65,7 +56,7 @@ def _moves(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
 
 
 def _restarts(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
-    """Bringing positions back below their bound: keys alone, or keys and values on their way to the front."""
+    """Return the sides for moving positions below their bound: keys only, or keys and values while they are moved."""
     filled = _filled(streaming(plan.sinks, plan.window, BUFFER).name, model, plan.limit)
     stream = filled.cache._stream  # noqa: SLF001 - the part, not the whole
     (pool,), before = stream.pools, stream.state
@@ -84,7 +75,7 @@ def _restarts(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
 
 
 def _slots(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
-    """A token's cache work: written in place or joined by `cat`, evicting now and then or each time."""
+    """Return the sides for a token's cache work: written in place or joined by `cat`, evicting rarely or each time."""
     length = plan.limit + BUFFER // 2
     lazy, eager, stock = (
         _filled(name, model, seen)
@@ -120,7 +111,7 @@ def _filled(name: str, model: PreTrainedModel, seen: int) -> AttentionSteps:
 
 
 def _grouped(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
-    """Attention of grouped heads: by the kernel, or over keys repeated for each query head."""
+    """Return the sides for attention of grouped heads: by the kernel, or over keys repeated for each query head."""
     sizes = geometry(model)
     group = sizes.heads // sizes.kv_heads
     if group == 1:

@@ -1,4 +1,4 @@
-"""All studies by name: which one to run, and how many measurements that will be."""
+"""All studies by name: which ones to run, and how many measurements that will be."""
 
 from __future__ import annotations
 
@@ -40,13 +40,7 @@ SCORED: dict[str, Callable[[StudyPlan], tuple[list[Configuration], int]]] = {
 
 
 def chosen_parts(names: str | None) -> tuple[str, ...]:
-    """Reads the option `--only`.
-
-    Args:
-        names: separated by commas; None is everything.
-
-    Returns:
-        The parts, in the order of the page.
+    """Parse the option `--only`: names separated by commas, None for everything. Return the parts in page order.
 
     Raises:
         LabError: if a name is unknown or there is none.
@@ -56,28 +50,18 @@ def chosen_parts(names: str | None) -> tuple[str, ...]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in PARTS]
     if unknown or not wanted:
-        message = f"--only {names!r} names no part of the tables; parts are {', '.join(PARTS)}"
-        raise LabError(message)
+        raise LabError(f"--only {names!r} is no part of the tables; parts are {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in wanted)
 
 
 def count_measurements(plan: StudyPlan, parts: Collection[str], corpora: int) -> int:
-    """How many measurements `collect` will report, finished ones included.
-
-    Args:
-        plan: how much is measured.
-        parts: which studies.
-        corpora: number of texts.
-
-    Returns:
-        Their number.
-    """
+    """Return how many measurements `collect` will report, finished ones included."""
     counts = {
         "mistakes": corpora * len(plan.mistakes),
         "sinks": corpora * (1 + len(plan.sinks)),
         "sizes": corpora * (1 + len(plan.sizes)),
         "along": len(plan.along),
-        "steps": 2,  # all configurations in turns: against tokens streamed, against size
+        "steps": 2,  # all configurations interleaved: against tokens streamed, against size
         "where": 2 * corpora * len(plan.where),
         "recall": len(plan.recall) * len(plan.recall_seeds),
     }
@@ -87,16 +71,7 @@ def count_measurements(plan: StudyPlan, parts: Collection[str], corpora: int) ->
 def readings(
     plan: StudyPlan, parts: Collection[str], corpora: Sequence[Corpus]
 ) -> Iterator[tuple[Configuration, Corpus, int]]:
-    """What `collect` will read from end to end, for `Bench.foresee`.
-
-    Args:
-        plan: how much is measured.
-        parts: which studies.
-        corpora: the texts.
-
-    Yields:
-        Configuration, text, tokens.
-    """
+    """Yield what `collect` will read from end to end, for `Bench.foresee`."""
     for part in parts:
         if part in SCORED:
             rows, count = SCORED[part](plan)
@@ -105,15 +80,7 @@ def readings(
 
 
 def collect(bench: Bench, plan: StudyPlan, parts: Collection[str]) -> Studies:
-    """Runs the studies.
-
-    Args:
-        bench: model, texts, and where finished measurements are kept.
-        plan: how much is measured.
-        parts: which studies.
-
-    Returns:
-        What they found; the others are None.
+    """Run the studies; those not in `parts` are None.
 
     Raises:
         LabError: if a text is too short or a configuration does not fit the model.

@@ -1,7 +1,7 @@
-"""Text for the recall test: facts strewn over ordinary lines, each asked for some lines later.
+"""Text for the recall test: facts placed between ordinary lines, each asked for some lines later.
 
-Made after StreamEval of the StreamingLLM paper, whose data was never published. There every line is a fact; a model
-as small as the embedded one confuses so many, hence ordinary text between them. Every fact is asked for once, so the
+It is modeled on StreamEval of the StreamingLLM paper; its data was never published. There every line is a fact; a model
+as small as the embedded one confuses so many, so ordinary text is between them. Every fact is asked for once, so the
 distance to its only mention is known.
 """
 
@@ -26,7 +26,7 @@ APART = 2  # ordinary lines between a question and the next fact
 
 @dataclass(frozen=True)
 class Question:
-    """Where a fact and its answer stand in the text [characters].
+    """The places of a fact and its answer in the text [characters].
 
     Attributes:
         lines_back: ordinary lines between the fact and the question [lines].
@@ -65,26 +65,20 @@ class Answer:
 
 
 def make_lines(filler: Sequence[str], distances: Sequence[int], *, seed: int) -> Lines:
-    """Makes one text with a fact and its question for each distance, in an order that the seed chooses.
+    """Create one text with a fact and its question for each distance, in an order chosen by the seed.
 
-    Args:
-        filler: ordinary lines; enough for all distances, taken from a place that the seed chooses.
-        distances: ordinary lines between a fact and its question [lines].
-        seed: of names, numbers and order.
-
-    Returns:
-        The text and where its answers are.
+    `filler` are ordinary lines, enough for all distances, taken from a place chosen by the seed. `distances` count the
+    ordinary lines between a fact and its question.
 
     Raises:
         LabError: if there are not enough lines or names.
     """
     needed = sum(distances) + APART * len(distances)
     if len(filler) < needed or not 0 < len(distances) <= len(THINGS):
-        message = (
+        raise LabError(
             f"recall over {len(distances)} distances needs {needed} lines of text and has {len(filler)}, "
             f"and 1 to {len(THINGS)} distances: give a longer text with lines"
         )
-        raise LabError(message)
     chance = random.Random(seed)  # noqa: S311 - names and numbers, no secrets
     first = chance.randrange(len(filler) - needed + 1)
     rest = iter(filler[first : first + needed])
@@ -103,27 +97,19 @@ def make_lines(filler: Sequence[str], distances: Sequence[int], *, seed: int) ->
 
 
 def in_tokens(lines: Lines, tokenizer: Any) -> tuple[list[int], list[Answer]]:
-    """Tokenises a text and finds its answers.
-
-    Args:
-        lines: the text.
-        tokenizer: a fast Hugging Face tokenizer: it must say where each token ends.
-
-    Returns:
-        All token ids, and the answers.
+    """Tokenize a text with a fast tokenizer; return all token ids, and the answers.
 
     Raises:
-        LabError: if the tokenizer cannot say where a token ends.
+        LabError: if the tokenizer has no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        message = f"recall needs a fast tokenizer, {type(tokenizer).__name__} does not tell where its tokens lie"
-        raise LabError(message)
+        raise LabError(f"recall needs a fast tokenizer, {type(tokenizer).__name__} has no offsets")
     found = tokenizer(lines.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return found["input_ids"], [_answer(found["offset_mapping"], one) for one in lines.questions]
 
 
 def _answer(spans: Sequence[tuple[int, int]], question: Question) -> Answer:
-    """Tokens that overlap the answer: some tokenizers put the full stop into the number's last one."""
+    """Return the tokens that overlap the answer: some tokenizers merge the period into the number's last one."""
     places = tuple(index for index, (start, end) in enumerate(spans) if end > question.start and start < question.end)
     fact = max(index for index, (start, _) in enumerate(spans) if start < question.fact_end)
     return Answer(question.lines_back, places[0] - fact, places)

@@ -10,15 +10,15 @@ class StudyPlan:
     """Lengths are in tokens unless they say lines.
 
     Attributes:
-        mistakes: rows of the table that shows what went wrong elsewhere.
+        mistakes: rows of the table of others' mistakes.
         mistakes_tokens: text read for it.
         sinks: numbers of sinks at one size of cache.
         sinks_cache: that size, S + W.
         sinks_tokens: text read for it.
         sizes: sizes of cache, S + W.
         sizes_tokens: text read for it.
-        where: configurations, of those in `sizes`, whose loss is looked at token by token.
-        along: configurations whose loss is followed along a text.
+        where: configurations, of those in `sizes`, compared with the dense model token by token.
+        along: configurations for the loss along a text.
         along_tokens: that text's length.
         along_bin: targets per point of the picture.
         places: tokens seen when a token is timed.
@@ -26,7 +26,7 @@ class StudyPlan:
         step_sizes: sizes of cache in the other picture of time per token.
         step_repeats: timed tokens per place.
         recompute_repeats: the same for re-computation, which runs its whole window for each.
-        recall: configurations that are asked.
+        recall: configurations of the recall test.
         recall_seeds: one text each.
         recall_lines: ordinary lines between a fact and its question [lines].
     """

@@ -1,8 +1,8 @@
 """Recall: facts inside the window are found, evicted ones are not.
 
-The right answer is fed after every question, as StreamEval does. An answer counts when each of its tokens was the
-model's first choice: exactly when greedy decoding would have given it to the last digit. So one pass over the text
-in long calls asks all questions.
+The right answer is fed after every question, as StreamEval does. An answer counts if each of its tokens was the model's
+first choice: exactly when greedy decoding would have given it to the last digit. So one pass over the text in long
+calls asks all questions.
 """
 
 from __future__ import annotations
@@ -40,19 +40,12 @@ class _Page:
 
 
 def recall(bench: Bench, names: Sequence[str], seeds: Sequence[int], distances: Sequence[int]) -> RecallStudy:
-    """Asks each configuration all questions of several texts.
+    """Ask each configuration all questions of several texts; return the answers by distance.
 
-    Args:
-        bench: model and texts; the first one gives the ordinary lines.
-        names: the configurations.
-        seeds: one text each.
-        distances: ordinary lines between a fact and its question [lines].
-
-    Returns:
-        Answers by distance.
+    The first text of the bench gives the ordinary lines; `distances` count those between a fact and its question.
 
     Raises:
-        LabError: if the text has too few lines, or the tokenizer does not tell where its tokens lie.
+        LabError: if the text has too few lines, or the tokenizer has no offsets.
     """
     corpus = bench.corpora[0]
     filler = [line.strip() for line in corpus.text.splitlines() if line.strip()]
@@ -93,21 +86,15 @@ def _ask(bench: Bench, row: Configuration, page: _Page) -> Hits:
 
 
 def answered(choices: torch.Tensor, ids: torch.Tensor, answers: Sequence[Answer]) -> list[bool]:
-    """Which questions were answered to the last token.
+    """Return for each answer whether it was given to the last token.
 
-    Args:
-        choices: [tokens], the model's first choice after each token.
-        ids: [tokens], the text.
-        answers: where its answers are.
-
-    Returns:
-        One truth value per answer.
+    `choices` [tokens] are the model's first choices after each token of the text, `ids` [tokens].
     """
     return [all(int(choices[place - 1]) == int(ids[place]) for place in one.places) for one in answers]
 
 
 def _points(row: Configuration, pages: Sequence[_Page], hits: Sequence[Sequence[bool]]) -> list[RecallPoint]:
-    """Answers gathered by distance, near ones first."""
+    """Group the answers by distance, near ones first."""
     pairs = [pair for page, own in zip(pages, hits, strict=True) for pair in zip(page.answers, own, strict=True)]
     points = []
     for lines_back in sorted({answer.lines_back for answer, _ in pairs}):
@@ -126,7 +113,7 @@ def _points(row: Configuration, pages: Sequence[_Page], hits: Sequence[Sequence[
 
 
 def _example(lines: Lines) -> str:
-    """The first fact and its question; of the lines between them only the number, they are the corpus's."""
+    """Return the first fact and its question; of the lines between only their number, since they are the corpus's."""
     first = lines.questions[0]
     start = lines.text.rfind("\n", 0, first.fact_end) + 1
     asked = lines.text.rfind("\n", 0, first.start) + 1

@@ -13,85 +13,40 @@ from sinkwindow.lab.study_records import AlongStudy, Curve, ScoreStudy
 
 
 def mistakes(bench: Bench, names: Sequence[str], tokens: int) -> ScoreStudy:
-    """The right rule beside what others measured: stale positions, eager evictions, whole calls, no sinks.
-
-    Args:
-        bench: model and texts.
-        names: the rows.
-        tokens: text to read [tokens].
-
-    Returns:
-        One score per row and text.
-    """
+    """Compare the right rule with what others measured: stale positions, eager evictions, whole calls, no sinks."""
     return score_study(bench, "mistakes", [parse(name) for name in names], tokens)
 
 
 def sinks(bench: Bench, counts: Sequence[int], cache: int, tokens: int) -> ScoreStudy:
-    """How many sinks it takes, at one size of cache (the paper's table 2), evicting at every token.
-
-    Args:
-        bench: model and texts.
-        counts: numbers of sinks.
-        cache: S + W [tokens].
-        tokens: text to read [tokens].
-
-    Returns:
-        The dense model first, then one row per number.
-    """
+    """Score numbers of sinks at one size S + W of cache (the paper's table 2), evicting at every token."""
     return score_study(bench, "sinks", sink_rows(counts, cache), tokens)
 
 
 def sizes(bench: Bench, caches: Sequence[int], tokens: int) -> ScoreStudy:
-    """What a larger cache buys, with four sinks (the paper's table 6), evicting at every token.
-
-    Args:
-        bench: model and texts.
-        caches: values of S + W [tokens].
-        tokens: text to read [tokens].
-
-    Returns:
-        The dense model first, then one row per size.
-    """
+    """Score sizes S + W of cache with four sinks (the paper's table 6), evicting at every token."""
     return score_study(bench, "sizes", size_rows(caches), tokens)
 
 
 def sink_rows(counts: Sequence[int], cache: int) -> list[Configuration]:
-    """The configurations of `sinks`."""
+    """Return the configurations of `sinks`."""
     return [parse("baseline"), *(_streaming(count, cache) for count in counts)]
 
 
 def size_rows(caches: Sequence[int]) -> list[Configuration]:
-    """The configurations of `sizes`."""
+    """Return the configurations of `sizes`."""
     return [parse("baseline"), *(_streaming(4, cache) for cache in caches)]
 
 
 def score_study(bench: Bench, label: str, rows: Sequence[Configuration], tokens: int) -> ScoreStudy:
-    """Scores each configuration on each text.
-
-    Args:
-        bench: model and texts.
-        label: the study's name, for the progress bar.
-        rows: the configurations.
-        tokens: text to read [tokens].
-
-    Returns:
-        The scores.
-    """
+    """Score each configuration on each text; `label` is for the progress bar."""
     scores = [bench.score(label, row, corpus, tokens) for corpus in bench.corpora for row in rows]
     return ScoreStudy(tokens=tokens, configurations=[row.record() for row in rows], scores=scores)
 
 
 def along(bench: Bench, names: Sequence[str], tokens: int, bin_tokens: int) -> AlongStudy:
-    """Loss along the first text, far past the model's trained length where the text allows (the paper's figure 5).
+    """Measure the loss along the first text, far past the trained length if the text allows (the paper's figure 5).
 
-    Args:
-        bench: model and texts.
-        names: the configurations.
-        tokens: text to read [tokens].
-        bin_tokens: targets per point [tokens].
-
-    Returns:
-        One curve per configuration.
+    Returns one curve per configuration, with `bin_tokens` targets per point.
 
     Raises:
         LabError: if a point would have no target.
@@ -114,24 +69,16 @@ def along(bench: Bench, names: Sequence[str], tokens: int, bin_tokens: int) -> A
 
 
 def bin_means(nll: torch.Tensor, bin_tokens: int) -> list[float]:
-    """Means of consecutive stretches.
-
-    Args:
-        nll: [targets].
-        bin_tokens: targets per stretch [tokens].
-
-    Returns:
-        One mean per stretch, the last one of what is left.
+    """Return the means of consecutive bins of `nll` [targets]; the last bin may be shorter.
 
     Raises:
         LabError: if `bin_tokens` is below 1.
     """
     if bin_tokens < 1:
-        message = f"bin_tokens={bin_tokens} must be 1 or more"
-        raise LabError(message)
+        raise LabError(f"bin_tokens={bin_tokens} must be 1 or more")
     return [float(part.mean()) for part in torch.split(nll, bin_tokens)]
 
 
 def _streaming(sinks: int, cache: int) -> Configuration:
-    """S sinks in a cache of S + W, B = 0; without sinks it is a window by its own name."""
+    """Return S sinks in a cache of S + W with B = 0; without sinks it is a window with its own name."""
     return parse(f"streaming_{sinks}_{cache - sinks}_0" if sinks else f"window_0_{cache}")

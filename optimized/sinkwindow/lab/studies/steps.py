@@ -17,13 +17,13 @@ from sinkwindow.lab.store import code_version
 from sinkwindow.lab.study_records import StepsRecord, StepsStudy
 from sinkwindow.lab.timing import Clock, Laps, clock_for, waiter
 
-WARM_UP = 1  # untimed tokens before the timed ones; one costs re-computation a whole window
+WARM_UP = 1  # untimed tokens before the timed ones; for re-computation one takes a whole window
 PAST = 64  # tokens beyond a full cache at which a size is timed [tokens]
 CODE = ("sessions", "configurations", "timing", "studies.steps")
 
 
 class Steps(Record):
-    """Steps of several configurations, in turns."""
+    """Steps of several configurations, interleaved."""
 
     steps: list[StepsRecord]
 
@@ -51,7 +51,7 @@ class _Reader:
         self.seen += 1
 
     def take_record(self, place: int, clock: Clock) -> StepsRecord:
-        """What was timed at a place, the warm-up left out."""
+        """Return what was timed at a place, without the warm-up."""
         times = self.laps.seconds()[WARM_UP:]
         self.laps = Laps(clock, waiter(self.text.device))
         return StepsRecord(
@@ -67,18 +67,9 @@ class _Reader:
 def steps(
     bench: Bench, *, places: Sequence[int], cache: int, sizes: Sequence[int], repeats: int, recompute_repeats: int
 ) -> StepsStudy:
-    """Times single tokens.
+    """Time single tokens, against tokens streamed (`places`) and against the size of a full cache (`sizes`).
 
-    Args:
-        bench: model and texts; the first one is fed.
-        places: tokens seen when a token is timed [tokens].
-        cache: S + W of streaming and W of re-computation there [tokens].
-        sizes: S + W for the other picture, each timed when full [tokens].
-        repeats: timed tokens at each place.
-        recompute_repeats: the same for re-computation.
-
-    Returns:
-        All samples.
+    `cache` is S + W of streaming and W of re-computation at the places; `repeats` counts timed tokens at each place.
     """
     along = [parse(name) for name in ("baseline", *_pair(cache))]
     grown = [parse(name) for size in sizes for name in _pair(size)]
@@ -101,15 +92,15 @@ def _pair(size: int) -> tuple[str, str]:
 
 
 def _size(row: Configuration) -> int:
-    """S + W, or W."""
+    """Return S + W, or W."""
     return (row.num_sinks or 0) + (row.window or 0)
 
 
 def _measure(bench: Bench, against: str, rows: Sequence[tuple[Configuration, Sequence[int], int]]) -> Steps:
-    """Times rows, each at its places and so many times, in turns."""
+    """Time rows, each at its places and so many times, interleaved."""
     longest = max(max(places) + WARM_UP + repeats for _, places, repeats in rows)
     text = bench.text(bench.corpora[0], longest).ids
-    bench.reporter.begin(f"time per token against {against}, in turns", sum(len(places) for _, places, _ in rows))
+    bench.reporter.begin(f"time per token against {against}, interleaved", sum(len(places) for _, places, _ in rows))
     key = {**bench.origin, "text": digest_of(text), "code": code_version(*CODE)}
     key |= {"rows": [[described(row), list(places), repeats] for row, places, repeats in rows]}
     text = _long_enough(text, longest).to(bench.loaded.model.device)
@@ -136,7 +127,7 @@ def _run(bench: Bench, rows: Sequence[tuple[Configuration, Sequence[int], int]],
 
 
 def _take_turns(readers: Sequence[_Reader]) -> None:
-    """A token each, until all have had theirs."""
+    """Feed a token of each reader in turn, until all have had theirs."""
     for number in range(WARM_UP + max(reader.repeats for reader in readers)):
         for reader in readers:
             if number < WARM_UP + reader.repeats:
@@ -144,5 +135,5 @@ def _take_turns(readers: Sequence[_Reader]) -> None:
 
 
 def _long_enough(text: torch.Tensor, count: int) -> torch.Tensor:
-    """The text, again from its start where it ends too early: times do not depend on the words."""
+    """Return the text, repeated if it ends too early: times do not depend on the words."""
     return text.repeat(1, -(-count // text.shape[1]))[:, :count]

@@ -1,7 +1,7 @@
-"""Where the loss sits: by how long ago the target's 4-gram occurred last.
+"""Where the loss occurs: by the distance to the last occurrence of the target's 4-gram.
 
-Token by token, streaming equals the dense model nearly everywhere; it loses where the text repeats something from
-beyond its window. A 4-gram that occurred before can be copied by a model that still sees it.
+For nearly every token, streaming equals the dense model; it loses where the text repeats something from beyond its
+window. A 4-gram that occurred before can be copied by a model that still sees it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,11 @@ from sinkwindow.lab.corpora import Corpus
 from sinkwindow.lab.study_records import DistanceBin, WhereCurve, WhereStudy
 
 NGRAM = 4
-EDGES = (64, 256, 1024)  # last distances of the bins; behind the last one comes everything farther [tokens]
+EDGES = (64, 256, 1024)  # last distances of the bins; one more bin takes everything farther [tokens]
 
 
 def where(bench: Bench, names: Sequence[str], tokens: int) -> WhereStudy:
-    """Compares streaming with the dense model, target by target.
-
-    Args:
-        bench: model and texts.
-        names: streaming configurations.
-        tokens: text to read; shared with another study, nothing is measured again [tokens].
-
-    Returns:
-        Differences by distance, per configuration and text.
-    """
+    """Compare streaming with the dense model, target by target; return differences by distance."""
     rows = [parse(name) for name in names]
     curves = [_curve(bench, row, corpus, tokens) for row in rows for corpus in bench.corpora]
     return WhereStudy(ngram=NGRAM, tokens=tokens, configurations=[row.record() for row in rows], curves=curves)
@@ -41,7 +32,7 @@ def _curve(bench: Bench, row: Configuration, corpus: Corpus, tokens: int) -> Whe
     text = bench.text(corpus, tokens)
     dense = bench.losses("where", parse("baseline"), text).nll
     streaming = bench.losses("where", row, text).nll
-    first = sum(row.limits) + 1  # the query of token S + W + B still sees all; target i follows token i
+    first = sum(row.limits) + 1  # the query of token S + W + B still attends to all; target i follows token i
     difference = (streaming - dense)[first:]
     distances = last_occurrence(text.ids[0].tolist(), NGRAM)[1:][first:]
     return WhereCurve(
@@ -53,14 +44,9 @@ def _curve(bench: Bench, row: Configuration, corpus: Corpus, tokens: int) -> Whe
 
 
 def last_occurrence(ids: Sequence[int], ngram: int) -> list[int | None]:
-    """How long ago each token's n-gram occurred last.
+    """Return how long ago each token's n-gram occurred last; None if it never did.
 
-    Args:
-        ids: token ids.
-        ngram: tokens of an n-gram, the token itself the last one.
-
-    Returns:
-        Distances between the two last tokens; None for what never occurred before.
+    An n-gram ends with the token itself; distances are between the two last tokens.
     """
     seen: dict[tuple[int, ...], int] = {}
     found: list[int | None] = []
@@ -74,14 +60,9 @@ def last_occurrence(ids: Sequence[int], ngram: int) -> list[int | None]:
 
 
 def distance_bins(difference: torch.Tensor, distances: Sequence[int | None]) -> list[DistanceBin]:
-    """Mean differences by distance.
+    """Return mean differences by distance, from near to far, then for what never occurred; empty bins are left out.
 
-    Args:
-        difference: [targets], loss of one configuration minus another's.
-        distances: one per target.
-
-    Returns:
-        Bins from near to far, then what never occurred before; empty ones are left out.
+    `difference` [targets] is the loss of one configuration minus another's; `distances` has one value per target.
     """
     bounds: list[tuple[int | None, int | None]] = [(1, EDGES[0])]
     bounds += [(low + 1, high) for low, high in itertools.pairwise(EDGES)]
