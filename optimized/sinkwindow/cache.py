@@ -130,8 +130,8 @@ class StreamingCache(Cache, Calls):
     @property
     def retained_tokens(self) -> list[list[int]]:
         """Natural indices of the retained tokens, one ascending list per row (one list before the first call)."""
-        _ = self._state
-        return self._stream.per_row(self._stream.retained)
+        rows = zip(self._state.lanes, self._state.pools[0].lanes, strict=True)
+        return self._stream.per_row([self.retention.retained(lane.seen, row.evicted) for lane, row in rows])
 
     @property
     def seen_tokens(self) -> list[int]:

@@ -56,9 +56,7 @@ class Calls(Hooked):
     @property
     def _state(self) -> State:
         """What the calls that count have left."""
-        if self._steps is not None:
-            self._steps.sync()
-        return self._stream.state
+        return self._stream.state if self._steps is None else self._steps.state()
 
     def _is_planned(self) -> bool:
         """Return whether a call is running that is no step at fixed shapes."""

@@ -103,6 +103,7 @@ class Aside:
                 ring.write(target[place], tensors[0], after, self._counts, num_sinks)
                 target[place, :, :, :num_sinks] = pristine[place]  # values for good, keys until a step rotates them
                 continue
+            # [batch, kv_heads, slots, width]: the call's columns end at `end`, cached ones come before them.
             stop = self._end
             target[place, :, :, max(0, stop - longest - num_sinks) : stop - longest].zero_()  # likewise
             for tensor in reversed(tensors):

@@ -154,6 +154,7 @@ class Pool:
         banks = tuple(bank.with_slots(wanted) for bank in slots.banks) if size < wanted else slots.banks
         for bank in banks if size < wanted else ():
             torch._foreach_zero_(bank.slots)
+        # Each row keeps the tokens [start, seen), right-aligned at `end`, with room for its sinks in front of them.
         pairs = list(zip(lanes, slots.lanes, strict=True))
         starts = [self.keep_from(lane, row, row.evicted, row.floor, size, recording=recording) for lane, row in pairs]
         counts = [lane.seen - start for (lane, _), start in zip(pairs, starts, strict=True)]
@@ -164,6 +165,7 @@ class Pool:
             index, old_end = batch_slice(r, len(lanes)), slots.end - (cut[r] if cut else 0)
             turn = partial(self._turned, distance=row.offset - lane.offset)
             for old, new in zip(slots.banks, banks, strict=True):
+                # [layers, rows, kv_heads, count, width]; keys change where their slot or their offset does
                 keys, values = (tensor[:, index, :, old_end - count : old_end] for tensor in old.slots)
                 to_keys, to_values = (tensor[:, index, :, end - count : end] for tensor in new.slots)
                 in_place = new is old and end == old_end

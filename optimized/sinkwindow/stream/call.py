@@ -70,6 +70,7 @@ class PoolCall:
         """Slice all layers of a bank at once: a handful of views per call instead of a handful per layer."""
         pool, slots, rule = self.pool, self.slots, self.pool.retention
         columns, epochs, brings_sinks = self.lanes[0].columns, 0, False
+        # Plain loops, here and in Stream.begin: this runs for every token, and a generator costs a frame per lane.
         for lane, row in zip(self.lanes, slots.lanes, strict=True):
             self.evicted.append(rule.evicted_after(lane.after.seen, row.evicted))
             epochs = max(epochs, masks.epochs_begun(lane, row.evicted, rule))
@@ -126,9 +127,9 @@ class PoolCall:
             self._aside.keep(layer, states, sinks)
         if self.epochs:
             states = [self._rotated(sinks), *states]
-        return (
-            states[0] if len(states) == 1 else KeyValue(*(torch.cat(pair, dim=2) for pair in zip(*states, strict=True)))
-        )
+        if len(states) == 1:
+            return fresh
+        return KeyValue(*(torch.cat(pair, dim=2) for pair in zip(*states, strict=True)))
 
     def outcome(self) -> Slots:
         """Return what the pool holds after the call.
@@ -169,10 +170,11 @@ class PoolCall:
         width = self.epochs * count
         if not width:
             return weights
-        folded = weights[..., width:].clone()
+        folded = weights[..., width:].clone()  # [batch, heads, columns, held + columns]
         for r, (lane, row) in enumerate(zip(self.lanes, self.slots.lanes, strict=True)):
             rows, first = batch_slice(r, len(self.lanes)), self.held - (lane.before.seen - row.evicted)
             for sink in range(self.pool.retention.sinks(lane.after.seen)):
+                # A sink is at the head of the cached list, or among the tokens that the call brings.
                 column = first + sink if sink < lane.before.seen else lane.column(sink, self.held)
                 folded[rows, ..., column] += weights[rows, ..., sink:width:count].sum(dim=-1)
         return folded
@@ -188,6 +190,7 @@ class PoolCall:
             ]
             distances = torch.tensor(turns, device=device)[:, None, :, None]  # [lanes, 1, epochs, 1]
             self._turns[device] = rotary.cos_sin(distances, device, dtype)
+        # [batch, kv_heads, S, width] -> [batch, kv_heads, epochs, S, width] -> [batch, kv_heads, epochs * S, width]
         keys, values = (tensor[:, :, None].expand(-1, -1, self.epochs, -1, -1) for tensor in sinks)
         return KeyValue(rotary.rotate(keys, *self._turns[device]).flatten(2, 3), values.flatten(2, 3))
 
@@ -202,7 +205,7 @@ class PoolCall:
         else:
             count = self.pool.retention.num_sinks
             sinks = KeyValue(*(tensor.new_zeros((*tensor.shape[:2], count, tensor.shape[3])) for tensor in fresh))
-        for index, lane, where, columns in self._new_sinks():
+        for index, lane, where, columns in self._new_sinks():  # rotated to their natural index, whatever the offset
             keys, values = (tensor[index][:, :, columns].detach() for tensor in fresh)
             sinks.keys[index, :, where] = (
                 self.pool.rotary.rotate_by(keys, lane.after.offset) if lane.after.offset else keys

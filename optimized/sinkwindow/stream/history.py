@@ -112,6 +112,7 @@ def _counts_at(pools: Sequence[Pool], state: State, column: int) -> _Counts | No
         if column and len(state.past) == _longest(pools):
             return None  # older records were dropped
         record = CallRecord(0, 0, (None,), (0,), ((0,),) * len(pools), 0)
+    # So many columns of the recorded call come before, and behind it so many in which every lane had a token.
     inside = min(column - record.start, record.columns)
     beyond = column - record.start - inside
     several = len(record.real) > 1

@@ -159,14 +159,20 @@ class Steps:
         return self._base is not None
 
     def sync(self) -> None:
-        """Tell the stream what the steps have done so far; telling it again changes nothing."""
-        if self._base is None:
-            return
+        """Tell the stream what the steps have done so far; only a call that runs, or nothing, may change it."""
+        self.stream.state = state = self.state()
+        if self._base is not None:
+            self._base = state
+
+    def state(self) -> State:
+        """Return the stream's state with what the steps have done so far."""
         state = self._base
+        if state is None:
+            return self.stream.state
         seen = self.seen[: len(state.lanes)].tolist()
         steps = seen[0] - state.lanes[0].seen
         if not steps:
-            return
+            return state
         pools = []
         for pool, slots, size in zip(self.stream.pools, state.pools, self._sizes, strict=True):
             oldest = size - pool.retention.num_sinks - 1  # a step that failed may have written one slot more
@@ -177,7 +183,7 @@ class Steps:
             pools.append(replace(slots, lanes=rows))
         gone = sum(new.evicted - old.evicted for new, old in zip(pools[0].lanes, state.pools[0].lanes, strict=True))
         rows_per_lane = (state.batch or 1) // len(state.lanes)
-        self.stream.state = self._base = replace(
+        return replace(
             state,
             pools=tuple(pools),
             lanes=tuple(replace(lane, seen=count) for lane, count in zip(state.lanes, seen, strict=True)),

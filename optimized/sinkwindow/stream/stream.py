@@ -67,12 +67,6 @@ class Stream:
     def _new_state(self) -> State:
         return State(tuple(Slots() for _ in self.pools))
 
-    @property
-    def retained(self) -> list[list[int]]:
-        """Retained natural indices, lane by lane."""
-        rows = zip(self.state.lanes, self.state.pools[0].lanes, strict=True)
-        return [self.rule.retained(lane.seen, row.evicted) for lane, row in rows]
-
     def per_row(self, lanes: list[T]) -> list[T]:
         """Return a list with an item for every row, of one for every lane."""
         if self.state.batch is None:
@@ -262,9 +256,10 @@ class Stream:
         )
         if [(old.shape, old.dtype, old.device) for old in olds] != [(new.shape, new.dtype, new.device) for new in news]:
             return state
-        pairs = [(old, new) for old, new in zip(olds, news, strict=True) if old is not new]
+        pairs = [(old, new) for old, new in zip(olds, news, strict=True) if old is not new]  # sinks are shared
         with torch.inference_mode(mode=False):
             saved = [old.clone() for old, _ in pairs]
+        # From here on an interruption finds the old content half overwritten: `repair` writes it back.
         undo = [Write(old, copy.clone) for (old, _), copy in zip(pairs, saved, strict=True)]
         self._unfinished = Writes(undo), self.state
         for old, new in pairs:
