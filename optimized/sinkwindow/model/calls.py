@@ -153,10 +153,6 @@ class Calls(Hooked):
     def _idle(self, what: str, *, repair: bool = True) -> Iterator[Stream]:
         """Yield the stream, to change it between calls.
 
-        Args:
-            what: What the cache is to do, for the error.
-            repair: Whether to finish first what was interrupted.
-
         Raises:
             RuntimeError: A call is running, in this thread or in another one.
         """

@@ -85,11 +85,6 @@ Finalizer: TypeAlias = "weakref.finalize[[Modules, int], Hooked]"
 def attach(model: nn.Module, decoder: PreTrainedModel, cache: Hooked) -> Finalizer:
     """Hook a model and its decoder for a cache.
 
-    Args:
-        model: The module that the user calls.
-        decoder: The module that receives the cache, or the same.
-        cache: The cache.
-
     Returns:
         Its call removes the hooks, if no other cache needs them; it happens at the latest with the cache.
     """

@@ -100,10 +100,6 @@ def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None, *,
 def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
     """Refuse padding between a row's tokens, for models that count it.
 
-    Args:
-        inputs: The call.
-        seen: Real tokens of each row before it, or of all rows.
-
     Raises:
         ValueError: A row has padding after its first token.
     """

@@ -79,11 +79,7 @@ class OpenCall:
     evictions: list[Eviction] = field(default_factory=list)
 
     def is_running(self, above: FrameType | None) -> bool:
-        """Return whether the call's frame is still on its thread's stack.
-
-        Args:
-            above: Where to look from if this is the thread.
-        """
+        """Return whether the call's frame is still on its thread's stack."""
         own = self.thread == threading.get_ident()
         frame = above if own else sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, for debuggers
         while frame is not None:
@@ -196,12 +192,7 @@ class OpenCall:
     # -- what the decoder returns -------------------------------------------------------------------------------------
 
     def completed(self, output: Any, pool_of: Mapping[int, int]) -> Any:
-        """Return the decoder's output with those of earlier pieces, and weights of copied sinks in their own columns.
-
-        Args:
-            output: What the decoder returned.
-            pool_of: For each layer the index of its pool.
-        """
+        """Return the output with those of earlier pieces, and weights of copied sinks in their own columns."""
         if self.outputs:
             output = joined([*self.outputs, output])
         weights = output.get("attentions") if isinstance(output, dict) else None

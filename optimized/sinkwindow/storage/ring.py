@@ -50,28 +50,13 @@ def tokens_in(newest: Tensor, num_sinks: int, size: int) -> Tensor:
 
 
 def visible_slots(newest: Tensor, evicted: Tensor, num_sinks: int, size: int) -> Tensor:
-    """Return which slots a step's token attends to, itself included, ``[batch, size]`` bool.
-
-    Args:
-        newest: Natural index of each row's token, ``[batch]``.
-        evicted: Tokens that the row has evicted, ``[batch]``.
-        num_sinks: S [tokens].
-        size: Slots per row.
-    """
+    """Return which slots a step's token attends to, itself included, ``[batch, size]`` bool."""
     tokens = tokens_in(newest, num_sinks, size)
     return (tokens >= 0) & ((tokens < num_sinks) | (tokens >= num_sinks + evicted[:, None]))
 
 
 def list_slots(lanes: Sequence[Lane], firsts: Sequence[int], num_sinks: int, size: int, held: int) -> Tensor:
-    """Return the slots of each row's window, right-aligned, ``[lanes, held]``; 0 in front of it.
-
-    Args:
-        lanes: What each row has seen.
-        firsts: The oldest token of each row's window.
-        num_sinks: S [tokens].
-        size: Slots per row.
-        held: Columns wanted.
-    """
+    """Return the slots of each row's window, right-aligned, ``[lanes, held]``; 0 in front of it."""
     seen, first = torch.tensor([lane.seen for lane in lanes])[:, None], torch.tensor(firsts)[:, None]
     naturals = seen - held + torch.arange(held)
     return torch.where(naturals >= first, slot_of(naturals, num_sinks, size), 0)

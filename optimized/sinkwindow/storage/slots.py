@@ -217,16 +217,7 @@ class Pool:
     # -- after a call -------------------------------------------------------------------------------------------------
 
     def keep_from(self, lane: Lane, row: PoolLane, evicted: int, oldest: int, size: int, *, recording: bool) -> int:
-        """Return the oldest window token to keep: the rule's, or an older one for a roll-back, if there is room.
-
-        Args:
-            lane: What the row has seen.
-            row: What the pool knows of it.
-            evicted: Tokens that it has evicted.
-            oldest: The oldest token that there is to keep.
-            size: Slots per row.
-            recording: Whether evicted tokens are kept for a roll-back.
-        """
+        """Return the oldest window token to keep: the rule's, or an older one for a roll-back, if there is room."""
         first = self.retention.first(evicted)
         if recording or self.static:
             mark = 0 if self.static else row.mark

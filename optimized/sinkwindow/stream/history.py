@@ -62,13 +62,7 @@ def select_past(past: Sequence[CallRecord], rows: Sequence[int]) -> tuple[CallRe
 
 
 def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, State] | None:
-    """Return what to write, and the state then, to take the newest columns back; ``None`` where that is impossible.
-
-    Args:
-        pools: The stream's pools.
-        state: The stream's state.
-        columns: How many columns to take back.
-    """
+    """Return what to write, and the state then, to take the newest columns back; ``None`` where that is impossible."""
     column = state.columns - columns
     counts = _counts_at(pools, state, column) if columns else _counts_now(state)
     if counts is None or not _reachable(pools, state, counts):
