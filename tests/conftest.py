@@ -1,4 +1,4 @@
-"""What holds for every test: Hypothesis profiles, one thread, and poisoned memory."""
+"""Setup of every test: Hypothesis profiles, one thread, and poisoned memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 OURS: Final = ("sinkwindow", "sinkwindow_reference")
-UNINITIALISED: Final = (
+UNINITIALIZED: Final = (
     (torch, "empty"),
     (torch, "empty_like"),
     (torch, "empty_strided"),
@@ -23,31 +23,31 @@ UNINITIALISED: Final = (
     (torch.Tensor, "new_empty_strided"),
 )
 
-# A first example pays for imports and model building, hence no deadline and no complaint about slow draws anywhere.
+# The first example pays for imports and model building, hence no deadline and no health check for slow draws.
 COMMON: Final[dict[str, Any]] = {
     "deadline": None,
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 settings.register_profile("dev", **COMMON)
-# The same examples on every machine and every run: a red build is red again at the desk.
+# The same examples on every machine and in every run, so that a build that fails here fails locally too.
 settings.register_profile("ci", derandomize=True, **COMMON)
 settings.register_profile("nightly", max_examples=2_000, stateful_step_count=200, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
-# Tiny tensors gain nothing from threads, and xdist workers would fight for the cores.
+# Tiny tensors gain nothing from threads, and xdist workers would compete for the cores.
 torch.set_num_threads(1)
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fills fresh memory with what no right result survives: NaN, or an index far outside everything."""
+    """Fill fresh memory with values that make a result visibly wrong: NaN, or an index far out of bounds."""
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.fill_(float("nan"))
     return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 
 def _called_by_us() -> bool:
-    """Tells whether the function two frames up was called from one of our packages."""
+    """Return whether the function two frames up was called from one of our packages."""
     frame = inspect.currentframe()
     for _ in range(2):
         frame = frame and frame.f_back
@@ -55,7 +55,7 @@ def _called_by_us() -> bool:
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Wraps a function that returns uninitialised memory."""
+    """Wrap a function that returns uninitialized memory."""
 
     @functools.wraps(allocate)
     def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -68,10 +68,10 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes memory that our code asks for uninitialised come back poisoned.
+    """Poison the uninitialized memory that our code requests.
 
     A slot that is read before it was written then shows in every result, rather than only where the allocator
-    happens to hand out dirty pages. Calls from torch and transformers are left alone.
+    happens to return memory with old content. Calls from torch and transformers are not changed.
     """
-    for owner, name in UNINITIALISED:
+    for owner, name in UNINITIALIZED:
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -1,8 +1,9 @@
-"""A tiny random model of every family that the cache supports, and of those that it refuses.
+"""A tiny random model of every family that the cache supports, and of every family that it refuses.
 
-Weights are wide (standard deviation 0.3): with the usual 0.02 a wrong position is nearly invisible. Positions end at
-64, so that they are rebased often, and windows that layers bring themselves are shorter than most streams. Run as a
-script this file prints the table in docs/support.md: `python tests/families.py > docs/support.md`.
+Weights have a standard deviation of 0.3: with the usual 0.02 a wrong position hardly changes the logits. Models have 64
+positions, so that positions are rebased often, and layers with a sliding window of their own have one that is shorter
+than most streams. Run as a script, this file prints the table in docs/support.md:
+`python tests/families.py > docs/support.md`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from wide_norms import keep_norms_wide
 
 VOCABULARY: Final = 50
 TRAINED: Final = 64  # positions [tokens]
-OWN_WINDOW: Final = 12  # of layers that bring one [tokens]
+OWN_WINDOW: Final = 12  # sliding window of the layers that have one of their own [tokens]
 WEIGHT_STD: Final = 0.3
-FLOAT32_ISLAND: Final = 1e-4  # logit difference where a part of the model works in float32; measured: 1e-5
+FLOAT32_ISLAND: Final = 1e-4  # allowed logit difference where a part of the model works in float32; measured: 1e-5
 EXACT: Final = 1e-9
 
 SIZES: Final = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -37,7 +38,7 @@ MIXED: Final = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 GPT: Final = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": TRAINED}
-EXPERTS: Final = {"experts_implementation": "eager"}  # grouped matrix products know no float64
+EXPERTS: Final = {"experts_implementation": "eager"}  # grouped matrix products do not support float64
 FALCON: Final = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": TRAINED}
 LATENT: Final = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 LONGROPE: Final = {
@@ -55,13 +56,13 @@ class Family:
     """How to build a family's tiny model, and what to expect of it.
 
     Attributes:
-        model_type: As transformers names it.
-        title: As people name it.
-        positions: How the model knows positions.
+        model_type: Its name in transformers.
+        title: Its usual name.
+        positions: How the model encodes positions.
         config: Arguments of its configuration.
-        attention: Back-ends it has, its default first.
-        bound: Largest logit difference to the reference.
-        dtype: float64 where the model bears it.
+        attention: Attention implementations that it supports, its default first.
+        bound: Largest allowed difference between its logits and the reference's.
+        dtype: float64 where the model supports it.
     """
 
     model_type: str
@@ -86,12 +87,12 @@ def _llama(rope_type: str, **rope: Any) -> Family:
 
 PAIRS: Final = "RoPE, interleaved"
 PARTIAL: Final = "RoPE, partial"
-EAGER_WITH_SINKS: Final[dict[str, Any]] = {"attention": ("eager",), "bound": FLOAT32_ISLAND}  # flex: on a GPU only
-OWN: Final[dict[str, Any]] = {"attention": ("sdpa", "eager")}  # Falcon chooses between two forms of its own
+EAGER_WITH_SINKS: Final[dict[str, Any]] = {"attention": ("eager",), "bound": FLOAT32_ISLAND}  # flex needs a GPU
+OWN: Final[dict[str, Any]] = {"attention": ("sdpa", "eager")}  # Falcon implements both itself
 # MPT and BLOOM cast scores to float32 whatever their dtype, where a float64 mask becomes -inf and padding NaN.
 EAGER: Final[dict[str, Any]] = {"attention": ("eager",), "bound": FLOAT32_ISLAND, "dtype": torch.float32}
-# Eager attention has its softmax in float32 whatever the model's dtype.
-NO_FLEX: Final[dict[str, Any]] = {"attention": ("sdpa", "eager")}  # transformers refuses it
+NO_FLEX: Final[dict[str, Any]] = {"attention": ("sdpa", "eager")}  # transformers refuses flex_attention
+# Eager attention computes its softmax in float32 whatever the model's dtype.
 NO_SDPA: Final[dict[str, Any]] = {"attention": ("eager", "flex_attention"), "bound": FLOAT32_ISLAND}
 FAMILIES: Final[dict[str, Family]] = {
     "llama": _family("llama", "Llama", GQA),
@@ -196,7 +197,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "ernie4_5": _family("ernie4_5", "Ernie 4.5", HEAD_DIM, PAIRS),
 }
 
-# They came to AttentionInterface with transformers 5.24; before, they are refused, and not among these.
+# Both use AttentionInterface since transformers 5.24. With earlier releases they are refused, hence removed here.
 for _late in ("gptj", "codegen"):
     if not hasattr(import_module(f"transformers.models.{_late}.modeling_{_late}"), "ALL_ATTENTION_FUNCTIONS"):
         del FAMILIES[_late]
@@ -215,7 +216,7 @@ REFUSED: Final[dict[str, Family]] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 16,
         },
-        "RoPE beside a latent",
+        "RoPE and a latent",
     ),
     "t5": _family(
         "t5",
@@ -229,7 +230,7 @@ REFUSED: Final[dict[str, Family]] = {
 
 @functools.cache
 def build(family: str, attention: str | None = None) -> PreTrainedModel:
-    """Give a family's model by name, the same one for the same arguments: leave it as it was."""
+    """Return a family's model. Calls with the same arguments share one object, so do not change it."""
     recipe = (FAMILIES | REFUSED)[family]
     special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = AutoConfig.for_model(recipe.model_type, **special, **recipe.config)
@@ -252,7 +253,7 @@ def build(family: str, attention: str | None = None) -> PreTrainedModel:
 
 
 def can_be_static(family: str) -> bool:
-    """Tell whether `static=True` is accepted."""
+    """Return whether `static=True` is accepted for a family."""
     try:
         StreamingCache(build(family), 1, 4, 1, static=True).detach()
     except ValueError:
@@ -265,7 +266,7 @@ def _word(answer: object) -> str:
 
 
 def table() -> str:
-    """Render docs/support.md from what `supports` answers."""
+    """Render docs/support.md from the answers of `supports`."""
     lines = [HEAD]
     for name, family in FAMILIES.items():
         answer = supports(build(name))

@@ -23,7 +23,7 @@ WORDS = ("<s>", "<unk>", *(f"w{number}" for number in range(30)))
 
 @functools.cache
 def tiny_model(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """Two layers, grouped heads, 32 words."""
+    """Return a Llama with two layers, grouped heads and a vocabulary of 32 words."""
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -43,7 +43,7 @@ def tiny_model(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, split at white space."""
+    """Return a tokenizer with one token per word, split at white space."""
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))  # noqa: S106
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -54,40 +54,40 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path) -> Path:
-    """Writes model and tokenizer as `from_pretrained` wants them."""
+    """Save model and tokenizer in the format of `from_pretrained`; return the folder."""
     tiny_model(torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def random_ids(count: int, seed: int = 0) -> torch.Tensor:
-    """[1, count] token ids."""
+    """Return random token ids `[1, count]`."""
     return torch.randint(2, len(WORDS), (1, count), generator=torch.Generator().manual_seed(seed))
 
 
 def random_text(count: int, seed: int = 0) -> str:
-    """That many words."""
+    """Return a text of `count` random words."""
     return " ".join(WORDS[index] for index in random_ids(count, seed)[0].tolist())
 
 
 def text_of_lines(count: int) -> str:
-    """Words, five to a line."""
+    """Return `count` lines of five random words each."""
     words = random_text(5 * count).split()
     return "\n".join(" ".join(words[start : start + 5]) for start in range(0, len(words), 5))
 
 
 def loaded_tiny() -> LoadedModel:
-    """The tiny model in float64, as the lab loads one."""
+    """Return the tiny model in float64, as the lab loads a model."""
     return LoadedModel(tiny_model(), tiny_tokenizer(), describe(tiny_model(), "tiny", "test"))
 
 
 def tiny_bench(store: Store | None = None) -> Bench:
-    """The tiny model on one text."""
+    """Return a bench with the tiny model and one text."""
     return Bench(loaded_tiny(), [Corpus("words", (text_of_lines(60),), "test")], store=store or Store())
 
 
 def machine_record() -> records.MachineRecord:
-    """A machine, and a checkout with local changes."""
+    """Return the record of a machine whose checkout has local changes."""
     return records.MachineRecord(
         date="2026-01-02T03:04:05+00:00",
         cpu="a CPU",
@@ -104,7 +104,7 @@ def machine_record() -> records.MachineRecord:
 
 
 def generation(times: list[float]) -> records.GenerationRecord:
-    """A generation with these token times [s]."""
+    """Return the record of a generation with these token times [s]."""
     return records.GenerationRecord(
         prompt_tokens=5,
         prompt_times_s=times[:1],
@@ -117,7 +117,7 @@ def generation(times: list[float]) -> records.GenerationRecord:
 
 
 def score(configuration: str, corpus: str, perplexity: float) -> records.PerplexityRecord:
-    """A perplexity with this value."""
+    """Return a perplexity record with this value."""
     return records.PerplexityRecord(
         configuration=configuration,
         corpus=corpus,

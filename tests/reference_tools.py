@@ -1,7 +1,7 @@
-"""What the tests of the reference share: tiny models, random numbers, and how near is near enough.
+"""Shared by the tests of the reference: tiny models, random numbers, and tolerances.
 
-Where a stock model in float64 is the other side, 1e-6 is as near as it gets: transformers makes angles, and RMS norms,
-in float32 whatever the model's dtype. Where both sides are ours the bound is 1e-12.
+A stock model in float64 agrees with the reference to 1e-6 at best: transformers computes angles and RMS norms in
+float32 whatever the model's dtype. Where both sides of a comparison are our own code, the bound is 1e-12.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**16)
 
 
 def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Returns a random float64 model of a family, large weights so that a wrong position cannot hide."""
+    """Return a random float64 model of a family, with large weights so that a wrong position changes the logits."""
     small: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0, "initializer_range": 0.3}
     if kind not in {"gpt_neox", "phi"}:
@@ -39,20 +39,20 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrained
 
 
 def random_ids(seed: int, rows: int, tokens: int) -> Tensor:
-    """Returns token ids `[rows, tokens]`, the padding id left out."""
+    """Return random token ids `[rows, tokens]`, without the padding id."""
     return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def gap(left: Tensor, right: Tensor) -> float:
-    """Returns the largest difference, NaN if anything is."""
+    """Return the largest absolute difference, or NaN if any element is NaN."""
     return float((left - right).abs().max())
 
 
 def heads(seed: int, *shape: int) -> Tensor:
-    """Returns random float64 numbers."""
+    """Return random float64 numbers."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def frequencies(pairs: int) -> Tensor:
-    """Returns RoPE frequencies of which the first is one radian per token `[pairs]`."""
+    """Return RoPE frequencies `[pairs]`, of which the first is one radian per token."""
     return 100.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)

@@ -1,7 +1,8 @@
-"""What the property tests draw: small integers and a seed; models and tokens are made from these.
+"""What the property tests draw: small integers and a random seed, from which they make models and tokens.
 
-Weights are wide (standard deviation 0.35): with the usual 0.02 attention is almost uniform and a key at a wrong
-position is nearly invisible. They are rounded to bfloat16, so that one model exists in every dtype with equal weights.
+Weights have a standard deviation of 0.35: with the usual 0.02 attention is almost uniform, and a key at a wrong
+position hardly changes the logits. Weights are rounded to bfloat16, so that a model has the same weights in every
+dtype.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ ROPES: Final = ("default", "linear", "dynamic", "yarn")  # dynamic switches on p
 
 
 def budget(share: float) -> settings:
-    """Give a share of the profile's examples to a test that costs more, or deserves more, than others."""
+    """Return settings with a share of the profile's examples: less than 1 for slow tests, more for important ones."""
     return settings(max_examples=max(5, int(settings().max_examples * share)))
 
 
@@ -98,7 +99,7 @@ BOTH: Final[tuple[EvictMode, ...]] = ("token", "call")
 
 
 def rules(evict: Sequence[EvictMode] = ("token",)) -> st.SearchStrategy[Rule]:
-    """Draw S, W, B and the mode."""
+    """Draw the number of sinks (S), the window (W), the buffer (B) and the eviction mode."""
     return st.builds(
         Rule,
         num_sinks=st.integers(0, MAX_SINKS),
@@ -113,7 +114,7 @@ def rules(evict: Sequence[EvictMode] = ("token",)) -> st.SearchStrategy[Rule]:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A tiny model; `model` builds it."""
+    """The specification of a tiny model; `model` builds it."""
 
     family: str = "llama"
     layers: int = 2
@@ -126,11 +127,11 @@ class ModelSpec:
     attention: str = "sdpa"
 
     def model(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-        """Give the model; the same object for the same specification, so leave it as it was."""
+        """Return the model. Equal specifications share one object, so do not change it."""
         return _build(self, dtype)
 
     def with_(self, **changes: Any) -> ModelSpec:
-        """Give a variant."""
+        """Return a variant."""
         return replace(self, **changes)
 
 
@@ -145,7 +146,7 @@ def _build(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def fresh_model(spec: ModelSpec, **changes: Any) -> PreTrainedModel:
-    """Build a model of its own, in float32, with changes to its config."""
+    """Build a new float32 model, with changes to its config."""
     make_config, make_model = FAMILIES[spec.family]
     with torch.random.fork_rng():
         model = cast("PreTrainedModel", make_model(make_config(**(_config(spec) | changes))))
@@ -190,7 +191,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
 
 @st.composite
 def model_specs(draw: st.DrawFn, ropes: Sequence[str] = ROPES) -> ModelSpec:
-    """Draw a model whose trained positions hold every drawn rule's longest list, often only just."""
+    """Draw a model with enough trained positions for the longest list of any drawn rule, often exactly enough."""
     family = draw(st.sampled_from(sorted(FAMILIES)))
     heads = draw(st.integers(1, 4))
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
@@ -211,18 +212,18 @@ def model_specs(draw: st.DrawFn, ropes: Sequence[str] = ROPES) -> ModelSpec:
 
 
 def seeds() -> st.SearchStrategy[int]:
-    """Draw what tokens are made from."""
+    """Draw a seed for random tokens."""
     return st.integers(0, 2**16)
 
 
 def tokens(seed: int, batch: int, columns: int) -> Tensor:
-    """Make tokens, `[batch, columns]`."""
+    """Return random tokens, `[batch, columns]`."""
     return torch.randint(0, VOCABULARY, (batch, columns), generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
 def splits(draw: st.DrawFn, least: int = 1, most: int = 90) -> list[int]:
-    """Draw the lengths of the calls that feed a sequence: a first one, then a pattern over and over.
+    """Draw the lengths of the calls that feed a sequence: a first length, then a repeated pattern.
 
     `[30, 1, 1, ...]` is prefill and decode, `[70]` is longer than any drawn cache, `[1, 9, 1, 9, ...]` is mixed.
     """
@@ -236,9 +237,9 @@ def splits(draw: st.DrawFn, least: int = 1, most: int = 90) -> list[int]:
 
 
 def padding_mask(seed: int, batch: int, lengths: Sequence[int], *, holes: bool) -> Tensor:
-    """Make a mask `[batch, columns]` with padding left of the first call, and of some later calls if `holes`.
+    """Return a mask `[batch, columns]` with padding at the left of the first call, and of some later ones if `holes`.
 
-    Whole calls may be padding for a row, but for the last one: every row has a token.
+    A whole call may be padding for a row, except the last call: every row has a token.
     """
     dice = random.Random(seed)  # noqa: S311 - not a secret
     mask = torch.ones(batch, sum(lengths), dtype=torch.long)
@@ -253,13 +254,13 @@ def padding_mask(seed: int, batch: int, lengths: Sequence[int], *, holes: bool) 
 
 
 def real_per_call(real: Tensor, lengths: Sequence[int]) -> list[int]:
-    """Count a row's real tokens `[columns]` in each call, calls without any left out."""
+    """Return how many real tokens of a row, `[columns]`, each call has; calls without any are left out."""
     counts = [int(part.sum()) for part in torch.split(real, list(lengths))]
     return [count for count in counts if count]
 
 
 def call(model: PreTrainedModel, cache: object, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Call the model once and give its logits, `[batch, columns, vocab]`."""
+    """Call the model once and return its logits, `[batch, columns, vocab]`."""
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, attention_mask=mask, **{CACHE_NAME: cache}).logits
     return logits
@@ -268,7 +269,7 @@ def call(model: PreTrainedModel, cache: object, ids: Tensor, mask: Tensor | None
 def stepwise(
     model: PreTrainedModel, cache: object, ids: Tensor, lengths: Sequence[int], mask: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Feed a sequence call by call; after each one yield the columns fed so far and the call's logits."""
+    """Feed a sequence call by call; after each call yield the number of columns fed so far and the call's logits."""
     end = 0
     for length in lengths:
         end += length
@@ -279,17 +280,17 @@ def stepwise(
 def stream(
     model: PreTrainedModel, cache: object, ids: Tensor, lengths: Sequence[int], mask: Tensor | None = None
 ) -> Tensor:
-    """Feed a sequence call by call and give all logits, `[batch, columns, vocab]`."""
+    """Feed a sequence call by call and return all logits, `[batch, columns, vocab]`."""
     return torch.cat([logits for _, logits in stepwise(model, cache, ids, lengths, mask)], dim=1)
 
 
 def worst(difference: Tensor) -> float:
-    """Give the largest absolute value; infinity where something is no number, 0 where there is nothing."""
+    """Return the largest absolute value: infinity if any value is NaN, 0 for an empty tensor."""
     return max(difference.abs().nan_to_num(nan=torch.inf).flatten().tolist(), default=0.0)
 
 
 def observe(cache: StreamingCache) -> tuple[Any, ...]:
-    """Give everything that can be seen of a cache."""
+    """Return everything that can be observed of a cache."""
     return (
         cache.retained_tokens,
         cache.seen_tokens,

@@ -1,4 +1,4 @@
-"""Nothing is half done: a call that dies or is refused leaves the cache as it was; interrupted moves are finished."""
+"""A call that fails or is refused leaves the cache unchanged; an interrupted change of its tensors is repaired."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from strategies import (
     rules,
     seeds,
     splits,
+    stepwise,
     stream,
     tokens,
     worst,
@@ -59,18 +60,18 @@ STORAGE = ("sinkwindow.storage", "sinkwindow.stream")  # the packages that write
     where=st.integers(0, 10_000),
     kind=st.sampled_from([RuntimeError, MemoryError, KeyboardInterrupt]),
 )
-def test_a_forward_that_dies_leaves_the_cache_as_it_was(
+def test_a_failed_forward_leaves_the_cache_unchanged(
     spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], where: int, kind: type[BaseException], *, padded: bool
 ) -> None:
-    """Whatever call dies in whatever layer, of whatever cause: the cache is as before, and the call again is right."""
+    """A call that raises any exception in any layer changes nothing, and the same call again gives right logits."""
     model, ids, fatal = spec.model(), tokens(seed, 2, sum(lengths)), where % len(lengths)
     mask = padding_mask(seed, 2, lengths, holes=True) if padded else torch.ones_like(ids)
     expected = reference_logits(model, ids, mask, chunks=lengths, **rule.arguments)
     cache, end = rule.cache(model), sum(lengths[:fatal])
-    for stop, length in zip(_ends(lengths[:fatal]), lengths[:fatal], strict=True):
-        call(model, cache, ids[:, stop - length : stop], mask[:, :stop])
+    for _ in stepwise(model, cache, ids, lengths[:fatal], mask):
+        pass
     before = observe(cache)
-    with _dying_layer(model, where % spec.layers, kind):
+    with _failing_layer(model, where % spec.layers, kind):
         call(model, cache, ids[:, end : end + lengths[fatal]], mask[:, : end + lengths[fatal]])
     assert observe(cache) == before
     for length in lengths[fatal:]:
@@ -81,20 +82,22 @@ def test_a_forward_that_dies_leaves_the_cache_as_it_was(
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_another_call_of_the_model_after_a_death_is_a_stock_call(kind: type[BaseException]) -> None:
-    """A call across evictions that dies leaves no trace for the model's next call, which has no cache."""
+def test_after_a_failed_call_another_call_of_the_model_is_a_stock_call(kind: type[BaseException]) -> None:
+    """A call across evictions that fails does not affect the model's next call, which has no cache."""
     model, ids = ModelSpec().model(), tokens(0, 1, 30)
     stock = model(ids).logits
     cache = Rule(1, 4, 1).cache(model)
-    with _dying_layer(model, 1, kind):
+    with _failing_layer(model, 1, kind):
         call(model, cache, ids)
     assert torch.equal(model(ids).logits, stock)
     assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_death_while_rows_part_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch, *, padded: bool) -> None:
-    """Padding makes rows count for themselves; where that is interrupted, calls with and without padding go on."""
+def test_an_interruption_while_rows_get_lanes_of_their_own_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, *, padded: bool
+) -> None:
+    """Padding gives each row a lane of its own; if that is interrupted, calls with and without padding still work."""
     rule, model, ids = Rule(1, 4, 1), ModelSpec().model(), tokens(0, 2, 12)
     mask = torch.ones_like(ids)
     cache = rule.cache(model)
@@ -119,19 +122,20 @@ def test_a_death_while_rows_part_leaves_the_cache_as_it_was(monkeypatch: pytest.
 def test_an_interrupted_move_of_a_decode_step_is_finished(
     write: str, fatal: int, monkeypatch: pytest.MonkeyPatch, *, late: bool
 ) -> None:
-    """A write that dies while windows or sinks move loses nothing: going on from where the cache stands is exact.
+    """A write that fails while windows or sinks move loses nothing: the call does not count, and again it is exact.
 
-    Also where it dies `late`, having overwritten what it was made from; and each layer's row is a write of its own.
+    This holds also if the write fails `late`, after it has overwritten its source. With so little scratch memory, each
+    layer's row is a write of its own.
     """
     monkeypatch.setitem(journal.SCRATCH, "cpu", 1)
-    assert _deaths([1] * 60, write, fatal, late=late) > 2
+    assert _failures([1] * 60, write, fatal, late=late) > 2
 
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("write", ["copy_", "__setitem__", "index_copy_"])
-def test_a_call_that_is_interrupted_in_any_write_does_not_count(write: str, *, late: bool, static: bool) -> None:
-    """Of a model with two kinds of layers, a prompt behind a filled cache: it is as before, and goes on right."""
+def test_a_call_that_fails_in_any_write_does_not_count(write: str, *, late: bool, static: bool) -> None:
+    """A prompt on a filled cache with two kinds of layers fails: the cache is unchanged, and later calls are exact."""
     rule, model, ids = Rule(2, 5, 1), build("qwen2_windows"), tokens(0, 2, TRAINED + 9)
     expected = reference_logits(model, ids, **rule.arguments)
     for fatal in itertools.count():
@@ -139,27 +143,27 @@ def test_a_call_that_is_interrupted_in_any_write_does_not_count(write: str, *, l
         stream(model, cache, ids[:, : TRAINED - 20], [TRAINED - 24, 1, 1, 1, 1])
         before = observe(cache)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, write, _dying_write(write, fatal, late=late))
-            died = _dies(lambda: call(model, cache, ids[:, TRAINED - 20 : TRAINED]))  # noqa: B023 - called at once
-        if not died:
+            patch.setattr(torch.Tensor, write, _failing_write(write, fatal, late=late))
+            failed = _fails(lambda: call(model, cache, ids[:, TRAINED - 20 : TRAINED]))  # noqa: B023 - called at once
+        if not failed:
             break
         assert observe(cache) == before
         for start, stop in ((TRAINED - 20, TRAINED), (TRAINED, TRAINED + 1), (TRAINED + 1, TRAINED + 9)):
             assert worst(call(model, cache, ids[:, start:stop]) - expected[:, start:stop]) < EXACT
-    assert (fatal > 5) == (static or write == "__setitem__")  # the others are a ring's
+    assert (fatal > 5) == (static or write == "__setitem__")  # only a static cache does the other writes here
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_cache_that_cannot_move_can_be_reset(*, static: bool) -> None:
-    """Where every write fails for want of memory, what was interrupted is dropped; the cache is as new."""
+    """If every write fails for lack of memory, `reset` drops the interrupted change and the cache is like new."""
     rule, model, ids = Rule(2, 5, 1), ModelSpec(max_positions=20).model(), tokens(0, 2, 30)
     expected, fresh = reference_logits(model, ids, **rule.arguments), observe(rule.cache(model, static=static))
     cache = rule.cache(model, static=static)
     call(model, cache, ids)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", _out_of_memory)
-        assert _dies(lambda: stream(model, cache, ids, [3] * 10))
-        assert not _dies(cache.reset)
+        assert _fails(lambda: stream(model, cache, ids, [3] * 10))
+        assert not _fails(cache.reset)
     assert observe(cache) == fresh
     assert worst(stream(model, cache, ids, [20, *[1] * 10]) - expected) < EXACT
 
@@ -167,7 +171,7 @@ def test_a_cache_that_cannot_move_can_be_reset(*, static: bool) -> None:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("part", [(Stream, "repair"), (Writes, "finish"), (Steps, "follow")])
 def test_an_interrupted_reset_is_finished(part: tuple[type, str], *, static: bool) -> None:
-    """Wherever a reset is interrupted, after steps that only tensors have counted: the next call finds no tokens."""
+    """Wherever a reset is interrupted, after steps counted only in tensors, the next call finds an empty cache."""
     rule, model, ids = Rule(2, 5, 1), ModelSpec(max_positions=20).model(), tokens(0, 2, 30)
     expected, fresh = reference_logits(model, ids, **rule.arguments), observe(rule.cache(model, static=static))
     cache = rule.cache(model, static=static)
@@ -183,8 +187,8 @@ def test_an_interrupted_reset_is_finished(part: tuple[type, str], *, static: boo
 
 
 @given(sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 8)), most=st.integers(1, 400))
-def test_a_move_takes_no_more_aside_than_it_may(sizes: tuple[int, int, int], most: int) -> None:
-    """Parts hold `most` bytes, or are one layer's row; together they are the whole, each number written once."""
+def test_a_move_copies_no_more_to_scratch_than_allowed(sizes: tuple[int, int, int], most: int) -> None:
+    """A part has at most `most` bytes or is one layer's row; all parts together write each number exactly once."""
     layers, batch, slots = sizes
     source = torch.arange(layers * batch * slots).reshape(layers, batch, 1, slots, 1).double()
     target = torch.zeros_like(source)
@@ -201,39 +205,35 @@ def test_a_move_takes_no_more_aside_than_it_may(sizes: tuple[int, int, int], mos
 @pytest.mark.parametrize(
     ("write", "fatal"), [*(("__setitem__", fatal) for fatal in range(8)), *(("copy_", fatal) for fatal in range(3))]
 )
-def test_an_interrupted_write_of_a_long_call_leaves_the_cache_as_it_was(write: str, fatal: int, *, late: bool) -> None:
-    """The same where a call longer than the slots has run and its window is written, in every single write."""
-    assert _deaths([20, 3, 40, 1, 1, 30, 9, 2, 25, 1], write, fatal, late=late) > 2
+def test_an_interrupted_write_of_a_long_call_leaves_the_cache_unchanged(write: str, fatal: int, *, late: bool) -> None:
+    """The same holds for every write of the window after a call that is longer than the slots."""
+    assert _failures([20, 3, 40, 1, 1, 30, 9, 2, 25, 1], write, fatal, late=late) > 2
 
 
-def _deaths(lengths: list[int], write: str, fatal: int, *, late: bool) -> int:
-    """Stream with the `fatal`-th write of every call dying, and check everything; returns the deaths.
+def _failures(lengths: list[int], write: str, fatal: int, *, late: bool) -> int:
+    """Stream while write number `fatal` of every call fails, check everything, and return the number of failures.
 
-    A call that dies does not count, and comes again.
+    A call that fails does not count and is repeated.
     """
     rule, model, ids = Rule(2, 5, 1), ModelSpec(max_positions=20).model(), tokens(0, 2, sum(lengths))
     expected = reference_logits(model, ids, **rule.arguments)
-    cache, deaths = rule.cache(model), 0
-    for end, length in zip(_ends(lengths), lengths, strict=True):
+    cache, failures = rule.cache(model), 0
+    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
         part = ids[:, end - length : end]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, write, _dying_write(write, fatal, late=late))
-            died = _dies(lambda: call(model, cache, part))  # noqa: B023 - called at once
-        deaths += died
-        assert cache.get_seq_length() == (end - length if died else end)
-        if died:
+            patch.setattr(torch.Tensor, write, _failing_write(write, fatal, late=late))
+            failed = _fails(lambda: call(model, cache, part))  # noqa: B023 - called at once
+        failures += failed
+        assert cache.get_seq_length() == (end - length if failed else end)
+        if failed:
             assert worst(call(model, cache, part) - expected[:, end - length : end]) < EXACT
     assert cache.seen_tokens == [sum(lengths)] * 2
-    return deaths
-
-
-def _ends(lengths: list[int]) -> list[int]:
-    return [sum(lengths[: index + 1]) for index in range(len(lengths))]
+    return failures
 
 
 @contextmanager
-def _dying_layer(model: PreTrainedModel, index: int, kind: type[BaseException]) -> Iterator[None]:
-    """Let a layer raise after it has updated the cache; what is in the block must die of it."""
+def _failing_layer(model: PreTrainedModel, index: int, kind: type[BaseException]) -> Iterator[None]:
+    """Make a layer raise after it has updated the cache, and check that the exception leaves the block."""
 
     def hook(*_: object) -> None:
         raise kind("the machine stops")
@@ -246,10 +246,10 @@ def _dying_layer(model: PreTrainedModel, index: int, kind: type[BaseException]) 
         handle.remove()
 
 
-def _dying_write(name: str, fatal: int, *, late: bool) -> Callable[..., object]:
-    """Make a tensor method whose call number `fatal` from the storage modules dies; all others do their work.
+def _failing_write(name: str, fatal: int, *, late: bool) -> Callable[..., object]:
+    """Return a tensor method whose call number `fatal` from the storage modules raises; all other calls do their work.
 
-    A `late` death comes when the work is done.
+    If `late`, it raises after the work is done.
     """
     method, count = getattr(torch.Tensor, name), [0]
 
@@ -259,7 +259,7 @@ def _dying_write(name: str, fatal: int, *, late: bool) -> Callable[..., object]:
             if count[0] == fatal + 1:
                 if late:
                     method(target, *args, **kwargs)
-                raise MemoryError("a write dies")
+                raise MemoryError("a write fails")
         return method(target, *args, **kwargs)
 
     return write
@@ -269,7 +269,7 @@ def _out_of_memory(*_: object) -> None:
     raise MemoryError("no memory left")
 
 
-def _dies(act: Callable[[], object]) -> bool:
+def _fails(act: Callable[[], object]) -> bool:
     try:
         act()
     except MemoryError:
@@ -281,7 +281,7 @@ def _dies(act: Callable[[], object]) -> bool:
 
 
 def _bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[StreamingCache, PreTrainedModel], object]]]:
-    """Name what can be wrong with a call: the error, what it says, and the call."""
+    """Return what can be wrong with a call: the error, its message, and the call."""
     ids, embeddings = tokens(1, 2, 3), torch.zeros(2, 0, 16, dtype=torch.float64)
     other, streaming = ModelSpec(heads=1).model(), ModelSpec(heads=4).model()
     mask_4d = torch.zeros(2, 1, 3, 14, dtype=torch.float64)
@@ -310,7 +310,7 @@ def _bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[StreamingCac
 
 @pytest.mark.parametrize("name", _bad_calls())
 def test_a_bad_call_is_refused_before_anything_changes(name: str) -> None:
-    """The error says what is wrong; the cache is as before, and the next good call is exact."""
+    """The error says what is wrong; the cache is unchanged, and the next valid call is exact."""
     kind, message, act = _bad_calls()[name]
     rule, model, ids = Rule(1, 4, 1), ModelSpec().model(), tokens(0, 2, 30)
     cache, elsewhere = rule.cache(model), rule.cache(ModelSpec(heads=4).model())

@@ -1,4 +1,4 @@
-"""A cache patches little and leaves no trace: the model is an ordinary model before, beside and after it."""
+"""A cache adds hooks to its model and changes nothing else: other calls of the model are not affected."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def _hooks(model: torch.nn.Module) -> int:
 
 
 def _state(model: PreTrainedModel) -> tuple[Any, ...]:
-    """Give what a cache might change of a model."""
+    """Return everything of a model that a cache might change."""
     forwards = [(type(module), "forward" in vars(module)) for module in model.modules()]
     return forwards, model.config.to_dict(), model.config._attn_implementation, list(model.state_dict())
 
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    """Build a model that no other test has touched."""
+    """Build a model that no other test uses."""
     return fresh_model(ModelSpec()).double()
 
 
@@ -68,27 +68,27 @@ def model() -> PreTrainedModel:
 
 @given(spec=model_specs(), rule=rules(BOTH), seed=seeds(), lengths=splits(most=40))
 @budget(0.3)
-def test_other_calls_are_untouched(spec: ModelSpec, rule: Rule, seed: int, lengths: list[int]) -> None:
-    """Without a cache, and with a stock one, the model gives the same bits before, between and after streams."""
+def test_other_calls_are_not_affected(spec: ModelSpec, rule: Rule, seed: int, lengths: list[int]) -> None:
+    """Without a cache, and with a stock one, the model gives the same bits before, between and after other calls."""
     model, ids = spec.model(torch.float32), tokens(seed, 1, sum(lengths))
 
     def others() -> list[torch.Tensor]:
         return [call(model, None, ids), stream(model, DynamicCache(config=model.config), ids, lengths)]
 
     before, cache = others(), rule.cache(model)
-    beside = others()
+    between = others()
     for part in torch.split(ids, lengths, dim=1):
         call(model, cache, part)
-        beside += others()
+        between += others()
     cache.detach()
-    for output in [*beside, *others()]:
+    for output in [*between, *others()]:
         assert any(torch.equal(output, expected) for expected in before)
 
 
 @given(rule_one=rules(BOTH), rule_two=rules(BOTH), seed=seeds(), lengths=splits(most=60))
 @budget(0.3)
-def test_two_caches_on_one_model_do_not_meet(rule_one: Rule, rule_two: Rule, seed: int, lengths: list[int]) -> None:
-    """Streams with different rules and texts, call by call in turn, give what each gives alone; so after one goes."""
+def test_two_caches_on_one_model_are_independent(rule_one: Rule, rule_two: Rule, seed: int, lengths: list[int]) -> None:
+    """Interleaved streams with different rules and texts each give what they give alone, also after one is deleted."""
     model, texts = ModelSpec().model(), [tokens(seed + n, 1, sum(lengths)) for n in range(2)]
     both = (rule_one, rule_two)
     alone = [stream(model, rule.cache(model), ids, lengths) for rule, ids in zip(both, texts, strict=True)]
@@ -103,26 +103,26 @@ def test_two_caches_on_one_model_do_not_meet(rule_one: Rule, rule_two: Rule, see
             caches[0] = None
 
 
-def test_two_threads_do_not_meet(model: PreTrainedModel) -> None:
-    """A stock call in another thread, in the middle of a streaming call, is a stock call."""
+def test_calls_in_two_threads_are_independent(model: PreTrainedModel) -> None:
+    """A stock call in another thread, in the middle of a streaming call, gives stock logits."""
     ids = tokens(0, 1, 20)
     expected = call(model, None, ids)
-    heard: list[torch.Tensor] = []
+    results: list[torch.Tensor] = []
 
     def other(*_: object) -> None:
         handle.remove()
-        thread = threading.Thread(target=lambda: heard.append(call(model, None, ids)))
+        thread = threading.Thread(target=lambda: results.append(call(model, None, ids)))
         thread.start()
         thread.join()
 
     handle = model.get_submodule("model.layers.0.mlp").register_forward_hook(other)
     logits = stream(model, RULE.cache(model), ids, [5, 1, 1, 13])
-    assert worst(heard[0] - expected) < EXACT
+    assert worst(results[0] - expected) < EXACT
     assert worst(logits - reference_logits(model, ids, **RULE.arguments)) < EXACT
 
 
-def test_a_forward_of_its_own_is_asked_for_its_own_names(model: PreTrainedModel) -> None:
-    """Two decoders of one class, one with a forward set on it: positional arguments are named by each one's own."""
+def test_a_replaced_forward_has_its_own_argument_names(model: PreTrainedModel) -> None:
+    """If `forward` was replaced on one decoder, its positional arguments get their names from the replacement."""
     ids = tokens(0, 1, 12)
     expected = reference_logits(model, ids, **RULE.arguments)
     decoder = model.base_model
@@ -135,17 +135,17 @@ def test_a_forward_of_its_own_is_asked_for_its_own_names(model: PreTrainedModel)
     with torch.no_grad():
         plain = decoder(ids, **{CACHE_NAME: RULE.cache(model)}).last_hidden_state
         decoder.forward = forward
-        turned = decoder(RULE.cache(model), ids).last_hidden_state
+        swapped = decoder(RULE.cache(model), ids).last_hidden_state
     assert worst(head(plain) - expected) < EXACT
-    assert worst(head(turned) - expected) < EXACT
+    assert worst(head(swapped) - expected) < EXACT
 
 
-# -- what is changed, and put back ----------------------------------------------------------------------------------
+# -- what is changed, and restored ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_nothing_of_the_model_is_replaced(model: PreTrainedModel, attention: str) -> None:
-    """No forward is replaced, weights and config are as they were: beside the cache, and after every kind of call."""
+    """Neither a new cache nor any kind of call replaces a forward or changes weights or config."""
     model.config._attn_implementation = attention
     before = _state(model)
     cache = RULE.cache(model)
@@ -159,8 +159,8 @@ def test_nothing_of_the_model_is_replaced(model: PreTrainedModel, attention: str
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_a_failing_forward_puts_the_attention_back(model: PreTrainedModel, attention: str) -> None:
-    """When a call across evictions dies inside, the model's own attention is in place again at once."""
+def test_a_failed_forward_leaves_the_attention_implementation_unchanged(model: PreTrainedModel, attention: str) -> None:
+    """After a call across evictions raises, the config names the same attention implementation as before."""
     model.config._attn_implementation = attention
     cache = RULE.cache(model)
     with pytest.raises(IndexError):
@@ -172,7 +172,7 @@ def test_a_failing_forward_puts_the_attention_back(model: PreTrainedModel, atten
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("static", [False, True])
 def test_a_call_by_hand_counts(model: PreTrainedModel, attention: str, *, static: bool) -> None:
-    """As a benchmark calls a cache, without a model around it: it counts like a model's, and the model is as it was."""
+    """A benchmark's call of the cache alone counts like a call of the model, and leaves the model unchanged."""
     model.config._attn_implementation = attention
     cache = StreamingCache(model, 2, 5, 3, static=static)
     call(model, cache, tokens(6, 1, 4))
@@ -188,7 +188,7 @@ def test_a_call_by_hand_counts(model: PreTrainedModel, attention: str, *, static
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_detach_leaves_no_hook(model: PreTrainedModel, count: int) -> None:
-    """The hooks go with the last cache that is detached; other caches go on until then, and twice is once."""
+    """The last cache to be detached removes the hooks; others work until then, and detaching twice is harmless."""
     caches = [RULE.cache(model) for _ in range(count)]
     ids = tokens(0, 1, 12)
     expected = reference_logits(model, ids, **RULE.arguments)
@@ -201,7 +201,7 @@ def test_detach_leaves_no_hook(model: PreTrainedModel, count: int) -> None:
 
 
 def test_a_detached_cache_can_be_read_but_not_fed(model: PreTrainedModel) -> None:
-    """After `detach` the error says so, and what was seen is still there; also while another cache is attached."""
+    """After `detach` a call is an error that says so; the cache's counts and retained tokens can still be read."""
     cache = RULE.cache(model)
     call(model, cache, tokens(0, 1, 12))
     seen = cache.retained_tokens
@@ -216,7 +216,7 @@ def test_a_detached_cache_can_be_read_but_not_fed(model: PreTrainedModel) -> Non
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Leave everything to reference counts."""
+    """Disable the garbage collector, so that only reference counts free objects."""
     gc.collect()
     gc.disable()
     yield
@@ -226,7 +226,7 @@ def no_collector() -> Iterator[None]:
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("lengths", [[3], [20], [9, 1, 1, 1, 30, 1]], ids=str)
 def test_a_dropped_cache_frees_its_tensors_and_hooks_at_once(model: PreTrainedModel, lengths: list[int]) -> None:
-    """`del cache` is enough: no cycle waits for the collector."""
+    """`del cache` is enough: there is no reference cycle that only the garbage collector would free."""
     cache = RULE.cache(model)
     stream(model, cache, tokens(0, 1, sum(lengths)), lengths)
     banks = [weakref.ref(tensor) for tensor in _tensors(cache)]
@@ -238,12 +238,12 @@ def test_a_dropped_cache_frees_its_tensors_and_hooks_at_once(model: PreTrainedMo
 
 @pytest.mark.usefixtures("no_collector")
 def test_a_cache_does_not_keep_its_model(model: PreTrainedModel) -> None:
-    """A cache holds its model weakly, so that dropping the model frees its weights."""
+    """A cache has a weak reference to its model, so deleting the model frees its weights."""
     model_ = fresh_model(ModelSpec(layers=1))
     cache, gone = RULE.cache(model_), weakref.ref(model_)
     call(model_, cache, tokens(0, 1, 12))
     del model_
-    gc.collect()  # a module and its hooks are cycles of torch's own
+    gc.collect()  # torch itself makes reference cycles of a module and its hooks
     assert gone() is None
     assert cache.seen_tokens == [12]
     with pytest.raises(RuntimeError, match="model"):
@@ -259,7 +259,7 @@ def _tensors(cache: StreamingCache) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
 def test_a_copy_of_the_model_is_an_ordinary_model(model: PreTrainedModel, how: str) -> None:
-    """A model can be copied and pickled while attached; the copy takes no part, and can have a cache of its own."""
+    """A model with a cache can be copied and pickled; the copy is not attached, and can have a cache of its own."""
     ids, cache = tokens(0, 1, 24), RULE.cache(model)
     stock, expected = call(model, None, ids), reference_logits(model, ids, **RULE.arguments)
     first = call(model, cache, ids[:, :12])
@@ -280,13 +280,13 @@ def _saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
     return loaded
 
 
-# -- which models ---------------------------------------------------------------------------------------------------
+# -- which models are supported -------------------------------------------------------------------------------------
 
 
 @given(spec=model_specs(), wrapped=st.booleans())
 @budget(0.2)
 def test_known_families_are_supported(spec: ModelSpec, *, wrapped: bool) -> None:
-    """`supports` says yes with no reason to give, for the model and for its bare decoder, and touches neither."""
+    """`supports` is true, with an empty reason, for a model and for its bare decoder."""
     model = spec.model()
     answer = supports(model if wrapped else model.base_model)
     assert (bool(answer), answer.reason) == (True, "")
@@ -300,8 +300,8 @@ def test_known_families_are_supported(spec: ModelSpec, *, wrapped: bool) -> None
     ],
     ids=["no transformer", "learned positions"],
 )
-def test_other_models_are_refused_before_anything_is_touched(other: torch.nn.Module, says: str) -> None:
-    """The error names what the model is; `supports` gives the same reason; no hook is left behind."""
+def test_other_models_are_refused_before_anything_changes(other: torch.nn.Module, says: str) -> None:
+    """The error names the kind of model; `supports` gives the same reason; no hook is added."""
     before = _hooks(other)
     with pytest.raises(UnsupportedModelError, match=says) as caught:
         StreamingCache(other)

@@ -1,4 +1,4 @@
-"""A row of a left-padded batch gives the logits of that row alone; padding is never a sink, retained or counted."""
+"""A row of a left-padded batch has the logits of that row alone; padding is never a sink, retained or counted."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_padded_batches_equal_the_reference_after_every_call(
 @given(rule=rules(BOTH), seed=seeds(), batch=BATCHES, lengths=splits(most=50))
 @budget(0.3)
 def test_a_mask_of_the_new_columns_is_enough(rule: Rule, seed: int, batch: int, lengths: list[int]) -> None:
-    """The mask may cover all columns so far or the call's alone; once padding is past, none is needed."""
+    """The mask may cover all columns so far or only those of the call; a call without padding needs no mask."""
     model, ids = ModelSpec().model(), tokens(seed, batch, sum(lengths))
     mask = padding_mask(seed, batch, lengths, holes=False)
     expected = stream(model, rule.cache(model), ids, lengths, mask)
@@ -86,8 +86,8 @@ def test_a_mask_of_the_new_columns_is_enough(rule: Rule, seed: int, batch: int, 
     assert torch.equal(torch.cat(by_none, dim=1), expected)
 
 
-def test_generate_serves_a_padded_batch() -> None:
-    """`generate` with rows of different lengths continues each row as if it had been alone."""
+def test_generate_takes_a_padded_batch() -> None:
+    """`generate` with rows of different lengths continues each row as if it were alone."""
     rule, model, ids = Rule(2, 6, 3), ModelSpec().model(), tokens(3, 3, 9)
     mask = torch.ones_like(ids)
     mask[0, :6], mask[1, :3] = 0, 0
@@ -102,7 +102,7 @@ def test_generate_serves_a_padded_batch() -> None:
 
 @pytest.mark.parametrize("mask_row", [[1, 1, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0]])
 def test_padding_on_the_right_is_refused(mask_row: list[int]) -> None:
-    """The error names the row and the way out, and the cache has not changed: the next good call is exact."""
+    """The error names the row and the fix, and the cache is unchanged: the next valid call is exact."""
     rule, model, ids = Rule(1, 4, 1), ModelSpec().model(), tokens(0, 2, 30)
     cache = rule.cache(model)
     first = stream(model, cache, ids, [11])

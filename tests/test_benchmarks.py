@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, refuse to time what is wrong, and a run that measured nothing is not green."""
+"""Benchmarks measure what their names say and do not time wrong results; a run without measurements fails."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ COLUMNS: Final = ["result", "params", "version"]
 
 @pytest.fixture(autouse=True)
 def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A small model, and nothing left over: asv runs each number in a process of its own."""
+    """Use a small model and empty caches, since asv measures each number in a process of its own."""
     monkeypatch.setitem(common.MODELS, "cpu", ("tiny", "float32"))
     cached = (common.model_for, common.checked_configuration, common.filled)
     for function in cached:
@@ -75,7 +75,7 @@ def _measures(suite: type) -> list[str]:
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
 def test_parameters_are_static_and_named(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists of plain values, one name each, the same with and without a GPU: histories do not break."""
+    """Each parameter has a name and plain values, the same with and without a GPU, so that histories continue."""
     assert len(suite.params) == len(suite.param_names)
     assert all(isinstance(value, (str, int)) for values in suite.params for value in values)
     monkeypatch.setattr(common, "has_cuda", lambda: True)
@@ -87,7 +87,7 @@ def test_parameters_are_static_and_named(suite: Any, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
 def test_measures_have_names_versions_and_units(suite: Any) -> None:
-    """A reader sees what a graph shows; asv knows when numbers stopped being comparable; nothing is a throughput."""
+    """Each measure has a name for its graph, a version, and a unit that is not a throughput."""
     assert _measures(suite)
     for name in _measures(suite):
         measure = getattr(suite, name)
@@ -97,7 +97,7 @@ def test_measures_have_names_versions_and_units(suite: Any) -> None:
 
 
 def test_timer_counts_seconds_per_token_and_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample of ten tokens in five seconds is half a second per token, the device idle at both ends."""
+    """Ten tokens in five seconds are half a second per token; the clock waits for the device at both ends."""
     now, waits = iter([2.0, 7.0]), []
     real = timing.HostClock
     monkeypatch.setattr(timing, "waiter", lambda device: lambda: waits.append(device.type))
@@ -108,7 +108,7 @@ def test_timer_counts_seconds_per_token_and_waits(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("streamed", [1, 10])
-def test_a_sample_holds_one_eviction(streamed: int) -> None:
+def test_a_sample_has_one_eviction(streamed: int) -> None:
     """In the steady state all samples do the same work."""
     suite = bench_attention.Attention()
     for _ in range(3):
@@ -118,8 +118,8 @@ def test_a_sample_holds_one_eviction(streamed: int) -> None:
         assert suite.steps.cache.num_evictions == before + 1
 
 
-def test_samples_of_growing_caches_start_alike() -> None:
-    """A stock cache is cut, an empty streaming one emptied, before each sample."""
+def test_samples_of_growing_caches_start_at_the_same_length() -> None:
+    """Before each sample a stock cache is cropped, and a streaming cache that starts empty is reset."""
     for name, streamed in (("baseline", 10), ("streaming_4_252", 0)):
         steps = common.filled(name, "cpu", streamed)
         for _ in range(2):
@@ -139,7 +139,7 @@ def test_first_token_comes_from_a_fresh_session() -> None:
 
 
 def test_decode_generates_as_the_lab_does() -> None:
-    """A sample of the dense baseline feeds as many tokens as it divides by, one by one."""
+    """A sample of the dense baseline feeds, one by one, as many tokens as its time is divided by."""
     suite = bench_decode.OutputToken()
     suite.setup("baseline", 1, "cpu")
     before = suite.session.kept_tokens
@@ -148,7 +148,7 @@ def test_decode_generates_as_the_lab_does() -> None:
 
 
 def test_batches_decode_all_rows() -> None:
-    """Batch and dtype reach the cache."""
+    """The batch size and the dtype are those of the parameters."""
     suite = bench_decode.BatchedOutputToken()
     suite.setup("streaming_4_252", 8, "bfloat16", "cpu")
     assert suite.session.cache.batch_size == 8
@@ -157,7 +157,7 @@ def test_batches_decode_all_rows() -> None:
 
 
 def test_compiled_steps_run_at_fixed_shapes() -> None:
-    """All rows step through the ring; how it is compiled is torch's business, and this test's time."""
+    """All rows decode in the static cache; the test runs eagerly, since compiling is slow."""
     suite = bench_decode.CompiledOutputToken()
     with torch.compiler.set_stance("force_eager"):
         suite.setup("static_4_252", 8, "cpu")
@@ -169,14 +169,14 @@ def test_compiled_steps_run_at_fixed_shapes() -> None:
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number is missing and says what to install; no eager time passes for a compiled one."""
+    """The measurement is skipped, with a message that says what to install; eager steps are not timed instead."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(NotImplementedError, match=r"torch\.compile needs: install it"):
         bench_decode.CompiledOutputToken().setup("static_4_252", 1, "cpu")
 
 
 def test_cache_bytes_of_the_dense_baseline_are_its_tensors() -> None:
-    """Keys and values, layers, heads, head size, four bytes."""
+    """The number is keys and values x layers x heads x head size x four bytes x tokens."""
     suite = bench_memory.CacheBytes()
     sizes = micro.geometry(common.model_for("cpu"))
     tokens = 256 + common.WARM_UP
@@ -185,13 +185,13 @@ def test_cache_bytes_of_the_dense_baseline_are_its_tensors() -> None:
 
 
 def test_cache_bytes_of_streaming_stay_flat() -> None:
-    """A hundred limits take what one takes."""
+    """A stream of a hundred times the limit takes as many bytes as a stream of one limit."""
     suite = bench_memory.CacheBytes()
     assert suite.track_bytes("streaming_4_252", 100) == suite.track_bytes("streaming_4_252", 1) > 0
 
 
 def test_peak_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same in every run, above what the cache takes; of an older commit's lab no number rather than a failure."""
+    """The peak is the same in every run and above the cache's size; it is skipped for commits whose lab lacks it."""
     suite = bench_memory.PeakMemory()
     monkeypatch.setattr(bench_memory, "PROMPT", 300)
     suite.setup("streaming_4_60", "cpu")
@@ -204,7 +204,7 @@ def test_peak_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whole_text_is_read_once() -> None:
-    """The session has seen the text and no more; the reference reads the same one."""
+    """The session sees the text once; the benchmark of the reference reads a text of the same length."""
     suite = bench_text.WholeText()
     suite.setup("streaming_4_60", "cpu")
     suite.time_logits()
@@ -218,25 +218,25 @@ def test_whole_text_is_read_once() -> None:
 
 
 def test_perplexity_keeps_six_digits() -> None:
-    """Digits beyond the sixth depend on the order of sums."""
+    """Digits beyond the sixth depend on the order of summation."""
     assert bench_perplexity.rounded(23.51934567) == 23.5193
 
 
 def test_perplexity_of_a_commit_without_lab_is_missing() -> None:
-    """Missing is neither zero nor an error."""
+    """The measurement is skipped: neither zero nor an error."""
     with pytest.raises(NotImplementedError, match="cannot measure"):
         bench_perplexity.Perplexity().setup(None, "baseline")
 
 
 def test_lab_of_an_old_commit_is_missing() -> None:
-    """A module that a commit lacks means no number; any other failure to import is a failure."""
+    """The measurement is skipped if a commit does not have the module."""
     with pytest.raises(NotImplementedError, match=r"sinkwindow\.lab\.not_there"):
         common.lab("not_there")
 
 
 @pytest.mark.parametrize("name", ["streaming_4_60", "streaming_4_60_0", "static_4_252"])
-def test_wrong_positions_get_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache whose sinks stay behind is refused before anything is timed."""
+def test_wrong_positions_are_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that does not rotate its sinks is refused before anything is timed."""
     monkeypatch.setattr(Rotary, "rotate_by", lambda _self, states, _distance: states)
     with torch.compiler.set_stance("force_eager"), pytest.raises(LabError, match="its speed means nothing"):
         common.checked_configuration(name)
@@ -245,14 +245,14 @@ def test_wrong_positions_get_no_time(name: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", ["baseline", "streaming_2_6_0", "streaming_2_6_3", "window_0_8"])
 @pytest.mark.parametrize("tokens", [4, 9, 41])
 def test_right_caches_pass_their_check(name: str, tokens: int) -> None:
-    """Before and after evictions, attention and logits agree with the definition to rounding."""
+    """Before and after evictions, attention and logits agree with the definition up to rounding."""
     model = random_model("tiny")
     assert micro.check(parse(name), model, tokens) < 1e-5
     assert micro.check_logits(parse(name), model, tokens) < 1e-5
 
 
 def test_long_calls_reach_the_attention_of_the_model() -> None:
-    """One output per query, across evictions too."""
+    """A long call returns one attention output per query, also across evictions."""
     for name in ("baseline", "streaming_4_60"):
         steps = micro.AttentionSteps(parse(name), random_model("tiny"))
         steps.fill(100)
@@ -261,7 +261,7 @@ def test_long_calls_reach_the_attention_of_the_model() -> None:
 
 
 def test_unknown_shapes_and_caches_are_refused() -> None:
-    """The message lists what there is."""
+    """The message lists the valid names."""
     with pytest.raises(LabError, match=r"choose from tiny"):
         random_model("huge")
     with pytest.raises(LabError, match="has no cache"):
@@ -269,7 +269,7 @@ def test_unknown_shapes_and_caches_are_refused() -> None:
 
 
 def _saved(folder: Path, values: list[float | None] | None, commit: str = "a" * 40) -> Path:
-    """Writes what asv writes for one benchmark with two devices."""
+    """Write what asv writes for one benchmark with two devices."""
     (folder / "machine").mkdir(parents=True, exist_ok=True)
     benchmark = {"name": "Suite.time_it", "params": [["'cpu'", "'cuda'"]]}
     (folder / "benchmarks.json").write_text(json.dumps({"Suite.time_it": benchmark, "version": 2}))
@@ -291,13 +291,13 @@ def _saved(folder: Path, values: list[float | None] | None, commit: str = "a" * 
         ([], False, gate.NOTHING_RAN),
     ],
 )
-def test_gate_tells_failures_apart(tmp_path: Path, values: list[float | None], code: int, *, gpu: bool) -> None:
-    """Measured, skipped for want of a GPU, missing, failed and nothing at all are different things."""
+def test_gate_distinguishes_failures(tmp_path: Path, values: list[float | None], code: int, *, gpu: bool) -> None:
+    """Measured, skipped without a GPU, missing, failed, and nothing measured are different results."""
     assert gate.judge(_saved(tmp_path, values), None, gpu=gpu).code == code
 
 
-def test_gate_sees_that_nothing_ran(tmp_path: Path) -> None:
-    """Neither an empty folder nor results that are older than the run count."""
+def test_gate_detects_that_nothing_ran(tmp_path: Path) -> None:
+    """An empty folder and results that are older than the run do not count."""
     assert gate.judge(tmp_path, None).code == gate.NOTHING_RAN
     _saved(tmp_path, [1.0, 2.0])
     stamp = tmp_path / "started"
@@ -308,8 +308,8 @@ def test_gate_sees_that_nothing_ran(tmp_path: Path) -> None:
     assert gate.main(["--results", str(tmp_path), "--newer-than", str(stamp)]) == gate.NOTHING_RAN
 
 
-def test_gate_lets_old_commits_lack_numbers(tmp_path: Path) -> None:
-    """Only the commit that must be complete is held to all benchmarks."""
+def test_gate_allows_missing_numbers_of_old_commits(tmp_path: Path) -> None:
+    """Only the commit that must be complete needs results of all benchmarks."""
     _saved(tmp_path, [1.0, 2.0], "a" * 40)
     _saved(tmp_path, [], "b" * 40)
     assert gate.judge(tmp_path, None, gpu=True, complete="a" * 40).code == gate.OK
@@ -317,8 +317,8 @@ def test_gate_lets_old_commits_lack_numbers(tmp_path: Path) -> None:
     assert gate.judge(tmp_path, None, gpu=True, complete="b" * 40, selected="Other").code == gate.NOTHING_RAN
 
 
-def test_comparison_runs_exact_figures_and_times_apart() -> None:
-    """Every benchmark is in one of the two passes, exact ones under a factor that allows nothing."""
+def test_comparison_runs_exact_figures_and_times_separately() -> None:
+    """Every benchmark is in one of two passes; the factor for exact figures allows no change."""
     exact, timed = compare.passes("base", "head", 1.2, None)
     assert exact[exact.index("--factor") + 1] == "1.0001"
     assert exact[exact.index("--bench") + 1] == compare.EXACT
@@ -327,7 +327,7 @@ def test_comparison_runs_exact_figures_and_times_apart() -> None:
 
 
 def test_a_failed_benchmark_hides_no_other_regression(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where asv gives up because something failed, what did run is compared, and the status says that it failed."""
+    """If asv stops because a benchmark failed, the other results are still compared, and the status is a failure."""
     ran: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -344,7 +344,7 @@ def test_a_failed_benchmark_hides_no_other_regression(monkeypatch: pytest.Monkey
 
 
 def test_configuration_has_no_unknown_keys() -> None:
-    """Asv takes a misspelt key without a word."""
+    """Asv silently ignores a misspelled key."""
     lines = (ROOT / "asv.conf.json").read_text("utf-8").splitlines()
     keys = json.loads("\n".join(line for line in lines if not line.strip().startswith("//")))
     assert set(keys) <= {*vars(Config()), "version", "build_cache_size"}  # asv reads the last one without declaring it

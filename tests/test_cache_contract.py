@@ -1,4 +1,4 @@
-"""What the cache promises to transformers and to its user, on every call, good or bad."""
+"""What transformers and users may rely on, in valid and in invalid calls."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from strategies import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-# -- promises to transformers ---------------------------------------------------------------------------------------
+# -- what transformers relies on ------------------------------------------------------------------------------------
 
 
 @given(
     spec=model_specs(), rule=rules(BOTH), seed=seeds(), batch=st.integers(1, 2), lengths=splits(), padded=st.booleans()
 )
 @budget(0.6)
-def test_as_many_keys_come_back_as_the_mask_was_promised(
+def test_update_returns_as_many_keys_as_the_mask_has_columns(
     spec: ModelSpec, rule: Rule, seed: int, batch: int, lengths: list[int], *, padded: bool
 ) -> None:
-    """On every call and in every layer `update` returns the length that `get_mask_sizes` gave, offset 0."""
+    """In every call and every layer, `update` returns the length that `get_mask_sizes` gave, with offset 0."""
     model, ids = spec.model(), tokens(seed, batch, sum(lengths))
     mask = padding_mask(seed, batch, lengths, holes=True) if padded else None
     cache, kept = rule.cache(model), []
@@ -66,8 +66,8 @@ def test_as_many_keys_come_back_as_the_mask_was_promised(
 
 @given(rule=rules(BOTH), seed=seeds(), batch=st.integers(1, 3), lengths=splits())
 @budget(0.6)
-def test_the_sequence_length_counts_columns_for_ever(rule: Rule, seed: int, batch: int, lengths: list[int]) -> None:
-    """`get_seq_length` is what was fed, padding included, in every layer; there is no maximum."""
+def test_the_sequence_length_counts_columns_indefinitely(rule: Rule, seed: int, batch: int, lengths: list[int]) -> None:
+    """`get_seq_length` is the number of columns fed, padding included, in every layer; there is no maximum."""
     model, ids = ModelSpec().model(), tokens(seed, batch, sum(lengths))
     cache = rule.cache(model)
     assert cache.get_seq_length() == 0
@@ -108,7 +108,7 @@ def _bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
 
 
 def _tensor_bytes(root: object) -> int:
-    """Count the bytes of all storages that can be reached from an object through our own objects."""
+    """Return the bytes of all storages that can be reached from an object through our own objects."""
     found: dict[int, int] = {}
     todo, seen = [root], set()
     while todo:
@@ -135,8 +135,8 @@ def _tensor_bytes(root: object) -> int:
 
 
 @pytest.mark.parametrize("lengths", [[1] * 460, [460], [300, *[1] * 160], [7] * 65 + [5]], ids=str)
-def test_evictions_are_told_as_they_happen(lengths: list[int]) -> None:
-    """With S=8, W=256, B=64: 329 -> 264 again and again, each time the 65 oldest after the sinks, in both rows."""
+def test_evictions_are_reported(lengths: list[int]) -> None:
+    """With S=8, W=256, B=64 each eviction goes from 329 to 264: the 65 oldest tokens after the sinks, in both rows."""
     model = ModelSpec(layers=1, max_positions=512).model(torch.float32)
     events: list[Eviction] = []
     cache = StreamingCache(model, 8, 256, 64, on_evict=events.append)
@@ -149,8 +149,10 @@ def test_evictions_are_told_as_they_happen(lengths: list[int]) -> None:
 
 
 @given(rule=rules(BOTH), seed=seeds(), batch=st.integers(1, 3), lengths=splits(), padded=st.booleans())
-def test_events_add_up_to_what_is_gone(rule: Rule, seed: int, batch: int, lengths: list[int], *, padded: bool) -> None:
-    """The tokens of all events and the retained ones are all tokens, each once; events count and come in order."""
+def test_events_add_up_to_what_is_evicted(
+    rule: Rule, seed: int, batch: int, lengths: list[int], *, padded: bool
+) -> None:
+    """Evicted and retained tokens are all tokens, each once; events are in order, and `num_evictions` counts them."""
     model, ids = ModelSpec(layers=1).model(), tokens(seed, batch, sum(lengths))
     mask = padding_mask(seed, batch, lengths, holes=True) if padded else None
     events: list[Eviction] = []
@@ -166,7 +168,7 @@ def test_events_add_up_to_what_is_gone(rule: Rule, seed: int, batch: int, length
 
 
 def test_a_callback_sees_the_cache_after_the_call() -> None:
-    """When `on_evict` is called the call has succeeded: the cache can be read, and an error there undoes nothing."""
+    """`on_evict` is called when the call has succeeded: the cache can be read, and an error there undoes nothing."""
     rule, model, ids = Rule(1, 4, 1), ModelSpec().model(), tokens(0, 1, 30)
     seen: list[int] = []
 
@@ -189,10 +191,10 @@ def test_a_callback_sees_the_cache_after_the_call() -> None:
 
 @given(spec=model_specs(), rule=rules(BOTH), seed=seeds(), first=splits(), second=splits())
 @budget(0.4)
-def test_reset_makes_a_cache_as_new(
+def test_reset_makes_a_cache_like_new(
     spec: ModelSpec, rule: Rule, seed: int, first: list[int], second: list[int]
 ) -> None:
-    """After `reset` a cache serves another text, in another batch size, bit for bit as a fresh one does."""
+    """After `reset` another text, in another batch size, gives bit for bit what it gives with a new cache."""
     model, fresh, used = spec.model(), rule.cache(spec.model()), rule.cache(spec.model())
     stream(model, used, tokens(seed, 2, sum(first)), first, padding_mask(seed, 2, first, holes=True))
     used.reset()
@@ -205,8 +207,8 @@ def test_reset_makes_a_cache_as_new(
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 
-def test_more_sinks_than_tokens_are_fewer_sinks_so_far() -> None:
-    """A prompt shorter than S is fine: the sinks fill up later."""
+def test_a_prompt_may_have_fewer_tokens_than_there_are_sinks() -> None:
+    """A prompt shorter than S is fine: later tokens become the missing sinks."""
     rule, model, ids = Rule(6, 3, 1), ModelSpec().model(), tokens(0, 1, 40)
     expected = reference_logits(model, ids, **rule.arguments)
     cache = rule.cache(model)
@@ -230,7 +232,7 @@ def test_more_sinks_than_tokens_are_fewer_sinks_so_far() -> None:
 def test_bad_arguments_are_refused_and_leave_no_hook(
     arguments: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
-    """The error names the argument and its value, and the model has not been touched."""
+    """The error names the argument and its value, and the model is unchanged."""
     model = ModelSpec(layers=3).model()
     with pytest.raises(kind, match=message):
         StreamingCache(model, **({"num_sinks": 1, "window": 4, "buffer": 1} | arguments))

@@ -1,4 +1,4 @@
-"""Turn after turn on one cache: only new tokens are forwarded, and every turn is the reference's."""
+"""A chat on one cache: each turn forwards only new tokens, and each answer equals the reference's."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from sinkwindow import StreamingCache
 
-NEW = 6  # tokens that the model answers with
+NEW = 6  # length of an answer [tokens]
 
 
 def _answer(model: PreTrainedModel, cache: StreamingCache, history: Tensor, *, full: bool) -> Tensor:
-    """Let the model answer; returns the history with its answer."""
+    """Generate an answer; return the history with the answer."""
     given_ids = history if full else history[:, cache.get_seq_length() :]
     arguments = {"attention_mask": torch.ones_like(history), "max_new_tokens": NEW, "do_sample": False}
     output: Tensor = model.generate(given_ids, **arguments, **{CACHE_NAME: cache})  # type: ignore[operator]
@@ -34,9 +34,9 @@ def _answer(model: PreTrainedModel, cache: StreamingCache, history: Tensor, *, f
 @given(rule=rules(), seed=seeds(), first=st.integers(1, 40), turns=st.lists(st.integers(1, 15), min_size=2, max_size=4))
 @budget(0.15)
 def test_a_chat_is_one_stream(rule: Rule, seed: int, first: int, turns: list[int], *, full: bool) -> None:
-    """Answers are the reference's on the whole history, from a first message longer than the cache on.
+    """Answers are the reference's on the whole history, even if the first message is longer than the cache.
 
-    Each turn forwards what is new and no more: the message, and the last token of the answer before.
+    Each turn forwards only what is new: the message, and the last token of the answer before it.
     """
     model = ModelSpec().model()
     cache, history = rule.cache(model), tokens(seed, 1, 0)
@@ -50,7 +50,7 @@ def test_a_chat_is_one_stream(rule: Rule, seed: int, first: int, turns: list[int
 
 
 def test_a_system_prompt_can_be_pinned() -> None:
-    """With as many sinks as it has tokens, the system prompt is retained for ever, each token at its own rank."""
+    """With as many sinks as it has tokens, the system prompt is retained indefinitely, each token at its own rank."""
     system, model = tokens(0, 1, 7), ModelSpec().model()
     rule = Rule(7, 6, 2)
     cache, history = rule.cache(model), torch.cat([system, tokens(1, 1, 30)], dim=1)
@@ -63,7 +63,7 @@ def test_a_system_prompt_can_be_pinned() -> None:
 @given(rule=rules(), seed=seeds(), first=st.integers(1, 40), second=st.integers(1, 30))
 @budget(0.2)
 def test_snapshots_and_copies_branch_a_chat(rule: Rule, seed: int, first: int, second: int) -> None:
-    """From one history, several ways on: each as if it had been the only one, in any order and again."""
+    """Several continuations of one history, in any order and repeated, are each as if it were the only one."""
     model, ids = ModelSpec().model(), tokens(seed, 2, first)
     cache = rule.cache(model)
     call(model, cache, ids)
@@ -78,8 +78,8 @@ def test_snapshots_and_copies_branch_a_chat(rule: Rule, seed: int, first: int, s
     assert worst(call(model, twin, ways[1]) - expected[1]) < EXACT
 
 
-def test_snapshots_stay_with_their_kind() -> None:
-    """The tensors of static and other caches are cut differently: the error names both, and nothing has changed."""
+def test_a_snapshot_of_the_other_kind_of_cache_is_refused() -> None:
+    """Static and dynamic caches have different tensors: the error names both kinds, and nothing changes."""
     rule, model = Rule(2, 5, 1), ModelSpec().model()
     static, dynamic = rule.cache(model, static=True), rule.cache(model)
     for cache, other, own in ((static, dynamic, True), (dynamic, static, False)):
@@ -93,7 +93,7 @@ def test_snapshots_stay_with_their_kind() -> None:
 @given(rule=rules(), seed=seeds(), first=st.integers(1, 40), second=st.integers(1, 40))
 @budget(0.2)
 def test_reset_is_a_fresh_cache(rule: Rule, seed: int, first: int, second: int) -> None:
-    """Everything observable, and the numbers bit for bit; another batch size may follow."""
+    """After `reset` everything observable is as in a new cache, logits bit for bit; the batch size may change."""
     model, ids = ModelSpec().model(), tokens(seed, 3, second)
     used, fresh = rule.cache(model), rule.cache(model)
     call(model, used, tokens(seed, 1, first))
@@ -103,7 +103,7 @@ def test_reset_is_a_fresh_cache(rule: Rule, seed: int, first: int, second: int) 
 
 
 def test_nothing_new_is_an_error_without_consequences() -> None:
-    """A turn without a new token says so; the next one is exact."""
+    """A turn without a new token is an error that says so; the next turn is exact."""
     rule, model, ids = Rule(2, 6, 3), ModelSpec().model(), tokens(0, 1, 30)
     cache = rule.cache(model)
     call(model, cache, ids[:, :20])

@@ -1,4 +1,4 @@
-"""What a user chooses by name: original positions, an error instead of an eviction."""
+"""Options that a user chooses by name: original positions, and an error instead of an eviction."""
 
 from __future__ import annotations
 
@@ -9,28 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import DynamicCache
 
-from sinkwindow.model.versions import CACHE_ARGUMENT
-from strategies import EXACT, VOCABULARY, ModelSpec, Rule, budget
+from strategies import CACHE_NAME, EXACT, ModelSpec, Rule, budget, call, stream, tokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sinkwindow import StreamingCache
 
 RULE = Rule(num_sinks=2, window=5, buffer=2)
 LENGTH = 40
 SPEC = ModelSpec(max_positions=LENGTH)
-
-
-def _feed(model: Any, cache: Any, ids: Tensor, **positions: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids, **{CACHE_ARGUMENT: cache}, **positions).logits
-    return logits
-
-
-def _ids(seed: int, columns: int = LENGTH) -> Tensor:
-    return torch.randint(0, VOCABULARY, (1, columns), generator=torch.Generator().manual_seed(seed))
 
 
 def _original(model: Any) -> StreamingCache:
@@ -43,7 +33,9 @@ def _by_hand(model: Any, ids: Tensor) -> Tensor:
     cache: Any = DynamicCache()
     logits = []
     for token in range(ids.shape[1]):
-        logits.append(_feed(model, cache, ids[:, token : token + 1], position_ids=torch.tensor([[token]])))
+        part, position = ids[:, token : token + 1], torch.tensor([[token]])
+        with torch.no_grad():
+            logits.append(model(input_ids=part, position_ids=position, **{CACHE_NAME: cache}).logits)
         length = cache.layers[0].keys.shape[2]
         if length > RULE.limit + RULE.buffer:
             kept = torch.tensor([*range(RULE.num_sinks), *range(length - RULE.window, length)])
@@ -54,43 +46,42 @@ def _by_hand(model: Any, ids: Tensor) -> Tensor:
 
 @given(seed=st.integers(0, 99), cut=st.integers(1, LENGTH - 1))
 @budget(0.2)
-def test_original_positions_leave_every_token_where_it_was(seed: int, cut: int) -> None:
-    """With original positions a cut stock cache at natural positions gives the same logits, at every call length.
+def test_original_positions_never_change(seed: int, cut: int) -> None:
+    """With original positions, any two calls give the logits of a stock cache that is cut at natural positions.
 
-    The stock model makes its angles in float32, hence the tolerance.
+    The stock model computes its angles in float32, hence the tolerance.
     """
-    model, ids = SPEC.model(), _ids(seed)
-    cache = _original(model)
-    logits = torch.cat([_feed(model, cache, ids[:, :cut]), _feed(model, cache, ids[:, cut:])], dim=1)
+    model, ids, lengths = SPEC.model(), tokens(seed, 1, LENGTH), [cut, LENGTH - cut]
+    logits = stream(model, _original(model), ids, lengths)
     torch.testing.assert_close(logits, _by_hand(model, ids), atol=1e-4, rtol=0)
-    ranked = torch.cat([_feed(model, c := RULE.cache(model), ids[:, :cut]), _feed(model, c, ids[:, cut:])], dim=1)
-    assert (ranked - logits).abs().max() > 1e-2, "the two position modes must differ for this test to see anything"
+    ranked = stream(model, RULE.cache(model), ids, lengths)
+    assert (ranked - logits).abs().max() > 1e-2, "the two position modes must differ, or this test checks nothing"
 
 
 def test_original_positions_end_at_the_trained_length() -> None:
-    """A call beyond it is refused before anything changes; the next one that fits goes on."""
-    model, ids = SPEC.model(), _ids(0)
+    """A call beyond the trained length is refused before anything changes; the next call that fits works."""
+    model, ids = SPEC.model(), tokens(0, 1, LENGTH)
     cache = _original(model)
-    _feed(model, cache, ids[:, : LENGTH - 1])
+    call(model, cache, ids[:, : LENGTH - 1])
     before = cache.retained_tokens
     with pytest.raises(OverflowError, match=f"token {LENGTH + 1}, beyond the {LENGTH} positions"):
-        _feed(model, cache, ids[:, :2])
+        call(model, cache, ids[:, :2])
     assert cache.retained_tokens == before
-    _feed(model, cache, ids[:, -1:])
+    call(model, cache, ids[:, -1:])
     assert cache.seen_tokens == [LENGTH]
 
 
 def test_overflow_can_be_an_error() -> None:
     """A call that would evict is refused before anything changes; all others give the streaming logits."""
-    model, ids = SPEC.model(), _ids(1)
+    model, ids = SPEC.model(), tokens(1, 1, LENGTH)
     room = RULE.limit + RULE.buffer
     cache = RULE.cache(model, on_overflow="error")
-    logits = _feed(model, cache, ids[:, : room - 1])
+    logits = call(model, cache, ids[:, : room - 1])
     with pytest.raises(OverflowError, match=f"brings {room + 1} tokens and would evict"):
-        _feed(model, cache, ids[:, room - 1 : room + 1])
+        call(model, cache, ids[:, room - 1 : room + 1])
     assert cache.num_evictions == 0
-    logits = torch.cat([logits, _feed(model, cache, ids[:, room - 1 : room])], dim=1)
-    assert (logits - _feed(model, RULE.cache(model), ids[:, :room])).abs().max() < EXACT
+    logits = torch.cat([logits, call(model, cache, ids[:, room - 1 : room])], dim=1)
+    assert (logits - call(model, RULE.cache(model), ids[:, :room])).abs().max() < EXACT
 
 
 @pytest.mark.parametrize(
@@ -101,7 +92,7 @@ def test_overflow_can_be_an_error() -> None:
     ],
 )
 def test_unknown_choices_are_refused(choice: dict[str, Any], message: str) -> None:
-    """The error names the argument, the value and what there is."""
+    """The error names the argument, its value and the valid values."""
     with pytest.raises(ValueError, match=message):
         RULE.cache(SPEC.model(), **choice)
 
@@ -113,7 +104,7 @@ def test_a_callback_must_be_callable() -> None:
 
 
 def test_ranks_do_not_warn() -> None:
-    """The default says nothing."""
+    """The default, positions by rank, does not warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RULE.cache(SPEC.model())

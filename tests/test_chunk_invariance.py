@@ -1,4 +1,4 @@
-"""A call with n tokens gives the logits of n calls with one token. No reference takes part here."""
+"""A call with n tokens gives the logits of n calls with one token. The reference is not used here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @st.composite
 def two_splits(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Draw two ways to cut the same sequence into calls."""
+    """Draw two ways to split the same sequence into calls."""
     one = draw(splits())
     total = sum(one)
     return one, draw(st.one_of(splits(total, total), st.just([1] * total), st.just([total])))
@@ -37,10 +37,10 @@ def two_splits(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 def test_any_two_splits_give_the_same(
     spec: ModelSpec, rule: Rule, seed: int, batch: int, cuts: tuple[list[int], list[int]]
 ) -> None:
-    """Logits, retained tokens, and every eviction with its lengths are the same however the sequence is cut."""
+    """Logits, retained tokens, and every eviction with its lengths are the same however the sequence is split."""
     model, ids = spec.model(), tokens(seed, batch, sum(cuts[0]))
     events: list[list[Eviction]] = [[], []]
-    caches = [rule.cache(model, on_evict=heard.append) for heard in events]
+    caches = [rule.cache(model, on_evict=received.append) for received in events]
     one, other = (stream(model, cache, ids, lengths) for cache, lengths in zip(caches, cuts, strict=True))
     assert worst(one - other) < EXACT
     assert caches[0].retained_tokens == caches[1].retained_tokens
@@ -51,7 +51,7 @@ def test_any_two_splits_give_the_same(
 @given(spec=model_specs(), rule=rules(), seed=seeds(), total=st.integers(1, 60))
 @budget(0.3)
 def test_one_token_per_call_makes_the_modes_equal(spec: ModelSpec, rule: Rule, seed: int, total: int) -> None:
-    """Evicting after each call of one token is evicting after each token."""
+    """Evicting after each call of one token is the same as evicting after each token."""
     model, ids = spec.model(), tokens(seed, 1, total)
     by_call = Rule(rule.num_sinks, rule.window, rule.buffer, "call")
     caches = [rule.cache(model), by_call.cache(model)]
@@ -63,8 +63,8 @@ def test_one_token_per_call_makes_the_modes_equal(spec: ModelSpec, rule: Rule, s
 
 @given(spec=model_specs(), rule=rules(), seed=seeds(), lengths=splits(), extra=st.integers(1, 20))
 @budget(0.3)
-def test_the_future_changes_nothing(spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], extra: int) -> None:
-    """Other tokens later in the same call leave the logits before them as they are: attention is causal."""
+def test_later_tokens_change_nothing(spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], extra: int) -> None:
+    """Other tokens later in the same call do not change the logits before them: attention is causal."""
     total = sum(lengths)
     model, ids = spec.model(), tokens(seed, 1, total + extra)
     changed = ids.clone()

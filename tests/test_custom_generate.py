@@ -1,4 +1,4 @@
-"""`custom_generate=<this repository>` keeps the argument names of transformers' former `SinkCache`."""
+"""`custom_generate=<this repository>` keeps the argument names of `SinkCache`, which transformers had before."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A model whose attention is far from uniform."""
+    """Return a model whose attention is far from uniform."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(CONFIG)
     model = model.double().eval()
@@ -40,7 +40,7 @@ def model() -> Any:
 
 
 def test_the_old_names_give_the_streaming_tokens(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`window_length` counts the sinks, so it is the cache of W = window_length - num_sink_tokens and no buffer."""
+    """`window_length` includes the sinks, so the cache has W = window_length - num_sink_tokens and no buffer."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     ids = torch.randint(1, 50, (1, 20), generator=torch.Generator().manual_seed(1))
@@ -50,11 +50,11 @@ def test_the_old_names_give_the_streaming_tokens(model: Any, tmp_path: Path, mon
     got = model.generate(ids, **options, window_length=9, num_sink_tokens=3, max_new_tokens=15, do_sample=False)
     assert got.tolist() == wanted.tolist()
     dense = model.generate(ids, max_new_tokens=15, do_sample=False)
-    assert dense.tolist() != wanted.tolist(), "the window must matter for this test to see anything"
+    assert dense.tolist() != wanted.tolist(), "the window must change the tokens, or this test checks nothing"
 
 
 def test_windows_without_room_are_refused(model: Any) -> None:
-    """A window that the sinks fill, and a second cache, are errors that name the argument."""
+    """A window no longer than the sinks, and a second cache, are errors that name the argument."""
     spec = importlib.util.spec_from_file_location("custom", ROOT / "custom_generate" / "generate.py")
     assert spec is not None
     assert spec.loader is not None

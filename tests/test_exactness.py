@@ -1,6 +1,6 @@
-"""The cache gives the logits and keeps the tokens that the reference says, whatever the model, the rule and the calls.
+"""The cache gives the logits and keeps the tokens of the reference, whatever the model, the rule and the calls.
 
-Everything runs in float64, so that 1e-9 leaves no room for a key that stands one position off.
+Everything runs in float64: a key that is one position off changes logits by far more than the allowed 1e-9.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from sinkwindow import StreamingCache
 
-# `past_key_values=` still works where `cache=` replaced it, and says so.
+# `past_key_values=` still works in releases that replaced it with `cache=`, and warns.
 OLD_NAME = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 
 
@@ -61,7 +61,7 @@ def test_every_call_equals_the_reference(
 def test_one_call_may_be_longer_than_the_whole_cache(
     spec: ModelSpec, rule: Rule, seed: int, data: st.DataObject
 ) -> None:
-    """A prompt of several caches' length in one call, and the decode steps after it, equal the reference."""
+    """A prompt several times as long as the cache, in one call, and the decode steps after it equal the reference."""
     lengths = [data.draw(st.integers(2 * rule.capacity, 4 * rule.capacity), label="prompt"), 1, 1, 1]
     model, ids = spec.model(), tokens(seed, 1, sum(lengths))
     expected = reference_logits(model, ids, **rule.arguments)
@@ -73,15 +73,15 @@ def test_one_call_may_be_longer_than_the_whole_cache(
 def test_eager_attention_is_exact_within_its_own_softmax(
     spec: ModelSpec, rule: Rule, seed: int, lengths: list[int]
 ) -> None:
-    """Under `eager` the same holds, to float32: that is what its softmax works in, even in float64 models."""
+    """With `eager` the same holds to float32 accuracy: its softmax is in float32, even in float64 models."""
     model, ids = spec.with_(attention="eager").model(), tokens(seed, 1, sum(lengths))
     expected = reference_logits(model, ids, chunks=lengths, **rule.arguments)
     assert worst(stream(model, rule.cache(model), ids, lengths) - expected) < 1e-4
 
 
 @pytest.mark.parametrize("columns", [127, 128, 129, 300])
-def test_long_calls_are_exact_where_blocks_of_queries_meet(columns: int) -> None:
-    """Attention works block by block in long calls; no query at the seam of two blocks sees more or less."""
+def test_long_calls_are_exact_where_their_pieces_join(columns: int) -> None:
+    """A long call runs in pieces; no query at the end or the start of a piece attends to more or less."""
     rule, model, ids = Rule(2, 6, 3), ModelSpec(max_positions=512).model(), tokens(columns, 1, columns + 150)
     expected = reference_logits(model, ids, **rule.arguments)
     assert worst(stream(model, rule.cache(model), ids, [columns, 150]) - expected) < EXACT
@@ -91,10 +91,10 @@ def test_long_calls_are_exact_where_blocks_of_queries_meet(columns: int) -> None
 @pytest.mark.parametrize("name", sorted({CACHE_NAME, "past_key_values"}))
 @given(spec=model_specs(), rule=rules(), seed=seeds(), prompt=st.integers(1, 40))
 @budget(0.15)
-def test_generate_takes_the_reference_s_likeliest_token(
+def test_generate_takes_the_reference_s_most_likely_token(
     name: str, spec: ModelSpec, rule: Rule, seed: int, prompt: int
 ) -> None:
-    """Greedy `generate` with the cache under either name continues with the argmax of the reference, far past full."""
+    """Greedy `generate`, the cache under either name, takes the reference's argmax long after the cache is full."""
     model, ids = spec.model(), tokens(seed, 2, prompt)
     cache = rule.cache(model)
     generated = _generate(model, ids, cache, name)
@@ -104,7 +104,7 @@ def test_generate_takes_the_reference_s_likeliest_token(
 
 
 def test_generate_continues_a_chat() -> None:
-    """Three turns on one cache, given the whole history each time, equal one stream; only new tokens are forwarded."""
+    """Three turns on one cache, each given the whole history, equal one stream; only new tokens are forwarded."""
     rule, model = Rule(2, 6, 3), ModelSpec().model()
     cache, history = rule.cache(model), tokens(0, 1, 20)
     for turn in range(1, 4):
@@ -118,7 +118,7 @@ def test_generate_continues_a_chat() -> None:
 @given(spec=model_specs(), rule=rules(), seed=seeds(), lengths=splits(most=40))
 @budget(0.15)
 def test_forward_takes_the_cache_under_both_names(spec: ModelSpec, rule: Rule, seed: int, lengths: list[int]) -> None:
-    """`past_key_values=`, positional arguments, and calls of the bare decoder do what `cache=` does, bit for bit."""
+    """`past_key_values=`, positional arguments, and calls of the bare decoder give what `cache=` gives, bit for bit."""
     model, ids = spec.model(), tokens(seed, 1, sum(lengths))
     caches = [rule.cache(model) for _ in range(3)]
     for part in torch.split(ids, lengths, dim=1):
@@ -132,8 +132,8 @@ def test_forward_takes_the_cache_under_both_names(spec: ModelSpec, rule: Rule, s
 
 @given(rule=rules(BOTH), seed=seeds(), lengths=splits(most=40))
 @budget(0.15)
-def test_embeddings_stand_in_for_tokens(rule: Rule, seed: int, lengths: list[int]) -> None:
-    """`inputs_embeds` gives what the same `input_ids` give."""
+def test_embeddings_can_replace_tokens(rule: Rule, seed: int, lengths: list[int]) -> None:
+    """`inputs_embeds` gives the logits of the corresponding `input_ids`."""
     model, ids = ModelSpec().model(), tokens(seed, 2, sum(lengths))
     expected = stream(model, rule.cache(model), ids, lengths)
     cache, outputs = rule.cache(model), []
@@ -145,7 +145,7 @@ def test_embeddings_stand_in_for_tokens(rule: Rule, seed: int, lengths: list[int
 
 
 def _generate(model: PreTrainedModel, ids: Tensor, cache: StreamingCache, name: str) -> Tensor:
-    """Generate 30 tokens greedily; returns prompt and continuation `[batch, tokens]`."""
+    """Generate 30 tokens greedily; return prompt and continuation `[batch, tokens]`."""
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, name: cache}
     generated: Tensor = model.generate(ids, **arguments)  # type: ignore[operator]  # a mixin's method to mypy
     return generated

@@ -1,6 +1,6 @@
-"""Every family that is said to stream does, exactly; every other is refused by name and reason.
+"""Every supported family streams exactly; every other family is refused by name and with a reason.
 
-`bound` is 1e-9 in float64, and 1e-4 for the families (and back-ends) whose own mathematics has float32 inside.
+`bound` is 1e-9 in float64, and 1e-4 for families and attention implementations that compute partly in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from strategies import (
 
 README = Path(__file__).parents[1] / "README.md"
 SUPPORT = README.parent / "docs" / "support.md"
-# transformers makes angles and norms in float32: this near a stock model comes to exact mathematics.
+# transformers computes angles and norms in float32: the error of a stock model relative to its largest logit.
 STOCK = 3e-5
 COUNTS_PADDING = {"mpt"}  # its ALiBi counts columns, so padding between tokens is refused
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +49,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 @given(rule=rules(BOTH), seed=seeds(), lengths=splits(most=70))
 @budget(0.05)
 def test_the_family_streams_as_the_reference_says(family: str, rule: Rule, seed: int, lengths: list[int]) -> None:
-    """Logits within the bound and the same tokens retained, after every call of drawn splits, in both modes."""
+    """After every call, in both eviction modes, logits are within the bound and the retained tokens identical."""
     assume(family not in COUNTS_PADDING or rule.evict == "token" or rule.capacity + max(lengths) <= TRAINED)
     model, ids = build(family), tokens(seed, 1, sum(lengths))
     expected = reference_logits(model, ids, chunks=lengths, **rule.arguments)
@@ -65,7 +65,7 @@ def test_the_family_streams_as_the_reference_says(family: str, rule: Rule, seed:
 def test_padded_rows_of_the_family_are_rows_alone(
     family: str, rule: Rule, seed: int, lengths: list[int], *, holes: bool
 ) -> None:
-    """Real columns within the bound, nothing NaN, and each row retains what it would alone."""
+    """Real columns are within the bound, none is NaN, and each row retains what it would retain alone."""
     model, ids = build(family), tokens(seed, 2, sum(lengths))
     mask = padding_mask(seed, 2, lengths, holes=holes and family not in COUNTS_PADDING)
     expected = reference_logits(model, ids, mask, **rule.arguments)
@@ -79,7 +79,7 @@ def test_padded_rows_of_the_family_are_rows_alone(
 
 @pytest.mark.parametrize("family", sorted(COUNTS_PADDING))
 def test_padding_that_would_count_as_distance_is_refused(family: str) -> None:
-    """An ALiBi of columns allows padding left of a row's first token only; the refused call changes nothing."""
+    """If ALiBi counts columns, padding is allowed only before a row's first token; a refused call changes nothing."""
     model, ids = build(family), tokens(0, 2, 9)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
@@ -93,7 +93,7 @@ def test_padding_that_would_count_as_distance_is_refused(family: str) -> None:
 
 
 def test_a_whole_call_beyond_the_table_of_columns_is_refused() -> None:
-    """Where an ALiBi of columns comes from a table, it is refused by both numbers; shorter ones go on."""
+    """If ALiBi of columns is a table, a longer call that must run whole is refused with both numbers; others work."""
     rule, model, ids = Rule(1, 4, 1, "call"), build("mpt"), tokens(0, 1, TRAINED + 1)
     cache = rule.cache(model)
     with pytest.raises(ValueError, match=rf"brings {TRAINED + 1} columns and 0 are cached, .* ends at {TRAINED}"):
@@ -104,7 +104,7 @@ def test_a_whole_call_beyond_the_table_of_columns_is_refused() -> None:
 
 
 def test_padding_beyond_the_table_of_columns_is_split_off() -> None:
-    """Padding fills the table, too: a call that is mostly padding runs in pieces, all padding some of them."""
+    """Padding fills the table too: a call that is mostly padding runs in pieces, some of which are padding only."""
     rule, model, ids = Rule(1, 4, 1), build("mpt"), tokens(0, 2, 3 * TRAINED)
     mask = torch.ones_like(ids)
     mask[0, : 3 * TRAINED - 10] = 0
@@ -115,7 +115,7 @@ def test_padding_beyond_the_table_of_columns_is_split_off() -> None:
 
 @families
 def test_with_everything_kept_the_reference_is_the_stock_model(family: str) -> None:
-    """Layout, windows, caps and learned sinks are read right; and a short window is another thing."""
+    """Layout, windows, softcaps and learned sinks are read correctly; with a short window the logits differ."""
     model, ids = build(family), tokens(1, 2, 24)
     with torch.no_grad():
         stock = model(ids).logits
@@ -125,17 +125,18 @@ def test_with_everything_kept_the_reference_is_the_stock_model(family: str) -> N
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # from transformers
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from torch, on the way to it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from torch, same cause
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # on purpose
 @pytest.mark.parametrize(
     ("family", "attention"),
     [(name, attention) for name, family in FAMILIES.items() for attention in family.attention[1:]],
 )
-def test_back_ends_agree(family: str, attention: str) -> None:
-    """Every back-end that the family has gives the reference's logits, padded rows included.
+def test_attention_implementations_agree(family: str, attention: str) -> None:
+    """Every attention implementation of a family gives the reference's logits, padded rows included.
 
-    The reference replaces the back-end, but for families that call their own attention: stock Falcon with ALiBi gives
-    other logits under eager than under sdpa. flex_attention runs uncompiled: its CPU kernels know no float64.
+    The reference replaces the implementation, except in families that call their own attention: stock Falcon with ALiBi
+    gives other logits with eager than with sdpa. flex_attention is not compiled, since its CPU kernels do not support
+    float64.
     """
     rule, lengths, ids = Rule(2, 6, 3), [9, 30, 1, 1, 1, 20], tokens(2, 2, 62)
     mask = padding_mask(5, 2, lengths, holes=False)
@@ -148,7 +149,7 @@ def test_back_ends_agree(family: str, attention: str) -> None:
 
 @families
 def test_supports_answers_without_side_effects(family: str) -> None:
-    """It says yes without a reason, and hangs no hook on the model."""
+    """`supports` is true with an empty reason, and adds no hook to the model."""
     model = build(family)
     answer = supports(model)
     assert (bool(answer), answer.reason) == (True, "")
@@ -166,7 +167,7 @@ def test_supports_answers_without_side_effects(family: str) -> None:
     ],
 )
 def test_other_families_are_refused_by_name_and_reason(family: str, reason: str) -> None:
-    """`supports` and the constructor give the same words, before anything of the model changes."""
+    """`supports` and the constructor give the same reason, and the model is unchanged."""
     model = build(family)
     before = model.config.to_dict()
     with pytest.raises(UnsupportedModelError, match=rf"'{family}'.*{reason}") as error:
@@ -178,13 +179,13 @@ def test_other_families_are_refused_by_name_and_reason(family: str, reason: str)
 
 @pytest.mark.parametrize("family", [name for name, family in REFUSED.items() if family.model_type != "t5"])
 def test_the_reference_refuses_them_too(family: str) -> None:
-    """Better no reference than a wrong one."""
+    """The reference raises an error rather than return wrong logits."""
     with pytest.raises(ValueError, match=rf"model of type '{family}' .*the rule does not fit"):
         reference_logits(build(family), tokens(0, 1, 4), num_sinks=1, window=3)
 
 
-def test_an_own_window_outlives_the_rule() -> None:
-    """A layer with a window of its own sees exactly that many tokens, also where the rule keeps fewer or more."""
+def test_a_layer_keeps_a_window_of_its_own() -> None:
+    """A layer with a window of its own attends to exactly that many tokens, whether the rule keeps fewer or more."""
     model = build("gemma3_text")
     ids = tokens(3, 1, 60)
     for rule in (Rule(1, 2), Rule(4, 30, 8)):
@@ -192,8 +193,8 @@ def test_an_own_window_outlives_the_rule() -> None:
         assert worst(logits - reference_logits(model, ids, **rule.arguments)) < 1e-9
 
 
-def test_a_model_whose_layers_all_slide_must_hold_the_list() -> None:
-    """Mistral's window would hide the sinks of a longer list: refused with both numbers; one token fewer is fine."""
+def test_a_list_longer_than_the_window_of_all_layers_is_refused() -> None:
+    """Mistral's window would hide the sinks of a longer list: the error has both numbers; one token fewer is fine."""
     model: Any = build("mistral")
     with pytest.raises(ValueError, match=r"= 65 exceeds the model's own sliding window of 64"):
         StreamingCache(model, 4, 56, 4)
@@ -202,18 +203,18 @@ def test_a_model_whose_layers_all_slide_must_hold_the_list() -> None:
     assert worst(logits - reference_logits(model, ids, **rule.arguments)) < 1e-9
 
 
-# Earlier releases do without GPT-J and CodeGen, which they refuse: their table is a shorter one.
-@pytest.mark.skipif(Version(transformers.__version__) < NEWEST_TESTED, reason="the table is the newest release's")
+# With earlier releases GPT-J and CodeGen are refused, so the table is shorter.
+@pytest.mark.skipif(Version(transformers.__version__) < NEWEST_TESTED, reason="the table is that of the newest release")
 def test_the_support_table_is_current() -> None:
-    """docs/support.md is what `python tests/families.py` prints, 25 families or more, as many as the README says."""
+    """docs/support.md is the output of `python tests/families.py`: 25 families or more, as many as the README says."""
     assert SUPPORT.read_text(encoding="utf-8") == table()
     count = len({family.model_type for family in FAMILIES.values()})
     assert count >= 25
     assert f"[{count} families](docs/support.md)" in README.read_text(encoding="utf-8")
 
 
-def test_a_model_that_attends_by_itself_is_refused_unless_it_is_known_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release may come before a family's `AttentionInterface`: its attention would not hear of evictions."""
+def test_a_model_with_its_own_attention_is_refused_unless_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release may be older than a family's use of `AttentionInterface`; the reason says how to upgrade."""
     model = build("llama")
     monkeypatch.delattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
     answer = supports(model)

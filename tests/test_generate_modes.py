@@ -1,7 +1,7 @@
-"""Every decoding mode of `generate` gives with the cache what the same mode gives on the reference, same seed.
+"""Every mode of `generate` gives the same tokens with the cache as with the reference, from the same random seed.
 
-`Reference` is a language model whose logits are the reference's, over the whole sequence at every step and without a
-cache: so the same `generate`, with the same arguments, samples, ranks beams and stops on both sides.
+`Reference` is a language model that computes the reference's logits of the whole sequence at every step, without a
+cache. The same `generate`, with the same arguments, samples, ranks beams and stops on both sides.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ if TYPE_CHECKING:
 
 PROMPT, NEW = 14, 12  # [tokens]; together more than twice the rule below
 RULE: Final = Rule(2, 5, 2)
-ENDS: Final = [3, 7, 11, 19]  # a few tokens of the vocabulary that end a sequence, so that rows end apart
+ENDS: Final = [3, 7, 11, 19]  # tokens that end a sequence, so that rows end at different lengths
 
 MODES: Final[dict[str, dict[str, Any]]] = {
     "greedy": {},
-    "greedy, rows end apart": {"eos_token_id": ENDS},
+    "greedy, different ends": {"eos_token_id": ENDS},
     "repetition penalty": {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
     "sampling": {"do_sample": True},
     "sampling, top-k": {"do_sample": True, "top_k": 4, "temperature": 1.5},
     "sampling, top-p, three each": {"do_sample": True, "top_p": 0.7, "num_return_sequences": 3},
     "beams": {"num_beams": 3},
-    "beams, two each, rows end apart": {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": ENDS},
+    "beams, two each, different ends": {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": ENDS},
     "beams, sampled": {"num_beams": 3, "do_sample": True},
     "beams, early stopping": {"num_beams": 2, "early_stopping": True, "eos_token_id": ENDS, "length_penalty": 0.3},
 }
 
 
 class Reference(LlamaForCausalLM):  # type: ignore[no-untyped-call]  # its __init_subclass__ is not typed
-    """A language model that gives another's logits by the reference; its own weights are not used."""
+    """A language model that returns the reference's logits of another model; its own weights are not used."""
 
     def __init__(self, model: PreTrainedModel, rule: Rule) -> None:
         super().__init__(cast("LlamaConfig", model.config))
@@ -86,7 +86,7 @@ def _generate(
     seed: int = 0,
     **more: Any,
 ) -> Tensor:
-    """Run `generate`; returns prompt and continuation `[sequences, tokens]`."""
+    """Run `generate`; return prompt and continuation `[sequences, tokens]`."""
     torch.manual_seed(seed)
     common: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     common |= {} if cache is None else {CACHE_NAME: cache}
@@ -102,8 +102,8 @@ def _expected(model: PreTrainedModel, rule: Rule, ids: Tensor, mask: Tensor, **m
 @pytest.mark.parametrize("mode", MODES)
 @given(rule=rules(), seed=seeds())
 @budget(0.05)
-def test_a_mode_with_the_cache_is_the_mode_on_the_reference(mode: str, rule: Rule, seed: int) -> None:
-    """The same sequences, token by token, of a left-padded batch through several evictions."""
+def test_a_mode_gives_the_same_tokens_with_the_cache_as_with_the_reference(mode: str, rule: Rule, seed: int) -> None:
+    """A left-padded batch gives the same sequences, token by token, across several evictions."""
     model, ids = ModelSpec().model(), tokens(seed, 2, PROMPT)
     mask = padding_mask(seed, 2, [PROMPT], holes=False)
     expected = _expected(model, rule, ids, mask, seed=seed, **MODES[mode])
@@ -111,7 +111,7 @@ def test_a_mode_with_the_cache_is_the_mode_on_the_reference(mode: str, rule: Rul
 
 
 def test_the_reference_itself_depends_on_the_rule() -> None:
-    """What the test above compares with is streaming, not dense: in every mode the two differ."""
+    """The test above compares with streaming, not with dense decoding: the two differ in every mode."""
     model, ids = ModelSpec().model(), tokens(1, 2, PROMPT)
     for mode, arguments in MODES.items():
         stock = _generate(model, ids, torch.ones_like(ids), **arguments)
@@ -121,7 +121,7 @@ def test_the_reference_itself_depends_on_the_rule() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 13, 100])
 def test_a_prompt_may_be_fed_in_chunks(chunk: int) -> None:
-    """`prefill_chunk_size` changes nothing, whatever it is a fraction or a multiple of."""
+    """`prefill_chunk_size` changes nothing, whether it is shorter or longer than the prompt and the list."""
     model, ids = ModelSpec().model(), tokens(2, 2, 30)
     mask = padding_mask(2, 2, [30], holes=False)
     cache = RULE.cache(model)
@@ -130,7 +130,7 @@ def test_a_prompt_may_be_fed_in_chunks(chunk: int) -> None:
     assert cache.forwarded_tokens == 30 + NEW - 1
 
 
-def test_embeddings_may_stand_in_for_the_prompt() -> None:
+def test_embeddings_can_replace_the_prompt() -> None:
     """`generate(inputs_embeds=...)` continues as `generate(input_ids)` does."""
     model, ids = ModelSpec().model(), tokens(3, 2, PROMPT)
     mask = torch.ones_like(ids)
@@ -143,7 +143,7 @@ def test_embeddings_may_stand_in_for_the_prompt() -> None:
 
 
 def _assistant() -> PreTrainedModel:
-    """Return a model that is often right about what `ModelSpec().model()` says, and often wrong."""
+    """Return a model that often predicts the same token as `ModelSpec().model()`, and often another one."""
     model = fresh_model(ModelSpec()).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -154,9 +154,9 @@ def _assistant() -> PreTrainedModel:
 @pytest.mark.parametrize("rule", [RULE, Rule(0, 1), Rule(4, 8, 5)], ids=str)
 @pytest.mark.parametrize("by", ["assistant", "prompt lookup"])
 def test_drafts_change_nothing(by: str, rule: Rule) -> None:
-    """Assisted and prompt-lookup decoding give the greedy tokens; drafts that are wrong are taken back exactly."""
+    """Assisted and prompt-lookup decoding give the greedy tokens; wrong drafts are taken back exactly."""
     model = ModelSpec().model()
-    ids = tokens(4, 1, 5).repeat(1, 4)  # something to look up
+    ids = tokens(4, 1, 5).repeat(1, 4)  # with repetitions, so that prompt lookup finds drafts
     mask = torch.ones_like(ids)
     drafts: dict[str, Any] = (
         {"prompt_lookup_num_tokens": 4} if by == "prompt lookup" else {"assistant_model": _assistant()}
@@ -171,42 +171,42 @@ def test_drafts_change_nothing(by: str, rule: Rule) -> None:
 
 
 class _Listener(BaseStreamer):
-    """Keeps what it is told."""
+    """A streamer that keeps what it receives."""
 
     def __init__(self) -> None:
-        self.heard: list[Tensor] = []
+        self.received: list[Tensor] = []
         self.ended = 0
 
     def put(self, value: Tensor) -> None:
-        """Hear the prompt, then each token."""
-        self.heard.append(value.flatten())
+        """Receive the prompt, then each token."""
+        self.received.append(value.flatten())
 
     def end(self) -> None:
-        """Hear that it is over."""
+        """Count the end."""
         self.ended += 1
 
 
 class _StopAt(StoppingCriteria):
-    """Stops all rows at a length [tokens]."""
+    """A criterion that stops all rows at a length [tokens]."""
 
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:  # noqa: ARG002 - their signature
-        """Answer for each row."""
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:  # noqa: ARG002 - the signature in transformers
+        """Return whether to stop, for each row."""
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
 
 
-def test_streamers_hear_every_token_once() -> None:
-    """Prompt first, then token by token, and one end."""
+def test_streamers_receive_every_token_once() -> None:
+    """A streamer receives the prompt, then token by token, and one end."""
     model, ids, listener = ModelSpec().model(), tokens(5, 1, PROMPT), _Listener()
     generated = _generate(model, ids, torch.ones_like(ids), RULE.cache(model), streamer=listener)
-    assert torch.equal(torch.cat(listener.heard), generated[0])
-    assert (len(listener.heard), listener.ended) == (1 + NEW, 1)
+    assert torch.equal(torch.cat(listener.received), generated[0])
+    assert (len(listener.received), listener.ended) == (1 + NEW, 1)
 
 
 def test_stopping_criteria_stop() -> None:
-    """The stream ends where they say, and goes on from there as if it had never stopped."""
+    """Generation ends where the criteria say, and continues from there as if it had not stopped."""
     model, ids, cache = ModelSpec().model(), tokens(6, 2, PROMPT), RULE.cache(ModelSpec().model())
     expected = _expected(model, RULE, ids, torch.ones_like(ids))
     stop = StoppingCriteriaList([_StopAt(PROMPT + 5)])
@@ -218,7 +218,7 @@ def test_stopping_criteria_stop() -> None:
 
 @pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 17, 3])], ids=str)
 def test_logits_to_keep_are_those_of_all(keep: int | Tensor) -> None:
-    """A number of last columns, or columns by index, of a call that crosses evictions."""
+    """`logits_to_keep` selects a number of last columns, or columns by index, in a call that crosses evictions."""
     model, ids = ModelSpec().model(), tokens(7, 2, 30)
     every = call(model, RULE.cache(model), ids)
     with torch.no_grad():
@@ -232,9 +232,9 @@ def test_logits_to_keep_are_those_of_all(keep: int | Tensor) -> None:
 @given(rule=rules(), seed=seeds(), lengths=splits(most=40))
 @budget(0.3)
 def test_attention_weights_fall_on_retained_tokens_only(rule: Rule, seed: int, lengths: list[int]) -> None:
-    """Under eager, each query's weights are a distribution over exactly its retained list, nothing of it later.
+    """With eager attention, each query's weights are a distribution over exactly the tokens of its retained list.
 
-    And they are the same weights, token by token, whatever the calls: as if all had come in calls of one token.
+    Whatever the calls, the weights of each token are those of calls with one token.
     """
     ids, total = tokens(seed, 1, sum(lengths)), sum(lengths)
     weights = _weights_by_token(rule, ids, lengths)
@@ -249,7 +249,7 @@ def test_attention_weights_fall_on_retained_tokens_only(rule: Rule, seed: int, l
 
 
 def _weights_by_token(rule: Rule, ids: Tensor, lengths: list[int]) -> Tensor:
-    """Return attention weights `[layers * heads, queries, tokens]`, columns of the cache told by natural index."""
+    """Return attention weights `[layers * heads, queries, tokens]`, the last dimension by natural index."""
     model = ModelSpec(attention="eager").model()
     cache, total = rule.cache(model), ids.shape[1]
     rows, start = [], 0
@@ -266,8 +266,8 @@ def _weights_by_token(rule: Rule, ids: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat(rows, dim=1)
 
 
-def test_generate_hands_attention_weights_on() -> None:
-    """`output_attentions` in `generate`: one tuple a step, each step's weights over at most the longest list."""
+def test_generate_returns_attention_weights() -> None:
+    """`generate` with `output_attentions` returns a tuple per step, with weights over at most the longest list."""
     model, ids = ModelSpec(attention="eager").model(), tokens(8, 2, PROMPT)
     wanted = {"output_attentions": True, "return_dict_in_generate": True}
     output: Any = _generate(model, ids, torch.ones_like(ids), RULE.cache(model), **wanted)

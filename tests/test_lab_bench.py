@@ -1,4 +1,4 @@
-"""Finished measurements are kept by what they were made of, and a text is read once for all tables."""
+"""Finished measurements are stored under everything they depend on, and a text is read once for all tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sinkwindow.lab.perplexity import Perplexity
     from sinkwindow.lab.tokens import TokenText
 
-# -- kept -------------------------------------------------------------------------------------------------------------
+# -- stored -----------------------------------------------------------------------------------------------------------
 
 
 def test_another_key_is_another_measurement(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_another_key_is_another_measurement(tmp_path: Path) -> None:
 
 
 def test_broken_files_are_measured_again(tmp_path: Path) -> None:
-    """A file that was cut off or is of another version is no measurement."""
+    """A truncated file, or one of another version, is not a measurement."""
     for attempt in range(2):
         keeper = store.Store(tmp_path)
         one = tiny_bench(keeper)
@@ -56,8 +56,8 @@ def test_broken_files_are_measured_again(tmp_path: Path) -> None:
             path.write_bytes(b'{"value": {"old": 1}}')
 
 
-def test_models_are_told_apart_by_their_weights() -> None:
-    """A folder has no digest of its own: its weights are the digest."""
+def test_models_are_distinguished_by_their_weights() -> None:
+    """A folder has no digest of its own, so the digest is that of its weights."""
     first = loaded_tiny()
     other = models.LoadedModel(tiny_model(torch.float32), first.tokenizer, first.record)
     assert model_digest(first) == model_digest(loaded_tiny())
@@ -71,7 +71,7 @@ def test_models_are_told_apart_by_their_weights() -> None:
 
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of every call of a session."""
+    """Return a list that collects the number of tokens of every call of a session."""
     counts: list[int] = []
     feed = Session.feed
 
@@ -87,10 +87,10 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "read"), [("baseline", 79), ("streaming_2_6_3", 79), ("stale_ranks_2_6_3", 79), ("call_2_6", 29 + 49 + 79)]
 )
-def test_what_is_foreseen_is_read_once(
+def test_lengths_that_are_announced_are_read_once(
     name: str, read: int, folder: str | None, tmp_path: Path, fed: list[int]
 ) -> None:
-    """Three lengths, asked for by three tables: one reading; calls of the seed's rule cannot be shared."""
+    """Three lengths for three tables take one reading, except by the chunk-wise rule, which depends on the calls."""
     one, row = tiny_bench(store.Store(None if folder is None else tmp_path / folder)), parse(name)
     corpus = one.corpora[0]
     one.foresee((row, corpus, count) for count in (80, 30, 50))
@@ -104,7 +104,7 @@ def test_what_is_foreseen_is_read_once(
 
 
 def test_an_interrupted_run_reads_what_is_missing(tmp_path: Path, fed: list[int]) -> None:
-    """All lengths are there from the moment that one is; the text is read again where one is broken."""
+    """One reading stores all lengths; the text is read again if one of them is broken."""
     row, keeper = parse("baseline"), store.Store(tmp_path)
     for counts, read in (((30,), 79), ((50, 30, 80), 79), ((30,), 2 * 79), ((80,), 2 * 79)):
         one = tiny_bench(keeper)
@@ -115,8 +115,8 @@ def test_an_interrupted_run_reads_what_is_missing(tmp_path: Path, fed: list[int]
             next(tmp_path.iterdir()).write_bytes(b"cut off")
 
 
-def test_all_that_a_report_scores_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a text would be read again for every table."""
+def test_all_that_a_report_scores_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a text would be read again for every table."""
     lengths = {"mistakes_tokens": 60, "sinks_tokens": 50, "sizes_tokens": 80, "along_tokens": 101, "along_bin": 25}
     rows = {"mistakes": ("baseline", "call_2_6"), "where": ("streaming_4_12_0",), "along": ("streaming_4_12_0",)}
     studies = replace(plans.QUICK, **lengths, **rows, sinks=(0, 2), sinks_cache=8, sizes=(8, 16))  # type: ignore[arg-type]

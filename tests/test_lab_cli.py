@@ -1,4 +1,4 @@
-"""The command line end to end on a tiny model, the registry of configurations, and every user's error."""
+"""The command line end to end on a tiny model, the registry of configurations, and every user error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and two texts."""
+    """Return a folder with a tiny model and some texts."""
     path = tmp_path_factory.mktemp("tiny")
     save_tiny(path)
     (path / "long.txt").write_text(random_text(300), encoding="utf-8")
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error."""
+    """Run a command; return exit status, standard output and standard error."""
     with pytest.raises(SystemExit) as stop:
         main([str(one) for one in arguments])
     captured = capsys.readouterr()
@@ -62,7 +62,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     ],
 )
 def test_names_are_configurations(name: str, kind: str, numbers: tuple[int | None, ...]) -> None:
-    """The seed's buffer of 64 is the default of what streams; names are kept as given."""
+    """Streaming configurations have a default buffer of 64, that of the original reproduction; names do not change."""
     found = parse(name)
     assert (found.name, found.kind, (found.num_sinks, found.window, found.buffer)) == (name, kind, numbers)
     assert found.ablation is (kind in {"stale_ranks", "eager_eviction", "absolute"})
@@ -70,7 +70,7 @@ def test_names_are_configurations(name: str, kind: str, numbers: tuple[int | Non
 
 @pytest.mark.parametrize("name", ["", "Baseline", "streaming", "streaming_8", "streaming_-1_8", "window_4_8", "x_1_2"])
 def test_unknown_names_list_the_shapes(name: str) -> None:
-    """The error shows what would work."""
+    """The error shows names that work."""
     with pytest.raises(LabError, match=r"streaming_8_256_64.*recompute_264"):
         parse(name)
 
@@ -83,20 +83,20 @@ def test_zero_windows_are_refused() -> None:
 
 @pytest.mark.parametrize("numbers", [(-1, 4, 4), (4, 0, 4), (4, 4, -1)])
 def test_numbers_out_of_range_are_named(numbers: tuple[int, int, int]) -> None:
-    """Which one, its value, and the least that works."""
+    """The error names the number, its value, and the least that works."""
     with pytest.raises(LabError, match=r"(sinks|window|buffer)=-?\d+ is too small: it must be [01] or more"):
         streaming(*numbers)
 
 
 @pytest.mark.parametrize(("names", "message"), [(" , ", "no configuration"), ("baseline,baseline", "given twice")])
 def test_lists_need_distinct_names(names: str, message: str) -> None:
-    """Rows are told apart by their names."""
+    """Rows are distinguished by their names."""
     with pytest.raises(LabError, match=message):
         parse_list(names)
 
 
 def test_the_default_rows_parse() -> None:
-    """All of them, the ablations last."""
+    """All default rows parse, and the ablations come last."""
     found = parse_list(experiments.DEFAULT_CONFIGURATIONS)
     assert [one.ablation for one in found] == [False] * 5 + [True] * 2
 
@@ -107,7 +107,7 @@ def test_the_default_rows_parse() -> None:
 def test_tables_writes_both_files(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kind of configuration, two files as corpora; the page is its JSON rendered."""
+    """Every kind of configuration can be measured, with two files as corpora; the page is rendered from the JSON."""
     plan = experiments.Plan((experiments.Experiment("experiment 1", 40, 12, 6),), 2, 2, rounds=2, quick=True)
     monkeypatch.setattr(experiments, "QUICK", plan)
     names = "baseline,streaming_2_6_3,window_0_8,recompute_8,stale_ranks_2_6_3,eager_eviction_2_6_3"
@@ -131,7 +131,7 @@ def test_tables_writes_both_files(
 
 
 def test_perplexity_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Standard output is JSON and nothing else; the text, the model and the machine are in it."""
+    """Standard output is JSON and nothing else; it has the result, the text and the model."""
     options = ("--tokens", 60, "--sinks", 2, "--window", 6, "--buffer", 3, "--json")
     status, out, err = run(capsys, "perplexity", "--model", folder, "--corpus", folder / "long.txt", *options)
     assert status == 0, err
@@ -142,18 +142,18 @@ def test_perplexity_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert records.ModelRecord.model_validate(found["model"]).source == "folder"
 
 
-def test_perplexity_by_name_and_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A configuration by name; a text shorter than asked for is read to its end, and said so."""
+def test_perplexity_by_name_and_as_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A configuration may be given by name; a text shorter than requested is read to its end, with a message."""
     options = ("--config", "baseline", "--tokens", 5000, "--bos", "add")
     status, out, err = run(capsys, "perplexity", "--model", folder, "--corpus", folder / "long.txt", *options)
     assert status == 0
     assert out.startswith("PPL ")
     assert "300 targets" in out
-    assert "has 301 tokens, 5000 were asked for" in err
+    assert "has 301 tokens, 5000 were requested" in err
 
 
 def test_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line per configuration, or their records."""
+    """The output has one line per configuration, or is their records as JSON."""
     common = ("speed", "--model", folder, "--corpus", folder / "long.txt", "--prompt", 9, "--tokens", 3)
     assert len(run(capsys, *common)[1].splitlines()) == 2
     found = json.loads(run(capsys, *common, "--configs", "baseline", "--json")[1])
@@ -161,7 +161,7 @@ def test_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mechanics_shows_each_eviction(capsys: pytest.CaptureFixture[str]) -> None:
-    """The seed's log: 329 -> 264, and the shape before and after."""
+    """Each eviction is 329 -> 264, as in the log of the original reproduction, with the shape before and after."""
     status, out, _ = run(capsys, "mechanics", "--evictions", 2)
     assert status == 0
     assert out.count("329 -> 264") == 2
@@ -173,7 +173,7 @@ def test_mechanics_shows_each_eviction(capsys: pytest.CaptureFixture[str]) -> No
     ("numbers", "message"), [((2, 4, 1, 0), "evictions=0"), ((2, 0, 1, 1), "window"), ((-1, 4, 1, 1), "num_sinks")]
 )
 def test_mechanics_refuses_bad_numbers(numbers: tuple[int, int, int, int], message: str) -> None:
-    """The cache's own message, as a user's error."""
+    """The cache's own message becomes a user error."""
     with pytest.raises(LabError, match=message):
         list(log(*numbers[:3], evictions=numbers[3]))
 
@@ -208,7 +208,7 @@ def test_mechanics_refuses_bad_numbers(numbers: tuple[int, int, int, int], messa
 def test_user_errors_are_one_line(
     arguments: tuple[str, ...], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 2, one line on standard error that names the way out, nothing on standard output."""
+    """The exit status is 2, standard error has one line that names the fix, and standard output is empty."""
     extra = ("--out", str(tmp_path)) if arguments[0] == "tables" and "--out" not in arguments else ()
     status, out, err = run(capsys, *(one.format(folder=folder) for one in (*arguments, *extra)))
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -221,7 +221,7 @@ def test_user_errors_are_one_line(
 
 
 def test_embedded_corpora_are_there() -> None:
-    """Offline texts, the same on every load, with what identifies them."""
+    """The texts work offline, are the same on every load, and have a digest."""
     for name, documents in (("shakespeare", 42), ("python-docs", len(corpora.load_corpus("python-docs").documents))):
         first, second = corpora.load_corpus(name).record(), corpora.load_corpus(name).record()
         assert first == second
@@ -231,7 +231,7 @@ def test_embedded_corpora_are_there() -> None:
 
 @pytest.mark.parametrize("name", ["wikitext", "pg19"])
 def test_an_unreachable_hub_says_what_works_offline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded names, whatever exception the client raised."""
+    """The error gives the names of the embedded texts, whatever exception the client raised."""
 
     class Datasets:
         @staticmethod
@@ -249,7 +249,7 @@ def test_an_unreachable_hub_says_what_works_offline(name: str, monkeypatch: pyte
 
 
 def test_hub_texts_are_read_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second place is tried when the first fails; streamed books stop at the limit; the commit is recorded."""
+    """A second repository is tried if the first fails; streamed books stop at the limit; the commit is recorded."""
     asked: list[tuple[object, ...]] = []
 
     class Datasets:
@@ -269,14 +269,14 @@ def test_hub_texts_are_read_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unreachable_hub_says_that_the_embedded_model_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name that failed, and what to leave out."""
+    """The error has the name that failed, and the option to leave out."""
     monkeypatch.setattr(models, "ask", lambda *_: hub.Answer(reachable=False, commit=None))
     with pytest.raises(LabError, match=r"'nobody/nothing-tiny' cannot be loaded.*without --model the embedded SmolLM2"):
         models.load_model("nobody/nothing-tiny")
 
 
 def test_models_are_described() -> None:
-    """Parameters counted once, bytes by dtype."""
+    """Parameters are counted once, and bytes by dtype."""
     model = tiny_model(torch.float32)
     record = models.describe(model, "tiny", "test")
     assert record.parameters == sum(one.numel() for one in model.parameters())
@@ -284,8 +284,8 @@ def test_models_are_described() -> None:
     assert (record.dtype, record.model_type, record.max_positions) == ("float32", "llama", 512)
 
 
-def test_dequantised_weights_lose_nothing_but_the_mark() -> None:
-    """The copy that is saved has the same weights, bit for bit, and no memory of a quantisation."""
+def test_dequantized_models_lose_only_the_quantization_config() -> None:
+    """The copy that is saved has the same weights, bit for bit, and no quantization config."""
     plain = models._plain(tiny_model(torch.float32))
     for name, value in tiny_model(torch.float32).state_dict().items():
         assert torch.equal(plain.state_dict()[name], value)
@@ -293,13 +293,13 @@ def test_dequantised_weights_lose_nothing_but_the_mark() -> None:
 
 
 def test_a_missing_module_names_the_extra() -> None:
-    """What to install."""
+    """The error says what to install."""
     with pytest.raises(LabError, match=r"sinkwindow\[lab\]"):
         require("no_such_module_anywhere")
 
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without typer there is no command line, and no traceback either."""
+    """Without typer the command line fails, but without a traceback."""
     monkeypatch.delitem(sys.modules, "sinkwindow.lab.commands", raising=False)
     monkeypatch.setitem(sys.modules, "typer", None)
     status, _, err = run(capsys, "mechanics")

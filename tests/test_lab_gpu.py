@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer laws and lengths than the command has."""
+    """Use fewer laws and lengths than the command."""
     monkeypatch.setattr(laws, "DTYPES", (torch.float32,))
     monkeypatch.setattr(laws, "RULES", ((2, 8, 3),))
     monkeypatch.setattr(laws, "TOKENS", 60)
@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def law(error: float, *, retained: bool = True) -> LawRecord:
-    """A law with an allowance of 2 x 0.25 + 0.5 = 1."""
+    """Return the record of a law with an allowed error of 2 x 0.25 + 0.5 = 1."""
     return LawRecord(
         law="a law",
         shape="tiny",
@@ -47,7 +47,7 @@ def law(error: float, *, retained: bool = True) -> LawRecord:
 
 @pytest.mark.usefixtures("small")
 def test_the_command_runs_end_to_end_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both files; every part of both models; the page says that there was no GPU and is its JSON rendered."""
+    """Every part of both models is measured; the page is rendered from the JSON and says that there was no GPU."""
     status, _, err = run(capsys, "gpu-report", "--out", tmp_path, "--minutes", 9)
     assert status == 0, err
     found = GpuReport.model_validate_json((tmp_path / "gpu_report.json").read_text(encoding="utf-8"))
@@ -67,8 +67,8 @@ def test_the_command_runs_end_to_end_without_a_gpu(tmp_path: Path, capsys: pytes
     assert all(one.holds for one in found.laws)
 
 
-def test_no_time_measures_nothing_and_says_what() -> None:
-    """Far too short for anything: each part is named."""
+def test_without_time_all_parts_are_skipped_by_name() -> None:
+    """If the time is too short for anything, the report names each skipped part."""
     seen: list[GpuReport] = []
     report = gpu_collect.collect(minutes=1e-6, save=seen.append, say=lambda _: None, device="cpu")
     assert (report.points, report.prompts, report.laws) == ([], [], [])
@@ -77,14 +77,14 @@ def test_no_time_measures_nothing_and_says_what() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "allowed"), [(120.0, True), (115.0, False)])
-def test_a_part_is_begun_if_its_guess_and_half_more_fit(seconds: float, *, allowed: bool) -> None:
-    """100 s are gone, a tenth of all is guessed: 118 of 120 s, 117.25 of 115."""
+def test_a_part_starts_if_one_and_a_half_times_its_estimate_fits(seconds: float, *, allowed: bool) -> None:
+    """After 100 s, with an estimate of a tenth of all: 118 s fit in 120 s, 117.25 s do not fit in 115 s."""
     times = iter((0.0, 100.0))
     assert gpu_collect.Budget(seconds, now=lambda: next(times)).allows("laws") is allowed
 
 
-def test_a_part_is_guessed_by_the_longest_of_its_kind() -> None:
-    """10 s taken, 20 gone: of 36 s 16 are left, of 34 only 14, where 15 are wanted."""
+def test_the_estimate_of_a_part_is_the_longest_of_its_kind() -> None:
+    """A part took 10 s, so the next needs 15 s; after 20 s, 16 s of 36 s are left, but only 14 s of 34 s."""
     for seconds, allowed in ((36.0, True), (34.0, False)):
         times = iter((0.0, 0.0, 10.0, 20.0))
         budget = gpu_collect.Budget(seconds, now=lambda times=times: next(times))  # type: ignore[misc]
@@ -94,7 +94,7 @@ def test_a_part_is_guessed_by_the_longest_of_its_kind() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_wrong_rotation_breaks_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sinks that stay where they were born: the error is far above what the dtype explains."""
+    """If sinks are not rotated, the error is far above what the dtype explains."""
 
     def stay(self: Rotary, states: Tensor, distance: int | Tensor) -> Tensor:  # noqa: ARG001
         return states
@@ -109,7 +109,7 @@ def test_a_wrong_rotation_breaks_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
     [(law(1.0), True), (law(1.01), False), (law(float("nan")), False), (law(0.0, retained=False), False)],
 )
 def test_what_a_law_allows(found: LawRecord, *, holds: bool) -> None:
-    """Twice the plain error and a rounding step; never a NaN, never another list."""
+    """A law allows twice the plain error and a rounding step, but no NaN and no other retained list."""
     assert found.holds is holds
 
 
@@ -117,7 +117,7 @@ def test_what_a_law_allows(found: LawRecord, *, holds: bool) -> None:
 def test_a_broken_law_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The report is written all the same, and the law named."""
+    """The report is still written, and the error names the law."""
     monkeypatch.setattr(laws, "laws", lambda _: iter([law(2.0)]))
     status, _, err = run(capsys, "gpu-report", "--out", tmp_path, "--minutes", 9)
     assert status == 1
@@ -126,6 +126,6 @@ def test_a_broken_law_fails_the_command(
 
 
 def test_minutes_must_be_above_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Named with its value."""
+    """The error names the option and its value."""
     status, _, err = run(capsys, "gpu-report", "--out", tmp_path, "--minutes", 0)
     assert (status, "--minutes 0.0 must be above 0" in err) == (2, True), err

@@ -1,4 +1,4 @@
-"""What the lab measures is what it says: arithmetic with fake clocks, and sessions against their definitions."""
+"""The lab measures what it says: sessions compared with their definitions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = (
 
 
 def feed_in(session: Session, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Logits of calls of these sizes, the last one repeated."""
+    """Feed calls of these sizes, the last one repeated; return the logits."""
     parts, start = [], 0
     while start < ids.shape[1]:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
@@ -34,7 +34,7 @@ def feed_in(session: Session, ids: torch.Tensor, sizes: list[int]) -> torch.Tens
 
 
 def logits_of(name: str, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Logits of a fresh session of this configuration."""
+    """Return the logits of a new session of this configuration."""
     return feed_in(open_session(parse(name), tiny_model()), ids, sizes)
 
 
@@ -42,7 +42,7 @@ def logits_of(name: str, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 
 def test_recomputation_reads_a_context_without_running_it() -> None:
-    """What follows is as if it had run; the window holds the same tokens."""
+    """Later logits are as if the model had run, and the window has the same tokens."""
     ids, model = random_ids(30), tiny_model()
     quiet, busy = (open_session(parse("recompute_8"), model) for _ in range(2))
     ran: list[object] = []
@@ -80,19 +80,19 @@ def test_call_lengths_do_not_matter(name: str) -> None:
 def test_nothing_evicted_is_dense(name: str) -> None:
     """With room for everything all configurations are the baseline."""
     ids = random_ids(40)
-    # Ours makes RoPE's angles in float64, the stock model in float32: 1e-6 apart on these logits.
+    # The cache computes RoPE's angles in float64, the stock model in float32: the logits here differ by 1e-6.
     assert (logits_of(name, ids, [7]) - logits_of("baseline", ids, [40])).abs().max() < 1e-5
 
 
 def test_streaming_is_the_reference() -> None:
-    """The lab's streaming session is the product: the reference's logits."""
+    """The lab's streaming session gives the reference's logits, since it uses the cache itself."""
     ids = random_ids(40)
     expected = reference_logits(tiny_model(), ids, num_sinks=2, window=6, buffer=3)
     assert (logits_of("streaming_2_6_3", ids, [40]) - expected).abs().max() < 1e-9
 
 
 def test_recomputation_is_a_dense_pass_over_each_window() -> None:
-    """Token t sees exactly the last W tokens, at positions from 0."""
+    """Token t attends to exactly the last W tokens, at positions from 0."""
     ids = random_ids(30)
     found = logits_of("recompute_8", ids, [11])
     for last in range(30):
@@ -102,7 +102,7 @@ def test_recomputation_is_a_dense_pass_over_each_window() -> None:
 
 
 def test_eager_eviction_by_single_tokens_loses_one_token() -> None:
-    """Cut to S + W before attention: the same as keeping one fewer after it. Ranks are right, only tokens miss."""
+    """Evicting to S + W before attention is keeping one token fewer after it: ranks are right, a token is missing."""
     ids = random_ids(40)
     expected = reference_logits(tiny_model(), ids, num_sinks=2, window=5, buffer=0)
     assert (logits_of("eager_eviction_2_6_0", ids, [40]) - expected).abs().max() < 1e-6  # the model's own float32 RoPE
@@ -114,21 +114,21 @@ def test_stale_ranks_retain_what_streaming_retains_and_differ() -> None:
     stale, right = (open_session(parse(name), tiny_model()) for name in ("stale_ranks_2_6_3", "streaming_2_6_3"))
     difference = (stale.feed(ids) - right.feed(ids)).abs().amax(dim=(0, 2))
     assert (stale.kept_tokens, stale.evictions) == (right.kept_tokens, right.evictions)
-    assert difference[:12].max() < 1e-6  # up to and with the query that sees S + W + B + 1 tokens
+    assert difference[:12].max() < 1e-6  # up to and including the query that sees S + W + B + 1 tokens
     assert difference[12:].max() > 1e-2
     right.close()
 
 
 @pytest.mark.parametrize("size", [1, 7, 40])
-def test_calls_see_themselves_whole(size: int) -> None:
-    """The seed's chunk-wise rule is the reference's, and the cache is cut to S + W after each call only."""
+def test_a_call_attends_to_all_of_itself(size: int) -> None:
+    """The chunk-wise rule of the original reproduction evicts to S + W only after each call, as the reference does."""
     ids, sizes = random_ids(40), [size] * (40 // size) + [40 % size] * (40 % size > 0)
     expected = reference_logits(tiny_model(), ids, num_sinks=2, window=6, evict="call", chunks=sizes)
     assert (logits_of("call_2_6", ids, [size]) - expected).abs().max() < 1e-9
 
 
 def test_absolute_positions_retain_what_streaming_retains_and_differ() -> None:
-    """The keys of the right tokens, rotated by their places in the text: other distances to the sinks."""
+    """The same tokens are kept, but rotated by their positions in the text, at other distances to the sinks."""
     ids = random_ids(40)
     absolute, right = (open_session(parse(name), tiny_model()) for name in ("absolute_2_6_3", "streaming_2_6_3"))
     found = absolute.feed(ids)
@@ -142,7 +142,7 @@ def test_absolute_positions_retain_what_streaming_retains_and_differ() -> None:
 
 
 def test_absolute_positions_end_at_the_trained_length() -> None:
-    """What no longer fits is refused, with the length in the message."""
+    """A call beyond the trained length is refused, with the length in the message."""
     session = open_session(parse("absolute_2_6_3"), tiny_model())
     with pytest.raises(LabError, match="512"):
         session.feed(random_ids(513))
@@ -150,7 +150,7 @@ def test_absolute_positions_end_at_the_trained_length() -> None:
 
 
 def test_closing_leaves_the_model_clean() -> None:
-    """After a session an ordinary call gives what it gave before."""
+    """After a session an ordinary call gives the same logits as before."""
     ids = random_ids(20)
     before = tiny_model()(input_ids=ids, use_cache=False).logits
     logits_of("streaming_2_6_3", ids, [20])
@@ -159,7 +159,7 @@ def test_closing_leaves_the_model_clean() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_last_only_gives_the_last_logits(name: str) -> None:
-    """A prefill needs one row of logits: it is the last of all."""
+    """With `last_only` a call returns the logits of its last token only, as a prefill needs."""
     ids = random_ids(23)
     session = open_session(parse(name), tiny_model())
     last = session.feed(ids, last_only=True)
@@ -169,7 +169,7 @@ def test_last_only_gives_the_last_logits(name: str) -> None:
 
 
 def test_cache_bytes_are_exact() -> None:
-    """Keys and values, two layers, two heads of four channels in float64."""
+    """The number is that of keys and values, two layers, two heads of four channels in float64."""
     session = open_session(parse("baseline"), tiny_model())
     session.feed(random_ids(10))
     assert session.cache_bytes == 2 * 2 * 2 * 4 * 8 * 10

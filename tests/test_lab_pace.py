@@ -1,4 +1,4 @@
-"""Comparisons are what they say: ratios and bars by hand, turns with a fake clock, floors in plain numbers."""
+"""Comparisons of speed: ratios and bars by hand, interleaved samples with a fake clock, floors in plain numbers."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ CPU = torch.device("cpu")
 
 
 def series(*values: float, **events: str) -> Series:
-    """Samples; `s1="eviction"` is an event of sample 1."""
+    """Return samples; `s1="eviction"` is an event of sample 1."""
     named = {int(key[1:]): what for key, what in events.items()}
     return Series(name="side", unit="ms", values=list(values), events=named)
 
 
 def comparison(kind: Ratio, ours: Series, other: Series, bar: float | None = None) -> Comparison:
-    """A comparison with a floor of 2 ms."""
+    """Return a comparison with a floor of 2 ms."""
     return Comparison(
         part="tpot", model="tiny", what="a step", ratio_kind=kind, ours=ours, other=other, bar=bar, floor=series(2.0)
     )
 
 
 def report(*rows: Comparison, quick: bool = False) -> SpeedReport:
-    """A report with these rows."""
+    """Return a report with these rows."""
     bandwidth = BandwidthRecord(device="cpu", megabytes=100.0, rates={"copy": [9.0, 10.0, 11.0], "sum": [20.0]})
     floor = FloorRecord(
         model="tiny",
@@ -65,7 +65,7 @@ def report(*rows: Comparison, quick: bool = False) -> SpeedReport:
 
 
 def test_cost_is_ours_over_the_other() -> None:
-    """Medians of 3 and 4 ms: three quarters, met by a bar of 0.75, missed by one of 0.74; 1.5 times the floor."""
+    """Medians of 3 and 4 ms have the ratio 0.75, which meets a bar of 0.75, not 0.74; 3 ms is 1.5 times the floor."""
     row = comparison("cost", series(1.0, 3.0, 90.0), series(4.0), 0.75)
     assert (row.ratio, row.met, row.over_floor) == (0.75, True, 1.5)
     assert not row.model_copy(update={"bar": 0.74}).met
@@ -79,7 +79,7 @@ def test_speed_is_the_other_time_over_ours() -> None:
 
 
 def test_the_longest_step_counts_where_the_cache_did_something() -> None:
-    """A step of 50 ms in which nothing happened is the machine's; the eviction's 8 ms count, over a median of 4."""
+    """A step of 50 ms without an event is noise of the machine; the eviction's 8 ms count, over a median of 4 ms."""
     steps = series(4.0, 4.0, 50.0, 8.0, 4.0, s1="eviction", s3="eviction + rebase")
     row = comparison("longest", steps, steps, 3.0)
     assert (row.ratio, row.met) == (2.0, True)
@@ -88,18 +88,18 @@ def test_the_longest_step_counts_where_the_cache_did_something() -> None:
 
 
 def test_without_events_every_step_counts() -> None:
-    """Nothing named: the largest of all."""
+    """Without named events the longest step is the longest of all."""
     assert series(1.0, 5.0, 2.0).longest_event == 1
 
 
 def test_a_nan_meets_no_bar() -> None:
-    """A side that measured nonsense does not pass."""
+    """A side whose time is NaN does not pass."""
     assert not comparison("cost", series(float("nan")), series(1.0), 2.0).met
     assert not comparison("speed", series(float("nan")), series(1.0), 2.0).met
 
 
 def test_the_page_names_each_missed_bar_with_its_number() -> None:
-    """Number and bar stand in the verdict and in the row; a row without a bar is never missed."""
+    """The verdict and the row show number and bar; a row without a bar is never missed."""
     rows = [comparison("cost", series(3.0), series(2.0), 1.15), comparison("cost", series(9.0), series(1.0))]
     found = report(*rows)
     assert found.missed == rows[:1]
@@ -109,8 +109,8 @@ def test_the_page_names_each_missed_bar_with_its_number() -> None:
     assert "3.000 GB + 1.000 GB | 200.00 ms" in page  # 4 GB at the better way's 20 GB/s
 
 
-def test_a_bar_below_the_floor_is_said_to_be() -> None:
-    """The floor of 2 ms is 0.8 of the other's 2.5: no cache can have 0.7, one could have 0.8."""
+def test_a_bar_below_the_floor_is_reported_as_such() -> None:
+    """The floor of 2 ms is 0.8 of the other's 2.5 ms: no cache can reach 0.7, but one could reach 0.8."""
     row = comparison("cost", series(2.25), series(2.5), 0.7)
     assert (row.ratio, row.free) == (0.9, 0.8)
     assert "at most 0.70x asked; the floor itself has 0.800x here" in speed_page.complaint(row)
@@ -121,7 +121,7 @@ def test_a_bar_below_the_floor_is_said_to_be() -> None:
 
 
 def test_a_page_without_a_miss_says_so() -> None:
-    """And a quick run is never judged."""
+    """A page says that all bars are met; a quick run is never judged."""
     good = comparison("cost", series(1.0), series(2.0), 1.0)
     assert "All 1 bars are met" in speed_page.render(report(good))
     bad = comparison("cost", series(3.0), series(2.0), 1.0)
@@ -129,18 +129,18 @@ def test_a_page_without_a_miss_says_so() -> None:
     assert "MISSED" not in speed_page.render(report(bad, quick=True))
 
 
-def test_a_report_survives_its_json() -> None:
-    """What is rendered again from the file is what was rendered first."""
+def test_a_report_is_unchanged_by_its_json() -> None:
+    """A page rendered from the JSON file is the page that was rendered first."""
     found = report(comparison("longest", series(1.0, 2.0, s1="rebase"), series(1.0), 3.0))
     again = SpeedReport.model_validate_json(found.model_dump_json())
     assert speed_page.render(again) == speed_page.render(found)
 
 
-# -- turns ------------------------------------------------------------------------------------------------------------
+# -- interleaved samples ----------------------------------------------------------------------------------------------
 
 
-def test_sides_take_turns_and_warm_up_does_not_count() -> None:
-    """Order a, b, a, b; preparation outside the time; the events of counted samples only."""
+def test_sides_are_interleaved_and_warm_up_does_not_count() -> None:
+    """The order is a, b, a, b; preparation is not timed; only events of counted samples are kept."""
     now, order = [0.0], []
 
     def run(name: str, took: float) -> None:
@@ -161,7 +161,7 @@ def test_sides_take_turns_and_warm_up_does_not_count() -> None:
 
 
 def test_no_samples_are_refused() -> None:
-    """There is no median of nothing."""
+    """No samples have no median."""
     with pytest.raises(ValueError, match="samples=0 must be 1 or more"):
         in_turns({"a": Side(lambda: None)}, 0, CPU)
 
@@ -170,7 +170,7 @@ def test_no_samples_are_refused() -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    """Keys and values of two layers, two heads of 4 in float64; an embedding that is the output's is read as well."""
+    """Keys and values of two layers, two heads of 4 channels in float64; a tied embedding is read as well."""
     model = tiny_model()
     assert floors.kept_bytes(model, 10, 3) == 2 * 3 * 2 * 2 * 4 * 10 * 8
     total = sum(one.numel() * one.element_size() for one in model.parameters())
@@ -181,7 +181,7 @@ def test_bytes_of_a_step() -> None:
 
 
 def test_bandwidth_has_every_way() -> None:
-    """Three ways, each with its samples, all above zero."""
+    """Bandwidth is measured in three ways, each with its samples, all above zero."""
     found = floors.bandwidth(CPU, megabytes=0.5, samples=3)
     assert sorted(found.rates) == ["copy", "matrix times vector", "sum"]
     assert all(len(one) == 3 and min(one) > 0 for one in found.rates.values())
@@ -189,7 +189,7 @@ def test_bandwidth_has_every_way() -> None:
 
 
 def test_floors_of_a_model() -> None:
-    """Both sides have their samples; the length is the one asked for."""
+    """Both sides have their samples; the length is the requested one."""
     found = floors.floors(tiny_model(torch.float32), "tiny", 20, 2, samples=2)
     assert (found.context, found.batch, len(found.bare.values), len(found.short.values)) == (20, 2, 2, 2)
 
@@ -197,8 +197,8 @@ def test_floors_of_a_model() -> None:
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def test_decoders_hold_what_they_say() -> None:
-    """A stock cache stays at its length; a streaming one streams; a reset in between changes nothing."""
+def test_decoders_keep_their_lengths() -> None:
+    """A stock cache stays at its length, also if reset in between; a streaming cache evicts at every step."""
     model = random_model("tiny")
     stock = decode.Decoder(parse("baseline"), model, 1, 20)
     side = stock.token_side()
@@ -220,7 +220,7 @@ def test_decoders_hold_what_they_say() -> None:
 
 
 def test_a_rebase_is_a_few_steps_away() -> None:
-    """After approaching it, exactly one of the next steps rebases, and it is the last but a few."""
+    """After `approach_rebase` exactly one of the next steps rebases: the one after `BEFORE_REBASE` steps."""
     ours = decode.Decoder(streaming(2, 6, 0), random_model("tiny-pythia"), 1, 600)
     ours.approach_rebase()
     side = ours.attention_side()
@@ -233,8 +233,8 @@ def test_a_rebase_is_a_few_steps_away() -> None:
     assert [number for number, one in enumerate(events) if "rebase" in one] == [decode.BEFORE_REBASE]
 
 
-def test_events_are_told_apart() -> None:
-    """Nothing, an eviction, a window that moved, positions that started again."""
+def test_events_are_distinguished() -> None:
+    """The events are nothing, an eviction, rebased positions, and a window that moved."""
     before = decode.Happened(3, 100, 7)
     assert before.between(decode.Happened(3, 101, 7)) == ""
     assert before.between(decode.Happened(4, 101, 7)) == "eviction"
@@ -243,7 +243,7 @@ def test_events_are_told_apart() -> None:
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_model_s_decoding_has_every_bar(batch: int) -> None:
-    """Attention for both buffers, TPOT early and late, the longest step; bars where the issue has some."""
+    """Attention for both buffers, TPOT early and late, and the longest step have the bars of the issue, if any."""
     model = random_model("tiny")
     plan = plans.Plan(**{**vars(plans.QUICK), "samples": {1: 3, 8: 3}, "late": {1: plans.LATE, 8: 64}})
     plan = plan if batch == 8 else plans.Plan(**{**vars(plan), "late": {1: 200, 8: 64}})
@@ -258,12 +258,12 @@ def test_a_model_s_decoding_has_every_bar(batch: int) -> None:
 
 @pytest.mark.parametrize("plan", [plans.FULL, plans.QUICK], ids=["full", "quick"])
 def test_a_plan_has_samples_and_bars_for_all_its_batches(plan: plans.Plan) -> None:
-    """Whatever number of rows it decodes or compiles with: a run must not end in the middle."""
+    """They exist for every batch size that is decoded or compiled, so that a run does not fail in the middle."""
     assert {*plan.batches, *plan.compiled} <= set(plan.samples) & set(plan.late) & set(plans.TPOT_BARS)
 
 
 def test_a_run_measures_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From its first step to its page, with one tiny model: each part has rows, and nothing is judged."""
+    """A whole run with one tiny model has rows in each part, and nothing is judged."""
     few = {**vars(plans.QUICK), "shapes": ("tiny",), "samples": {1: 2, 8: 2}, "tricks": 1}
     monkeypatch.setattr(collect, "QUICK", plans.Plan(**few))
     found = collect.collect(quick=True, threads=1, say=lambda _: None)
@@ -272,7 +272,7 @@ def test_a_run_measures_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_long_inputs_have_every_bar() -> None:
-    """Prefill, memory and scoring, each with its bar; both sides read the same number of tokens."""
+    """Prefill, memory and scoring have their bars; both sides read the same number of tokens."""
     model, plan = random_model("tiny"), plans.QUICK
     prompts = texts.prefill(model, "tiny", plan)
     assert [one.bar for one in prompts] == [0.7, None]
@@ -284,7 +284,7 @@ def test_long_inputs_have_every_bar() -> None:
 
 
 def test_stock_caches_are_cut_before_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All four sessions get the chunks of 16, 16 and 8: one stock cache has all before them, one 8 tokens, one none."""
+    """Before chunks of 16, 16 and 8 one stock cache has all earlier tokens, one has 8 tokens, and one has none."""
     found = []
     feed = DenseSession._feed
 
@@ -298,8 +298,8 @@ def test_stock_caches_are_cut_before_each_chunk(monkeypatch: pytest.MonkeyPatch)
     assert found == [0, 0, 0, 16, 8, 0, 32, 8, 0]
 
 
-def test_compiled_steps_stand_over_reading_everything_once() -> None:
-    """Weights and kept bytes at 2 GB/s, whatever an eager step takes."""
+def test_compiled_steps_are_compared_with_reading_everything_once() -> None:
+    """The floor is the time to read weights and kept bytes at 2 GB/s, whatever an eager step takes."""
     model, plan = random_model("tiny"), plans.Plan(**{**vars(plans.QUICK), "samples": {1: 3, 8: 3}})
     bandwidth = BandwidthRecord(device="cpu", megabytes=1.0, rates={"copy": [2.0]})
     rows = decode.compiled(model, "tiny", 1, plan, bandwidth)
@@ -309,7 +309,7 @@ def test_compiled_steps_stand_over_reading_everything_once() -> None:
 
 
 def test_tricks_are_pairs() -> None:
-    """Each trick has two sides; grouped heads only where heads are grouped."""
+    """Each design choice has two sides; grouped heads are measured only if the model has them."""
     with_groups = tricks.tricks(random_model("tiny"), "tiny", plans.QUICK)
     without = tricks.tricks(random_model("tiny-pythia"), "tiny", plans.QUICK)
     assert len(with_groups) == len(without) + 1
@@ -320,7 +320,7 @@ def test_tricks_are_pairs() -> None:
 
 
 def test_a_run_has_a_table_for_each_place(tmp_path: Path) -> None:
-    """Verdict and floors always, a part where there are rows; a page gets them where it wants them."""
+    """There are always verdict and floors, and each part with rows; a page gets those that it has places for."""
     row = comparison("cost", series(3.0), series(2.0), 1.15)
     found = speed_page.sections(report(row))
     assert list(found) == ["speed-verdict", "speed-floors", "speed-tpot"]

@@ -1,4 +1,4 @@
-"""Pages and pictures: the same bytes every time, self-contained, and no element that could clash."""
+"""Pages and pictures are the same bytes every time and self-contained, and their ids are unique."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 def score_study() -> ScoreStudy:
-    """Two rules and a dense model on two texts."""
+    """Return scores of two rules, an ablation and a dense model on two texts."""
     names = ("baseline", "window_0_8", "streaming_4_12_0", "stale_ranks_2_6")
     return ScoreStudy(
         tokens=101,
@@ -40,14 +40,14 @@ def score_study() -> ScoreStudy:
 
 
 def step(name: str, kind: str, cache: int | None, seen: int, time: float) -> StepsRecord:
-    """A timed place."""
+    """Return a record of timed steps at one place."""
     return StepsRecord(
         configuration=name, kind=kind, cache_tokens=cache, tokens_seen=seen, cache_bytes=seen * 1000, step_ms=[time]
     )
 
 
 def studies() -> Studies:
-    """One of each kind."""
+    """Return one study of each kind."""
     rules = [parse(name).record() for name in ("baseline", "streaming_4_12_0")]
     bins = [
         DistanceBin(nearest=1, farthest=64, targets=9, mean_difference=0.5, standard_error=0.125),
@@ -99,13 +99,13 @@ def studies() -> Studies:
 
 
 def report_html() -> str:
-    """A whole page."""
+    """Return a whole page."""
     report = make_report().model_copy(update={"studies": studies()})
     return tables.render_html(report)
 
 
 class Checker(HTMLParser):
-    """Counts what must match or be unique."""
+    """Collects tags, ids and links, which must match or be unique."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,19 +114,19 @@ class Checker(HTMLParser):
         self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Remembers the tag, its id and where it points."""
+        """Record the tag, its id and its links."""
         if tag not in VOID:
             self.open.append(tag)
         self.ids += [value or "" for name, value in attrs if name == "id"]
         self.links += [value or "" for name, value in attrs if name in {"href", "src", "xlink:href"}]
 
     def handle_endtag(self, tag: str) -> None:
-        """Every end belongs to the last start."""
+        """Check that the tag ends the last one that was opened."""
         assert self.open.pop() == tag
 
 
 def test_the_page_is_well_formed_and_self_contained() -> None:
-    """Tags match, ids are unique, links lead into the page or to a source, and nothing is loaded."""
+    """Tags match, ids are unique, links point into the page or to a source, and nothing is loaded."""
     text = report_html()
     checker = Checker()
     checker.feed(text)
@@ -141,13 +141,13 @@ def test_the_page_is_well_formed_and_self_contained() -> None:
 
 
 def test_pages_and_pictures_are_the_same_every_time() -> None:
-    """No date, no random id, no path."""
+    """They have no date, no random id and no path."""
     assert report_html() == report_html()
 
 
 @pytest.mark.parametrize("name", ["mistakes", "sinks", "sizes", "along", "step-time", "step-memory", "step-sizes"])
-def test_pictures_take_the_colour_of_the_page(name: str) -> None:
-    """No ink of their own, parseable, words for those who cannot see them, nothing random or dated inside."""
+def test_pictures_take_the_color_of_the_page(name: str) -> None:
+    """A picture has the page's text color and a text alternative, can be parsed, and has nothing random or dated."""
     found = next(
         block
         for block in study_tables.study_blocks(studies(), ["plays", "docs"])
@@ -166,7 +166,7 @@ def test_pictures_take_the_colour_of_the_page(name: str) -> None:
 
 
 def test_every_study_has_a_table_a_picture_and_its_numbers() -> None:
-    """Rendered from the record, published numbers apart."""
+    """All are rendered from the record, with published numbers in a table of their own."""
     text = page.markdown(study_tables.study_blocks(studies(), ["plays", "docs"]))
     for fact in (
         "| stale_ranks_2_6 (ablation) | 13.000 (1.30x) | 2.5000 | 0.1250 |",
@@ -183,15 +183,15 @@ def test_every_study_has_a_table_a_picture_and_its_numbers() -> None:
 
 
 def test_words_are_escaped_and_marked() -> None:
-    """What comes from a file name or a text cannot become markup."""
+    """Text that comes from a file name or a corpus cannot become markup."""
     assert page.inline("a < b & **c** `<d>` [e](https://x.y)") == (
         'a &lt; b &amp; <strong>c</strong> <code>&lt;d&gt;</code> <a href="https://x.y">e</a>'
     )
     assert "<bell>" not in report_html()
 
 
-def test_facts_in_words_stand_left() -> None:
-    """Only numbers stand right."""
+def test_facts_in_words_are_left_aligned() -> None:
+    """Only numbers are right-aligned."""
     table = page.Table(("", "value"), (("a", "b"),), facts=True)
     assert page.markdown([table]) == "|  | value |\n| --- | --- |\n| a | b |\n"
     assert 'class="facts"' in page.html_page("t", [table])
@@ -202,12 +202,12 @@ def test_facts_in_words_stand_left() -> None:
     [([7.0, 60.0], [5, 10, 20, 50, 100]), ([3.0, 3.0], [2, 5]), ([0.3], [0.2, 0.5]), ([2.0], [2, 4])],
 )
 def test_ticks_enclose_all_values(values: list[float], expected: list[float]) -> None:
-    """1, 2, 5 and powers of ten."""
+    """Ticks are 1, 2 and 5 times a power of ten."""
     assert canvas.nice_ticks(values) == pytest.approx(expected)
 
 
 def test_distances_have_names() -> None:
-    """As the tables show them."""
+    """The names are those in the tables."""
     assert [figures.distance_name(*one) for one in ((1, 64), (1025, None), (None, None))] == [
         "1-64",
         "> 1,024",
@@ -215,8 +215,8 @@ def test_distances_have_names() -> None:
     ]
 
 
-def test_the_page_says_what_the_published_jump_came_from() -> None:
-    """Of one set of kept tokens, the window's loss and the loss of stale positions stand apart, on each text."""
+def test_the_page_says_what_caused_the_published_jump() -> None:
+    """With the same tokens kept, the loss from evictions and from stale positions is separate, for each text."""
     names = ("baseline", "streaming_2_6", "stale_ranks_2_6", "streaming_2_12")
     losses = {"baseline": 2.0, "streaming_2_6": 2.25, "stale_ranks_2_6": 4.0, "streaming_2_12": 2.125}
     study = ScoreStudy(
@@ -237,7 +237,7 @@ def test_the_page_says_what_the_published_jump_came_from() -> None:
 
 
 def test_without_a_stale_row_nothing_is_said_about_its_cause() -> None:
-    """No words without numbers."""
+    """Without the numbers there is no explanation."""
     study = score_study()
     kept = [one for one in study.configurations if not one.ablation]
     bare = study.model_copy(update={"configurations": kept, "scores": []})

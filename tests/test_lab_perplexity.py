@@ -1,4 +1,4 @@
-"""Exact perplexity: the same losses however the text is cut, each target once, in bounded memory."""
+"""Exact perplexity: the same losses however the text is split, each target once, in bounded memory."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ EXACT = ("streaming_2_6_0", "streaming_2_6_3", "streaming_0_8_0", "window_0_8", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and a text."""
+    """Return a folder with a tiny model and a text."""
     path = save_tiny(tmp_path_factory.mktemp("tiny"))
     (path / "long.txt").write_text(random_text(300), encoding="utf-8")
     return path
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error."""
+    """Run a command; return exit status, standard output and standard error."""
     with pytest.raises(SystemExit) as stop:
         main([str(one) for one in arguments])
     captured = capsys.readouterr()
@@ -45,7 +45,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def words(*texts: str) -> Corpus:
-    """A corpus of these documents."""
+    """Return a corpus of these documents."""
     return Corpus("words", texts, "test", joiner=" ")
 
 
@@ -55,7 +55,7 @@ def words(*texts: str) -> Corpus:
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("block", [2, 7, 64])
 def test_blocks_give_the_losses_of_single_tokens(name: str, block: int) -> None:
-    """Target by target, far past many evictions, with a buffer and without."""
+    """They are equal for each target, across many evictions, with a buffer and without."""
     text = tokens.encode(words(random_text(120)), tiny_tokenizer(), tokens=120)
     found = methods.score(parse(name), loaded_tiny(), text, methods.methods("both"), block=block, reporter=Silent())
     assert found.largest_difference is not None
@@ -66,7 +66,7 @@ def test_blocks_give_the_losses_of_single_tokens(name: str, block: int) -> None:
 
 
 def test_streaming_is_dense_until_the_first_eviction() -> None:
-    """Nothing is lost while everything fits: S + W + B + 1 tokens are seen before anything goes."""
+    """Nothing is lost while everything fits: S + W + B + 1 tokens are seen before the first eviction."""
     ids = random_ids(60)
     dense, streaming = (
         perplexity.token_losses(open_session(parse(name), tiny_model()), ids, block=16)
@@ -77,7 +77,7 @@ def test_streaming_is_dense_until_the_first_eviction() -> None:
 
 
 def test_unequal_texts_are_weighted_by_their_targets() -> None:
-    """PPL is exp(total loss / targets): texts of 2 and of 31 tokens do not count alike."""
+    """PPL is exp(total loss / targets): texts of 2 and of 31 tokens have different weights."""
     text = tokens.encode(words("w1 w2", random_text(31)), tiny_tokenizer(), tokens=100, documents="apart")
     found = perplexity.measure(parse("baseline"), tiny_model(), text)
     parts = [perplexity.token_losses(open_session(parse("baseline"), tiny_model()), one) for one in text.texts]
@@ -92,7 +92,7 @@ def test_unequal_texts_are_weighted_by_their_targets() -> None:
 
 
 def test_documents_apart_start_afresh() -> None:
-    """The same document scores the same wherever it stands; a fresh cache each time, evictions added up."""
+    """Each document has a new cache, so its score does not depend on its place; evictions are added up."""
     one = random_text(40)
     text = tokens.encode(words(one, one), tiny_tokenizer(), tokens=1000, documents="apart")
     found = perplexity.measure(parse("streaming_2_6_3"), tiny_model(), text, block=7)
@@ -104,7 +104,7 @@ def test_documents_apart_start_afresh() -> None:
 
 
 def test_documents_without_a_target_are_left_out() -> None:
-    """Empty and one-token documents cost nothing and break nothing; the last one is cut at the limit."""
+    """Empty and one-token documents are skipped; the last document is cut at the limit."""
     text = tokens.encode(words("", "w1", "w2 w3", " ", "w4 w5 w6"), tiny_tokenizer(), tokens=4, documents="apart")
     assert text.lengths == (2, 2)
     assert text.targets.tolist() == [5, 7]
@@ -114,14 +114,14 @@ def test_documents_without_a_target_are_left_out() -> None:
 
 
 def test_bos_is_in_front_of_each_document_apart() -> None:
-    """Then a document of one token has a target."""
+    """With BOS a document of one token has a target."""
     text = tokens.encode(words("w1", "w2 w3"), tiny_tokenizer(), tokens=9, bos="add", documents="apart")
     assert text.ids.tolist() == [[0, 3, 0, 4, 5]]
     assert text.lengths == (2, 3)
 
 
 def test_records_say_what_was_scored() -> None:
-    """Tokenizer, policy and counts are in the record, and survive JSON."""
+    """The tokenizer is in the record, which is unchanged by its JSON."""
     text = tokens.encode(words(random_text(20)), tiny_tokenizer(), tokens=20)
     record = perplexity.measure(parse("baseline"), tiny_model(), text).record
     assert record.tokenizer is not None
@@ -133,7 +133,7 @@ def test_records_say_what_was_scored() -> None:
 
 
 class NarrowSession(Session):
-    """Remembers the longest call; predicts all words alike."""
+    """A session that records its longest call and predicts all words with equal probability."""
 
     def __init__(self, value: float = 0.0) -> None:
         self.longest, self._value = 0, value
@@ -145,12 +145,12 @@ class NarrowSession(Session):
 
     @property
     def kept_tokens(self) -> int:
-        """Nothing is kept."""
+        """Return 0, since nothing is kept."""
         return 0
 
 
 def test_logits_are_never_more_than_a_block() -> None:
-    """A million tokens: calls of a block, and a float64 per target is all that comes back."""
+    """A million tokens are fed in calls of a block, and only a float64 per target is returned."""
     session = NarrowSession()
     losses = perplexity.token_losses(session, torch.zeros((1, 1_000_001), dtype=torch.long), block=4096)
     assert session.longest == 4096
@@ -160,14 +160,14 @@ def test_logits_are_never_more_than_a_block() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_an_error(value: float) -> None:
-    """Which target, and what to try; never a perplexity of NaN."""
+    """The error names the target and what to try; there is never a perplexity of NaN."""
     with pytest.raises(LabError, match=r"target 0 is nan.*float32"):
         perplexity.token_losses(NarrowSession(value), random_ids(9), block=4)
 
 
 @pytest.mark.parametrize("wanted", [10, 999, 5_000, 100_000])
 def test_pieces_give_the_ids_of_the_whole(wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pieces of a long text, cut in the middle of words: the ids and ends of one pass."""
+    """Small pieces of a long text, cut in the middle of words, give the ids and ends of one pass."""
     monkeypatch.setattr(pieces, "PIECE", 3_000)
     monkeypatch.setattr(pieces, "OVERLAP", 700)
     text = random_text(6_000)
@@ -178,8 +178,8 @@ def test_pieces_give_the_ids_of_the_whole(wanted: int, monkeypatch: pytest.Monke
     assert found.ends.tolist() == [end for _, end in whole["offset_mapping"][:wanted]]
 
 
-def test_a_text_without_seams_is_tokenised_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where two pieces never agree there is no place to join them."""
+def test_a_text_whose_pieces_do_not_join_is_tokenized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If two pieces never agree there is no place to join them."""
     monkeypatch.setattr(pieces, "PIECE", 3_000)
     monkeypatch.setattr(pieces, "OVERLAP", 700)
     text = "w1 " + "x" * 9_000 + " w2"
@@ -192,16 +192,16 @@ class SlowTokenizer:
     is_fast = False
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        """Ids of the words."""
+        """Return the ids of the words."""
         return {"input_ids": [int(word[1:]) for word in text.split()]}
 
     def decode(self, ids: list[int], **_: Any) -> str:
-        """The words."""
+        """Return the words."""
         return " ".join(f"w{one}" for one in ids)
 
 
 def test_tokenizers_without_offsets_work_too() -> None:
-    """The bytes are then those of the decoded targets."""
+    """The bytes are those of the decoded targets then."""
     found = pieces.encode_start(SlowTokenizer(), "w1 w22 w3", 2)
     assert (found.ids.tolist(), found.ends) == ([1, 22], None)
     assert tokens._target_bytes(SlowTokenizer(), "w1 w22 w3", found, with_first=False) == 3
@@ -211,7 +211,7 @@ def test_tokenizers_without_offsets_work_too() -> None:
 
 
 def test_jsonl_and_parquet_have_a_document_per_row(tmp_path: Path) -> None:
-    """Objects with a text, plain strings, empty lines; parquet rows without a text are left out."""
+    """Lines may be objects with a text, plain strings, or empty; parquet rows without a text are left out."""
     lines = [json.dumps({"text": "w1 w2", "id": 7}), "", json.dumps("w3")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     table = pa.table({"text": ["w1 w2", None, "w3"], "id": [1, 2, 3]})
@@ -231,7 +231,7 @@ def test_jsonl_and_parquet_have_a_document_per_row(tmp_path: Path) -> None:
     ],
 )
 def test_broken_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    """The file, the line, and what is wrong."""
+    """The error says what is wrong, and in which line."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LabError, match=message):
         corpora.load_corpus(str(tmp_path / name))
@@ -239,14 +239,14 @@ def test_broken_files_are_named(name: str, content: bytes, message: str, tmp_pat
 
 @pytest.mark.parametrize(("table", "message"), [({"body": ["w1"]}, "only body"), ({"text": [1]}, "not hold strings")])
 def test_parquet_needs_a_column_of_text(table: dict[str, list[Any]], message: str, tmp_path: Path) -> None:
-    """Which columns there are."""
+    """The error names the columns that there are."""
     pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(LabError, match=message):
         corpora.load_corpus(str(tmp_path / "a.parquet"))
 
 
 def test_wikitext_rows_become_articles() -> None:
-    """A title starts an article, a section's title does not; the text as a whole stays what it was."""
+    """A title starts an article, the title of a section does not; the text as a whole is unchanged."""
     rows = ("", " = First = \n", "", " w1 \n", " = = Part = = \n", " w2 \n", " = Second = \n", " w3 \n")
     articles = corpora._articles(rows, corpora.TITLE)
     assert len(articles) == 2
@@ -259,7 +259,7 @@ def test_wikitext_rows_become_articles() -> None:
 
 
 def test_both_methods_print_the_same_and_their_ratio(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Six digits of PPL, and how much faster blocks are."""
+    """The output has the same digits of PPL for both, and how much faster blocks are."""
     options = ("--tokens", 200, "--sinks", 2, "--window", 30, "--buffer", 5, "--method", "both")
     status, out, err = run(capsys, "perplexity", "--model", folder, "--corpus", folder / "long.txt", *options)
     assert status == 0, err
@@ -270,7 +270,7 @@ def test_both_methods_print_the_same_and_their_ratio(folder: Path, capsys: pytes
 
 
 def test_losses_are_saved_with_what_they_are(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A float64 per target for each method, the targets, and the records as JSON in the head."""
+    """The file has a float64 per target for each method, the targets, and the records as JSON in its metadata."""
     options = (
         "--tokens",
         80,
@@ -304,7 +304,7 @@ def test_losses_are_saved_with_what_they_are(folder: Path, tmp_path: Path, capsy
 def test_bad_options_are_one_line(
     options: tuple[str, str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before a model is loaded."""
+    """The error comes before a model is loaded."""
     status, out, err = run(capsys, "perplexity", "--corpus", folder / "long.txt", *options)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err

@@ -1,4 +1,4 @@
-"""Times and memory that the tables show: fake clocks, sessions that take turns, tensors counted one by one."""
+"""Times and memory in the tables: fake clocks, interleaved sessions, tensors counted one by one."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ PROMPT = torch.tensor([[1, 2, 3]])
 
 
 class FakeTime:
-    """A clock that the fake model moves."""
+    """A time that the fake model advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
 
     def clock(self) -> HostClock:
-        """A clock that reads this time."""
+        """Return a clock that reads this time."""
         return HostClock(now=lambda: self.now)
 
 
 class FakeSession(Session):
-    """Takes the given times for its calls, the last one again and again; always predicts token 7."""
+    """A session whose calls take the given times, the last one repeatedly; it always predicts token 7."""
 
     def __init__(self, time: FakeTime, name: str, fed: list[tuple[str, list[int]]], times: list[float]) -> None:
         self._time, self._name, self._fed, self._times = time, name, fed, times
@@ -50,17 +50,17 @@ class FakeSession(Session):
 
     @property
     def kept_tokens(self) -> int:
-        """Nothing is kept."""
+        """Return 0, since nothing is kept."""
         return 0
 
     @property
     def cache_bytes(self) -> int:
-        """Nothing is stored."""
+        """Return 0, since nothing is stored."""
         return 0
 
 
 def fake_run(name: str, time: FakeTime, fed: list[tuple[str, list[int]]], sessions: list[list[float]]) -> speed.Run:
-    """A run whose sessions, the one of the warm-up first, take these times."""
+    """Return a run whose sessions, that of the warm-up first, take these times."""
     left = [list(times) for times in sessions]
     return speed.Run(lambda: FakeSession(time, name, fed, left.pop(0)), PROMPT, time.clock(), lambda: None)
 
@@ -68,8 +68,8 @@ def fake_run(name: str, time: FakeTime, fed: list[tuple[str, list[int]]], sessio
 # -- speed ------------------------------------------------------------------------------------------------------------
 
 
-def test_generations_take_turns() -> None:
-    """Warmed up, prompts in turns, then a token each; a run that needs no more is left out, and none is fed after."""
+def test_generations_are_interleaved() -> None:
+    """After the warm-up, prompts alternate, then tokens; a run that needs no more tokens is left out."""
     time, fed = FakeTime(), list[tuple[str, list[int]]]()
     prompts = 1 + speed.PROMPTS
     one = fake_run("a", time, fed, [[1.0]] * prompts)
@@ -86,7 +86,7 @@ def test_generations_take_turns() -> None:
 
 
 def test_each_run_has_its_own_times() -> None:
-    """The first token counts with the median of the prompts; what others take between two tokens is not counted."""
+    """The first token has the median time of the prompts; time of other runs between two tokens is not counted."""
     time, fed = FakeTime(), list[tuple[str, list[int]]]()
     quick = fake_run("quick", time, fed, [[5.0], [9.0], [1.0], [2.0, 0.25, 0.5]])
     slow = fake_run("slow", time, fed, [[50.0], [70.0], [60.0], [80.0, 30.0, 40.0]])
@@ -96,7 +96,7 @@ def test_each_run_has_its_own_times() -> None:
 
 
 def test_a_prompt_closes_the_session_before() -> None:
-    """One session is open at a time: the ones of the warm-up and of the prompts before would hold their caches."""
+    """Only one session is open at a time: those of the warm-up and of earlier prompts would keep their caches."""
     time, fed = FakeTime(), list[tuple[str, list[int]]]()
     opened: list[FakeSession] = []
     closed: list[FakeSession] = []
@@ -116,7 +116,7 @@ def test_a_prompt_closes_the_session_before() -> None:
 
 
 def test_a_run_waits_for_the_device_before_it_starts() -> None:
-    """What another run has left to do is not this one's time."""
+    """Work that another run has queued on the device is not counted in this run's time."""
     time, fed = FakeTime(), list[tuple[str, list[int]]]()
 
     def wait() -> None:
@@ -127,8 +127,8 @@ def test_a_run_waits_for_the_device_before_it_starts() -> None:
     assert run.token_times() == [1.0, 2.0, 3.0]
 
 
-def test_hooks_leave_with_a_generation_that_fails() -> None:
-    """Sessions under way are closed, or their hooks would stay on the model."""
+def test_a_failed_generation_removes_its_hooks() -> None:
+    """Open sessions are closed; otherwise their hooks would stay on the model."""
     model = tiny_model()
     decoder = model.base_model
     with pytest.raises(RuntimeError, match="enough"):
@@ -167,7 +167,7 @@ def test_generation_figures() -> None:
 
 
 def test_medians_over_rounds() -> None:
-    """One slow round does not move the median."""
+    """One slow round does not change the median."""
     rounds = [generation([1.0, 1.1]), generation([1.0, 1.2]), generation([9.0, 19.0])]
     record = SpeedRecord(configuration="baseline", rounds=rounds)
     assert record.median("tpot_ms") == pytest.approx(200.0)
@@ -182,7 +182,7 @@ def test_fewer_than_two_tokens_have_no_tpot(count: int) -> None:
 
 
 def test_measured_speed_is_complete() -> None:
-    """Every round of every configuration is there."""
+    """The records have every round of every configuration."""
     rows, rounds = [parse("baseline"), parse("streaming_2_6_3")], list[int]()
     found = speed.measure(rows, tiny_model(), random_ids(12), 5, rounds=2, on_round=rounds.append)
     assert rounds == [0, 1]
@@ -193,7 +193,7 @@ def test_measured_speed_is_complete() -> None:
 
 
 def test_a_short_generation_is_the_start_of_a_long_one() -> None:
-    """Stages share their times; what is kept, stored and evicted is that of their own place, whoever takes turns."""
+    """Stages share their times; what is kept, stored and evicted is that at the end of each, as if it ran alone."""
     row, prompt = parse("streaming_2_6_3"), random_ids(7)
     _, (short, long) = speed.generate([parse("baseline"), row], tiny_model(), prompt, [(2,), (4, 30)])
     assert short.token_times_s == long.token_times_s[:4]
@@ -206,7 +206,7 @@ def test_a_short_generation_is_the_start_of_a_long_one() -> None:
 
 
 def test_spread_keeps_quartiles() -> None:
-    """Median and quartiles; one sample is its own spread; none is an error."""
+    """A spread has median and quartiles; one sample is its own spread; no samples are an error."""
     assert (spread([4.0, 1.0, 2.0, 3.0, 5.0]).median, spread([4.0, 1.0, 2.0, 3.0, 5.0]).upper) == (3.0, 4.0)
     assert spread([2.0]).lower == 2.0
     with pytest.raises(ValueError, match="nothing was measured"):
@@ -217,7 +217,7 @@ def test_spread_keeps_quartiles() -> None:
 
 
 def test_the_peak_of_tensors_is_exact() -> None:
-    """What lives at once counts: 12 MB before the first is freed, 10 MB after; what was there before does not."""
+    """All tensors of one moment count: 12 MB before the first is freed, 10 MB after; earlier tensors do not count."""
     before = torch.zeros(1_000_000)
 
     def work() -> None:
@@ -230,8 +230,8 @@ def test_the_peak_of_tensors_is_exact() -> None:
     assert memory.tensor_peak(torch.device("cpu"), lambda: None) == 0
 
 
-def test_pieces_are_watched_together() -> None:
-    """What one piece leaves counts in the next, until that frees it: 8 MB, then 8 and 4, then 4 and 2."""
+def test_pieces_are_counted_together() -> None:
+    """What one piece of work keeps counts in the next until it is freed: 8 MB, then 8 and 4, then 4 and 2."""
     held: list[torch.Tensor] = []
 
     def exchange(count: int) -> None:
@@ -246,7 +246,7 @@ def test_pieces_are_watched_together() -> None:
     "name", ["baseline", "streaming_2_6_3", "streaming_4_20_0", "streaming_4_20_45", "recompute_8"]
 )
 def test_peaks_are_those_of_the_whole_generation(name: str) -> None:
-    """Looking at the prompt and at the last steps finds what watching every step would."""
+    """Measuring the prompt and the last steps finds the same peak as measuring every step."""
     model, prompt = tiny_model(), random_ids(12)
     found = memory.generation_peaks(parse(name), model, prompt, (5, 90))
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
@@ -264,8 +264,8 @@ def test_peaks_are_those_of_the_whole_generation(name: str) -> None:
         assert (record.weight_bytes, record.tensor_bytes) == (weights, expected)
 
 
-def test_a_device_that_does_not_tell_gives_no_number() -> None:
-    """None of its tensors would be counted, which looks like little memory."""
+def test_a_device_that_cannot_be_measured_gives_no_number() -> None:
+    """None of its tensors would be counted, which would look like little memory."""
     prompt = torch.zeros((1, 3), dtype=torch.long, device="meta")
     assert memory.generation_peaks(parse("baseline"), tiny_model(), prompt, (2, 5)) == [None, None]
     record = generation([1.0, 2.0]).model_copy(update={"memory": None})
@@ -276,7 +276,7 @@ def test_a_device_that_does_not_tell_gives_no_number() -> None:
 
 
 def test_stop_watch_adds_outer_calls_only() -> None:
-    """A timed call inside a timed call is part of it."""
+    """A timed call inside a timed call is not added again."""
     time = FakeTime()
     watch = attention_time.StopWatch(time.clock())
 
@@ -298,8 +298,8 @@ def test_stop_watch_adds_outer_calls_only() -> None:
     assert (watch.seconds, watch.calls) == (4.0, 2)
 
 
-def test_watching_counts_every_layer_and_leaves_no_trace() -> None:
-    """One update and one attention per layer; the cache and transformers are as before, the logits too."""
+def test_watching_counts_every_layer_and_changes_nothing() -> None:
+    """There is one update and one attention per layer; the cache, transformers and the logits are unchanged."""
     model, ids, cache = tiny_model(), random_ids(9), DynamicCache()
     expected = model(input_ids=ids, use_cache=False).logits
     with attention_time.attention_watched(cache, HostClock()) as watch:
@@ -313,7 +313,7 @@ def test_watching_counts_every_layer_and_leaves_no_trace() -> None:
 
 
 def test_attention_that_cannot_be_isolated_is_an_error() -> None:
-    """A model that calls its own attention gives no number rather than a wrong one."""
+    """If attention is not called through transformers, there is an error rather than a wrong number."""
     with (
         pytest.raises(LabError, match="cannot be isolated"),
         attention_time.attention_watched(DynamicCache(), HostClock()),
@@ -322,8 +322,8 @@ def test_attention_that_cannot_be_isolated_is_an_error() -> None:
     assert "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
 
 
-def test_attention_is_probed_in_turns() -> None:
-    """Places are spread over the generation and start at the prompt's end; at each, everyone has a turn."""
+def test_probes_of_attention_are_interleaved() -> None:
+    """Probes are spread over the generation from the end of the prompt; each place has all configurations."""
     rows = [parse(name) for name in ("baseline", "streaming_2_6_3", "recompute_8")]
     told: list[int] = []
     found = attention_time.measure(
@@ -339,6 +339,6 @@ def test_attention_is_probed_in_turns() -> None:
 
 
 def test_short_generations_have_fewer_probes() -> None:
-    """Places never overlap, and there is always one."""
+    """Probes never overlap, and there is always at least one."""
     assert attention_time.places(500, 7, 16) == [500, 503]
     assert attention_time.places(500, 2, 16) == [500]

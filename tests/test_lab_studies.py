@@ -47,7 +47,7 @@ STUDIES = ("mistakes", "sinks", "sizes", "along", "steps", "where", "recall")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and two texts."""
+    """Return a folder with a tiny model and two texts."""
     path = save_tiny(tmp_path_factory.mktemp("tiny"))
     (path / "long.txt").write_text(text_of_lines(80), encoding="utf-8")
     (path / "other.txt").write_text(text_of_lines(70), encoding="utf-8")
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error."""
+    """Run a command; return exit status, standard output and standard error."""
     with pytest.raises(SystemExit) as stop:
         main([str(one) for one in arguments])
     captured = capsys.readouterr()
@@ -68,7 +68,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def test_all_parts_are_measured_rendered_and_reused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """JSON, Markdown, pictures and one page; the next run measures nothing, `--fresh` does, `render` needs no model."""
+    """A run writes all files; the next one measures nothing unless `--fresh`; `render` needs no model."""
     table = experiments.Experiment("experiment 1", 40, 12, 6)
     monkeypatch.setattr(experiments, "QUICK", experiments.Plan((table,), 2, 2, rounds=1, quick=True, studies=TINY))
     texts = ("--corpus", folder / "long.txt", "--corpus", folder / "other.txt")
@@ -94,13 +94,13 @@ def test_all_parts_are_measured_rendered_and_reused(
 
     _, _, err = run(capsys, *command)
     again = Report.model_validate_json((tmp_path / "paper_tables.json").read_text(encoding="utf-8"))
-    assert "measurements were there from before" in err
+    assert "measurements are from an earlier run" in err
     assert (again.studies, again.experiments) == (report.studies, report.experiments)
     assert again.studies.steps == report.studies.steps  # times too: nothing ran
 
     _, _, err = run(capsys, *command, "--fresh", "--only", "steps")
     fresh = Report.model_validate_json((tmp_path / "paper_tables.json").read_text(encoding="utf-8"))
-    assert "from before" not in err
+    assert "from an earlier run" not in err
     assert fresh.studies.steps != report.studies.steps
     assert (fresh.experiments, fresh.studies.sinks) == ([], None)
 
@@ -111,7 +111,7 @@ def test_all_parts_are_measured_rendered_and_reused(
 
 
 def test_each_experiment_shows_a_generation_of_its_own_length() -> None:
-    """One generation serves both; re-computation is cut short in both."""
+    """One generation is used for both; recomputation is cut short in both."""
     tables = (experiments.Experiment("short", 40, 12, 6), experiments.Experiment("long", 60, 12, 15))
     one = tiny_bench()
     rows = [parse("baseline"), parse("recompute_8")]
@@ -131,7 +131,7 @@ def test_each_experiment_shows_a_generation_of_its_own_length() -> None:
 
 
 def test_mistakes_alone_are_scored_and_not_timed() -> None:
-    """Nothing takes turns then."""
+    """An ablation alone needs no timed generation."""
     one = tiny_bench()
     tables = (experiments.Experiment("short", 40, 12, 6),)
     report = experiments.run(one.loaded, one.corpora, [parse("stale_ranks_2_6_3")], experiments.Plan(tables, 2, 4))
@@ -139,7 +139,7 @@ def test_mistakes_alone_are_scored_and_not_timed() -> None:
     assert (len(row.perplexities), row.speed, row.attention) == (1, None, None)
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished before Ctrl-C is not measured again."""
     rows = [parse(name) for name in ("baseline", "window_0_8", "streaming_4_4_0")]
     calls: list[str] = []
@@ -172,7 +172,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_user_errors_are_one_line(
     arguments: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is loaded."""
+    """The error comes before anything is loaded."""
     status, out, err = run(capsys, *(one.format(folder=folder) for one in arguments))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
@@ -182,13 +182,13 @@ def test_user_errors_are_one_line(
 
 
 def test_last_occurrences_by_hand() -> None:
-    """Distance between the last tokens of two equal n-grams, the nearest one."""
+    """A token's number is the distance to the end of the nearest earlier n-gram that equals the token's own."""
     assert where.last_occurrence([1, 2, 3, 1, 2, 3, 2, 3], 2) == [None, None, None, None, 3, 3, None, 2]
     assert where.last_occurrence([7], 4) == [None]
 
 
 def test_distance_bins_hold_every_target_once() -> None:
-    """Near to far, then never; empty bins are left out."""
+    """Bins are from near to far, then for targets that never occurred; empty bins are left out."""
     distances = [1, 64, 65, 1024, 1025, None, None]
     bins = where.distance_bins(torch.arange(7, dtype=torch.float64), distances)
     assert [(one.nearest, one.farthest, one.targets) for one in bins] == [
@@ -204,7 +204,7 @@ def test_distance_bins_hold_every_target_once() -> None:
 
 
 def test_before_the_first_eviction_nothing_is_lost() -> None:
-    """The targets that the comparison leaves out are equal, the next one is not."""
+    """The targets that the comparison leaves out have equal losses, the next ones do not."""
     one = tiny_bench()
     text = one.text(one.corpora[0], 60)
     dense, streaming = (one.losses("x", parse(name), text).nll for name in ("baseline", "streaming_4_12_0"))
@@ -215,8 +215,8 @@ def test_before_the_first_eviction_nothing_is_lost() -> None:
     assert curve.mean_difference == pytest.approx(float((streaming - dense)[17:].mean()))
 
 
-def test_stretches_of_a_text() -> None:
-    """The last one is of what is left."""
+def test_bins_along_a_text() -> None:
+    """The last bin has the remaining targets."""
     assert scores.bin_means(torch.tensor([1.0, 3.0, 5.0]), 2) == [2.0, 5.0]
     with pytest.raises(LabError, match="bin_tokens=0"):
         scores.bin_means(torch.ones(3), 0)
@@ -234,7 +234,7 @@ def test_sinks_share_one_size_of_cache() -> None:
 
 
 def test_steps_are_timed_where_they_say() -> None:
-    """Places, sizes and memory; re-computation stores nothing."""
+    """Steps have the requested places and sizes, and their memory; recomputation stores nothing."""
     study = steps.steps(tiny_bench(), places=(10, 30), cache=8, sizes=(6, 8), repeats=3, recompute_repeats=1)
     assert [(one.configuration, one.tokens_seen, len(one.step_ms)) for one in study.along] == [
         ("baseline", 10, 3),
@@ -250,8 +250,8 @@ def test_steps_are_timed_where_they_say() -> None:
     assert study.along[4].cache_bytes == 0
 
 
-def test_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each place all have a token, and another one: none is timed in a minute of its own."""
+def test_steps_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each place all configurations decode a token, then all another one, so that all see the same machine."""
     fed: list[str] = []
     feed = Session.feed
 
@@ -270,7 +270,7 @@ def test_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lines_ask_for_every_fact_once() -> None:
-    """The answer is the fact's number, the fact stands once before it, as many lines back as it says."""
+    """The answer is the number in the fact, which is as many lines before the question as the record says."""
     made = lines.make_lines([f"line {number}" for number in range(40)], (1, 5, 9), seed=3)
     assert sorted(one.lines_back for one in made.questions) == [1, 5, 9]
     for one in made.questions:
@@ -284,13 +284,13 @@ def test_lines_ask_for_every_fact_once() -> None:
 
 @pytest.mark.parametrize("distances", [(), (5, 5), (1,) * 49])
 def test_too_few_lines_are_an_error(distances: tuple[int, ...]) -> None:
-    """Or no question, or more than there are names."""
+    """No question, and more questions than there are names, are errors too."""
     with pytest.raises(LabError, match="lines of text"):
         lines.make_lines(["x"] * 13, distances, seed=0)
 
 
 def test_answers_in_tokens() -> None:
-    """The places of the answer's tokens, and the distance from fact to answer."""
+    """An answer has the places of its tokens and the distance from the fact."""
     made = lines.Lines("w1 w2 w3 w4 w2 .", (lines.Question(1, 5, 11, 14),))
     ids, (answer,) = lines.in_tokens(made, tiny_tokenizer())
     assert (answer.places, answer.tokens_back) == ((4,), 3)
@@ -308,7 +308,7 @@ def test_an_answer_counts_when_every_token_was_the_first_choice() -> None:
 
 
 def test_recall_counts_all_questions() -> None:
-    """Every distance, every text, every configuration."""
+    """There is a point for each configuration and distance, with the questions of all texts."""
     study = recall.recall(tiny_bench(), ("baseline", "streaming_4_12_0"), (0, 1, 2), (1, 3))
     assert [(one.configuration, one.lines_back, one.asked) for one in study.points] == [
         ("baseline", 1, 3),
@@ -317,7 +317,7 @@ def test_recall_counts_all_questions() -> None:
         ("streaming_4_12_0", 3, 3),
     ]
     fact, between, question = study.example.splitlines()
-    assert fact == question, "and the right answer"
+    assert fact == question, "the example must show the right answer"
     assert fact.startswith("The number of the ")
     assert between == "... 3 lines of the text ...", "a report quotes no corpus"
 
@@ -327,7 +327,7 @@ def test_recall_counts_all_questions() -> None:
 
 @pytest.mark.parametrize("plan", [plans.FULL, plans.QUICK, TINY])
 def test_plans_fit_together(plan: plans.StudyPlan) -> None:
-    """All names parse, and what is looked at token by token was scored as a size."""
+    """All names parse, and the caches that are studied token by token are among the sizes that are scored."""
     assert set(collect.COLLECTORS) == set(STUDIES)
     for name in (*plan.mistakes, *plan.along, *plan.where, *plan.recall):
         assert parse(name).name == name
@@ -335,15 +335,15 @@ def test_plans_fit_together(plan: plans.StudyPlan) -> None:
     assert max(plan.sizes) < plan.sizes_tokens
 
 
-def test_the_full_plan_is_the_one_that_was_asked_for() -> None:
-    """The paper's numbers of sinks and sizes; 16,000 tokens and more along a text."""
+def test_the_full_plan_is_the_required_one() -> None:
+    """It has the paper's numbers of sinks and sizes, and more than 16,000 tokens along a text."""
     assert plans.FULL.sinks == plans.QUICK.sinks == (0, 1, 2, 4, 8)
     assert (min(plans.FULL.sizes), max(plans.FULL.sizes)) == (256, 2048)
     assert plans.FULL.along_tokens > 16_000
 
 
 def test_the_number_of_measurements_is_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The progress bar ends where it should."""
+    """The progress bar ends exactly when all measurements are done."""
     begun: list[str] = []
     one = tiny_bench()
     monkeypatch.setattr(one.reporter, "begin", lambda label, _: begun.append(label))

@@ -16,7 +16,7 @@ from sinkwindow.lab.timing import spread
 
 
 def make_report(*, quick: bool = False, plays: float = 20.125) -> Report:
-    """A report of three rows: measured in full, cut short, and an ablation."""
+    """Return a report of three rows: measured in full, cut short, and an ablation."""
     rows = [
         _row("baseline", plays, [1.0, 1.25, 1.5], attention=2.5),
         _row("recompute_8", None, [1.0, 1.5], attention=None),
@@ -79,13 +79,13 @@ def _row(
 
 
 def cells(page: str, start: str) -> list[str]:
-    """The cells of the first table line that starts with this."""
+    """Return the cells of the first table line that starts with this text."""
     line = next(line for line in page.splitlines() if line.startswith(f"| {start} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_columns_are_the_seeds() -> None:
-    """Names, units and order, one PPL column per corpus."""
+def test_columns_are_those_of_the_original_reproduction() -> None:
+    """Names, units and order are the same, with one PPL column per corpus."""
     assert cells(tables.render(make_report()), "Configuration") == [
         "Configuration",
         "PPL plays",
@@ -100,7 +100,7 @@ def test_columns_are_the_seeds() -> None:
 
 
 def test_cells_come_from_records() -> None:
-    """Every figure of a full row."""
+    """Every figure of a complete row is that of its record."""
     row = cells(tables.render(make_report()), "baseline")
     assert row == ["baseline", "20.125", "9.500", "1.50", "2.500", "1.000", "250.00", "2.00", "0.550"]
 
@@ -113,8 +113,8 @@ def test_what_was_not_measured_is_a_dash() -> None:
     assert cells(page, "stale_ranks_2_6 (ablation)")[1:] == ["177.500", "9.500", *["-"] * 6]
 
 
-def test_no_number_was_typed() -> None:
-    """Other records, other numbers: with every float of the report changed, none of the old ones stays."""
+def test_no_number_is_typed_by_hand() -> None:
+    """Another number in the record is another number in the table, and every number of a table is in a record."""
     first, second = tables.render(make_report()), tables.render(make_report(plays=31.75))
     assert "20.125" in first
     assert "20.125" not in second
@@ -126,7 +126,7 @@ def test_no_number_was_typed() -> None:
 
 
 def _numbers(report: Report) -> list[float]:
-    """All measured numbers of a report, derived ones included."""
+    """Return all measured numbers of a report, including derived ones."""
     rows = [row for one in report.experiments for row in one.rows]
     found = [getattr(one, name) for row in rows for one in row.perplexities for name in type(one).model_fields]
     rounds = [one for row in rows if row.speed for one in row.speed.rounds]
@@ -143,7 +143,7 @@ def _numbers(report: Report) -> list[float]:
 
 
 def test_head_names_what_ran() -> None:
-    """Model, texts with digests, machine, versions, commit with local changes, date."""
+    """The head has model, texts with digests, machine, versions, commit with local changes, and date."""
     page = tables.render(make_report())
     for fact in ("a-model", "sha256 " + "d" * 16, "plays: a source", "sha256 " + "c" * 16, "1,234 characters"):
         assert fact in page
@@ -154,13 +154,13 @@ def test_head_names_what_ran() -> None:
 
 
 def test_quick_runs_say_so() -> None:
-    """A reader must not take few tokens for many."""
+    """A reader must not mistake a quick run for a full one."""
     assert "A quick run" in tables.render(make_report(quick=True))
     assert "A quick run" not in tables.render(make_report())
 
 
 def test_memory_is_explained_or_not_measured() -> None:
-    """0.55 GB are 0.50 of weights and 0.05 of other tensors; a device that does not tell shows no number."""
+    """0.55 GB are 0.50 of weights and 0.05 of other tensors; without a measurement there is no number."""
     report = make_report()
     page = tables.render(report)
     assert "**Peak Mem**: weights plus" in page
@@ -171,8 +171,8 @@ def test_memory_is_explained_or_not_measured() -> None:
     assert cells(tables.render(Report.model_validate(content)), "baseline")[-1] == "-"
 
 
-def test_records_survive_json() -> None:
-    """A page can be rendered again from its JSON file, to the letter."""
+def test_records_are_unchanged_by_json() -> None:
+    """A page can be rendered again, identically, from its JSON file."""
     report = make_report()
     again = Report.model_validate_json(report.model_dump_json())
     assert again == report
@@ -180,13 +180,13 @@ def test_records_survive_json() -> None:
 
 
 def test_tables_refuse_ragged_rows() -> None:
-    """A missing cell would shift a number under another title."""
+    """A missing cell would move a number under another title."""
     with pytest.raises(ValueError, match="2 cells"):
         tables.markdown_table(("a", "b"), [("1",)])
 
 
 def test_plans_count_their_measurements() -> None:
-    """Re-computation is not scored, mistakes are not timed; all generate together, and are probed together."""
+    """Recomputation is not scored, ablations are not timed; all others generate together and are probed together."""
     rows = [parse(name) for name in ("baseline", "recompute_8", "stale_ranks_2_6", "window_0_8")]
     tables, scored, corpora = 2, 3, 2
     assert (
@@ -199,7 +199,7 @@ def test_plans_count_their_measurements() -> None:
     )
 
 
-def test_quick_and_full_are_the_seeds_experiments() -> None:
+def test_quick_and_full_are_the_experiments_of_the_original_reproduction() -> None:
     """PPL over 1,000 and 2,000 tokens, prompt 500, generation 1,000 and 2,000; quick has the same rows and prompts."""
     lengths = [(one.perplexity_tokens, one.prompt_tokens, one.generated_tokens) for one in experiments.FULL.experiments]
     assert lengths == [(1000, 500, 1000), (2000, 500, 2000)]
@@ -207,7 +207,7 @@ def test_quick_and_full_are_the_seeds_experiments() -> None:
 
 
 def test_writing_replaces_in_one_step(tmp_path: Path) -> None:
-    """New text, no file left beside it, readable by all."""
+    """The file has the new text and can be read by all; no temporary file is left."""
     target = tmp_path / "a.md"
     target.write_text("old", encoding="utf-8")
     files.write_text(target, "new\n")
@@ -217,7 +217,7 @@ def test_writing_replaces_in_one_step(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash before the rename: the old text, nothing half written."""
+    """After a crash before the rename the file has the old text, and no temporary file is left."""
 
     def fail(*_: object) -> Path:
         raise KeyboardInterrupt
@@ -232,7 +232,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_output_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
-    """Said before anything is measured."""
+    """The error comes before anything is measured."""
     (tmp_path / "a").write_text("", encoding="utf-8")
     with pytest.raises(LabError, match="choose another"):
         files.output_folder(tmp_path / "a")

@@ -28,14 +28,14 @@ PLAN = Plan(((4, 12), (4, 2044)), 2, 3, 1, (4, 12, 30), (4, 4), (4, 2, 1))
 
 
 class Fake:
-    """A peer that answers at once; `broken` measurements fail."""
+    """A peer that answers at once; the measurements in `broken` fail."""
 
     def __init__(self, milliseconds: float, *broken: str, most: int = 10**6) -> None:
         self.milliseconds, self.broken, self.most = milliseconds, broken, most
         self.asked: list[str] = []
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """One answer."""
+        """Return the answer to one request."""
         self.asked.append(do)
         if do in self.broken:
             return {"error": f"RuntimeError: no {do}"}
@@ -50,7 +50,7 @@ class Fake:
 
 
 def record(clients: dict[str, Fake]) -> dict[str, Any]:
-    """What a run with these peers leaves; all others could not be built."""
+    """Return the record of a run with these peers, in which no other peer could be built."""
     answers = measure(clients, PLAN)
     rows = [
         {"key": peer.key, "versions": {"torch": "2.13.0"}, "failure": None, "answers": answers[peer.key]}
@@ -72,7 +72,7 @@ def record(clients: dict[str, Fake]) -> dict[str, Any]:
 
 
 def four(ours: float = 40.0) -> dict[str, Fake]:
-    """The subject, the base and the two peers with bars."""
+    """Return fake clients of this project's cache, the baseline and the two peers with bars."""
     return {"dynamic": Fake(45.0), "ours": Fake(ours), "attention_sinks": Fake(80.0), "sink_cache": Fake(60.0)}
 
 
@@ -86,12 +86,12 @@ def test_ratios_are_of_medians() -> None:
 
 @pytest.mark.parametrize(("ours", "met"), [(40.0, [True, True]), (46.0, [True, False]), (49.0, [False, False])])
 def test_bars(ours: float, met: list[bool]) -> None:
-    """At most 0.6 of attention_sinks and 0.75 of SinkCache, on this run's medians."""
+    """The bars are 0.6 of attention_sinks and 0.75 of SinkCache, by the medians of the run."""
     assert [one.met for one in table.verdicts(record(four(ours)))] == met
 
 
 def test_a_bar_without_its_peer_is_missed() -> None:
-    """What was not measured proves nothing."""
+    """A bar whose peer was not measured is not met."""
     clients = four()
     del clients["attention_sinks"]
     first, second = table.verdicts(record(clients))
@@ -100,8 +100,8 @@ def test_a_bar_without_its_peer_is_missed() -> None:
     assert second.met
 
 
-def test_table_has_a_row_for_everybody() -> None:
-    """Each peer has its row with as many cells as titles; one that did not run says why."""
+def test_table_has_a_row_for_every_peer() -> None:
+    """Each peer has a row with as many cells as titles; a peer that did not run has the reason in its row."""
     text = table.markdown(record(four()))
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(PEERS)
@@ -113,7 +113,7 @@ def test_table_has_a_row_for_everybody() -> None:
 
 
 def test_failures_stay_visible() -> None:
-    """A measurement that failed is a dash with its reason; the other measurements of that peer go on."""
+    """A failed measurement is a dash with its reason; the other measurements of that peer continue."""
     clients = four() | {"kvpress": Fake(50.0, "fill", "perplexity")}
     text = table.markdown(record(clients))
     assert "failed: RuntimeError: no fill" in text
@@ -122,8 +122,8 @@ def test_failures_stay_visible() -> None:
     assert "batch" in clients["kvpress"].asked
 
 
-def test_rounds_take_turns() -> None:
-    """All samples of all rounds are kept, and a peer that fails in a round is not asked again."""
+def test_samples_of_all_rounds_are_kept() -> None:
+    """All samples of all rounds are kept, and a peer that fails in a round is not measured again."""
     clients = {"dynamic": Fake(1.0), "static": Fake(1.0, "steps")}
     answers = measure(clients, PLAN)
     assert len(answers["dynamic"]["steps 16"]["result"]["ms"]) == PLAN.rounds * PLAN.steps
@@ -132,27 +132,27 @@ def test_rounds_take_turns() -> None:
 
 
 def test_longest_prompt_is_searched_from_the_top() -> None:
-    """The first multiple that works is the answer; none is a failure that says why."""
+    """The result is the first multiple that works; if none works, it is a failure with the reason."""
     answers = measure({"ours": Fake(1.0, most=20), "static": Fake(1.0, most=0)}, PLAN)
     assert answers["ours"]["prompt"] == {"result": {"tokens": 16, "multiple": 2}}
     assert answers["static"]["prompt"] == {"error": "logits are not finite"}
 
 
 def test_quick_leaves_the_slow_ones_out_and_says_so() -> None:
-    """They keep their rows."""
+    """A quick run skips the slow peers; each still has a row, with the reason."""
     assert set(left_out(plan_is_quick=True)) == {"index_select", "reference"}
     assert left_out(plan_is_quick=False) == []
     assert skipped_row("reference")["failure"] == LEFT_OUT
 
 
 def test_every_peer_has_an_adapter() -> None:
-    """A row of the plan is something that the worker can run, and an environment belongs to one of them."""
+    """The worker can run every peer of the plan, and every environment belongs to a peer."""
     assert {peer.key for peer in PEERS} == set(ADAPTERS)
     assert set(environments.REQUIREMENTS) <= set(ADAPTERS)
 
 
 def test_protocol() -> None:
-    """Results, refusals and errors are answers; an error does not end the conversation."""
+    """Results, refusals and errors are answers; the worker continues after an error."""
 
     def refuse() -> None:
         raise RefusalError("cannot")
@@ -168,7 +168,7 @@ def test_protocol() -> None:
 
 
 ECHO = "import sys\nfor line in sys.stdin: print(line.strip().replace('do', 'result'), flush=True)"
-DIES = "import sys\nsys.exit('ImportError: no such thing')"
+FAILS = "import sys\nsys.exit('ImportError: no such thing')"
 SLEEPS = "import time\ntime.sleep(60)"
 
 
@@ -176,13 +176,13 @@ SLEEPS = "import time\ntime.sleep(60)"
     ("code", "timeout", "expected"),
     [
         (ECHO, 30.0, {"result": "hello"}),
-        (DIES, 30.0, {"error": "process ended: ImportError: no such thing"}),
+        (FAILS, 30.0, {"error": "process ended: ImportError: no such thing"}),
         (SLEEPS, 0.1, {"error": "no answer to hello within 0 s"}),
     ],
-    ids=["answers", "dies", "sleeps"],
+    ids=["answers", "fails", "sleeps"],
 )
 def test_client(code: str, timeout: float, expected: dict[str, str], tmp_path: Path) -> None:
-    """A process that answers is heard; one that dies or hangs is an error, again and again."""
+    """The client returns the answer of a process; one that exits or hangs is an error, in later requests too."""
     client = Client([sys.executable, "-c", code], tmp_path / "log", timeout=timeout)
     try:
         assert client.ask("hello") == expected
@@ -194,14 +194,14 @@ def test_client(code: str, timeout: float, expected: dict[str, str], tmp_path: P
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model in a folder."""
+    """Return the folder of a tiny model."""
     return str(save_tiny(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.mark.parametrize("adapter", [Dynamic, Ours, Reference])
 @torch.no_grad()
-def test_right_answers_to_right_or_wrong(adapter: Any, tiny: str) -> None:
-    """What keeps its promises in the tests of the cache keeps them here, and the perplexity is one and the same."""
+def test_correct_caches_are_measured_as_correct(adapter: Any, tiny: str) -> None:
+    """Caches that pass the tests of the cache pass here too; all but the dense one have the same perplexity."""
     bench = Bench(adapter(tiny), random_ids(200))
     assert bench.chunks()["difference"] < table.SAME
     assert bench.batch()["difference"] < table.SAME
@@ -213,7 +213,7 @@ def test_right_answers_to_right_or_wrong(adapter: Any, tiny: str) -> None:
 
 @torch.no_grad()
 def test_steps_are_timed_at_one_length(tiny: str) -> None:
-    """A full cache stays at its limit, attention is part of a step, and the model is as before afterwards."""
+    """A full cache stays at its limit, attention is part of a step, and the model is unchanged afterwards."""
     for adapter in (Dynamic(tiny), Ours(tiny)):
         bench = Bench(adapter, random_ids(200))
         filled = bench.fill(4, 12, 9)
@@ -226,7 +226,7 @@ def test_steps_are_timed_at_one_length(tiny: str) -> None:
 
 @torch.no_grad()
 def test_static_says_when_it_is_full(tiny: str) -> None:
-    """Beyond the end there is an explanation, not a wrong number."""
+    """Beyond its capacity, a static cache gives an explanation rather than a wrong number."""
     adapter = Static(tiny)
     bench = Bench(adapter, random_ids(200))
     bench.fill(4, 28, 4)
@@ -239,13 +239,13 @@ def test_static_says_when_it_is_full(tiny: str) -> None:
 
 
 def test_configuration_is_readable_everywhere() -> None:
-    """Old versions look for `rope_theta` and `torch_dtype`, new ones for `rope_parameters` and `dtype`."""
+    """Old versions read `rope_theta` and `torch_dtype`, new ones `rope_parameters` and `dtype`."""
     config = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}, "dtype": "float32"}
     assert program.readable(config) == {**config, "rope_theta": 5.0, "torch_dtype": "float32"}
 
 
 def test_environment_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Again only where its requirements changed; ours is the one that runs."""
+    """An environment is rebuilt only if its requirements changed; our own is the one that is running."""
     built: list[str] = []
 
     def build(folder: Path, *_: Any) -> None:
@@ -264,6 +264,6 @@ def test_environment_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_page_has_a_place_for_the_table() -> None:
-    """Found before anything is measured, or half an hour would be lost."""
+    """If the place for the table is missing, the run fails before anything is measured."""
     marked.check(program.DOCUMENT, program.PLACE)
     marked.check(program.README, program.BARS_PLACE)

@@ -1,6 +1,6 @@
-"""Layers on different devices: every tensor of a pool is where its layers' keys are.
+"""Layers on different devices: every tensor of a pool is on the device of its layers' keys.
 
-The second device is `meta`, which computes shapes and refuses to work with another device's tensors.
+The second device is `meta`, which computes only shapes, and raises an error if given a tensor of another device.
 """
 
 from __future__ import annotations

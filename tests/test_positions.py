@@ -1,4 +1,4 @@
-"""Positions stay bounded for ever, and nothing shows when they are rebased."""
+"""Positions stay bounded indefinitely, and rebasing them does not change the logits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LENGTH_DEPENDENT = {
 
 
 class Spy:
-    """What the rotary module is handed: the largest and smallest position, and how often positions fell back."""
+    """Records the positions that the rotary module receives: largest, smallest, and how often they decreased."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.largest, self.smallest, self.latest, self.falls = -1, 0, -1, 0
@@ -71,7 +71,7 @@ class Spy:
 
 
 def _bound(rule: Rule, trained: int) -> int:
-    """Positions that the model was trained on; where the list nearly fills them, one window more."""
+    """Return the bound of positions: the trained length, or the longest list plus one window if that is more."""
     return max(trained, rule.capacity + rule.window)
 
 
@@ -79,7 +79,7 @@ def _bound(rule: Rule, trained: int) -> int:
 def test_positions_never_reach_the_bound(
     spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], *, padded: bool
 ) -> None:
-    """However long the stream and however long its calls, no position is negative or leaves the trained range."""
+    """However long the stream and its calls, no position is negative or reaches the bound."""
     model, ids = spec.model(), tokens(seed, 2, sum(lengths))
     mask = padding_mask(seed, 2, lengths, holes=True) if padded else None
     cache = rule.cache(model)
@@ -88,8 +88,8 @@ def test_positions_never_reach_the_bound(
     assert 0 <= spy.smallest <= spy.largest < _bound(rule, spec.max_positions)
 
 
-def test_a_rebase_turns_keys_where_they_stand() -> None:
-    """While there is room; the window moves to the front in a step of its own, unless both are due at once."""
+def test_a_rebase_rotates_keys_in_place() -> None:
+    """A rebase rotates keys in place; the window moves to the front in another step, unless no slot is free."""
     model, ids = ModelSpec(max_positions=20).model(), tokens(0, 1, 200)
     cache = Rule(2, 5, 0).cache(model)
     alone, both = 0, 0
@@ -110,7 +110,7 @@ def test_a_rebase_turns_keys_where_they_stand() -> None:
 def test_frequencies_that_depend_on_the_length_never_switch(
     kind: str, rule: Rule, seed: int, lengths: list[int]
 ) -> None:
-    """Where the largest position of a call chooses the frequencies, calls stay below the trained length, always."""
+    """If the largest position of a call chooses the frequencies, positions stay below the trained length."""
     model = _length_dependent(kind)
     before = _frequencies(model).clone()
     ids = tokens(seed, 1, sum(lengths))
@@ -150,18 +150,18 @@ def test_logits_are_exact_near_and_far(family: str, rule: Rule) -> None:
     assert spy.falls > 3
 
 
-def test_a_call_cut_into_runs_of_positions_may_find_room_in_the_slots() -> None:
-    """A call that must be cut into runs of positions, yet finds room in the slots, is exact, and so is what follows."""
+def test_a_call_split_into_runs_of_positions_may_fit_in_the_slots() -> None:
+    """A call that is split into runs of positions, but fits in the slots, is exact, and so are later calls."""
     rule, model = Rule(0, 5, 5), ModelSpec(max_positions=18).model()
     ids = tokens(0, 1, 24)
     expected = reference_logits(model, ids, **rule.arguments)
     assert worst(stream(model, rule.cache(model), ids, [1, 9, 9, 1, 4]) - expected) < EXACT
 
 
-def test_positions_far_from_the_start_are_as_good_as_the_first() -> None:
+def test_positions_far_from_the_start_are_as_accurate_as_the_first() -> None:
     """After 100,000 tokens of a float32 stream the logits are those of the same list at the start of a stream.
 
-    With one layer, a list's keys depend on their tokens alone, so the last list can be fed to a fresh model as a text.
+    With one layer, keys depend on their tokens alone, so the last list can be fed to a new cache as a text.
     """
     rule, model = Rule(2, 8, 3), ModelSpec(layers=1, max_positions=64).model(torch.float32)
     cache, ids = rule.cache(model), tokens(0, 1, 100_000)
@@ -187,7 +187,7 @@ def test_a_list_beyond_the_trained_length_warns_with_both_numbers(surplus: int) 
 
 
 def test_a_list_that_fits_does_not_warn() -> None:
-    """S + W + B + 1 may fill the trained positions to the last."""
+    """S + W + B + 1 may be as large as the number of trained positions."""
     rule = Rule(4, 12, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,8 +1,8 @@
-"""What is moved keeps its bits; what is computed is as good as the dtype allows.
+"""Moved data keeps its bits; computed data is as accurate as the dtype allows.
 
-The yardstick of a dtype is the reference's own mathematics in it (`upcast=False`), measured against the reference in
-float64 on the same weights. The largest error counts, never an average: that would hide one wrong slot. The streams
-are long and fixed, since the largest error of a short one is luck.
+The error allowed in a dtype comes from the reference computed in that dtype (`upcast=False`), compared with the
+reference in float64 on the same weights. The largest error counts, never an average, which would hide one wrong slot.
+The streams are long and fixed, since the largest error of a short one depends on chance.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ LOW = [torch.float32, torch.bfloat16]
 def test_errors_are_those_of_the_dtype(
     rule: Rule, lengths: list[int], max_positions: int, family: str, dtype: torch.dtype
 ) -> None:
-    """The largest error is at most twice that of the plain mathematics in the dtype, plus one rounding step.
+    """The largest error is at most twice that of the reference computed in the dtype, plus one rounding step.
 
-    With 20 positions windows are rebased all the time, with 2048 never: neither may cost accuracy.
+    With 20 positions windows are rebased often, with 2048 never: neither may cost accuracy.
     """
     spec = ModelSpec(family, head_dim=16, kv_heads=2 if family == "gpt_neox" else 1, max_positions=max_positions)
     ids = tokens(1, 2, sum(lengths))
@@ -64,7 +64,7 @@ def test_errors_are_those_of_the_dtype(
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_errors_with_padding_are_those_of_the_dtype(dtype: torch.dtype) -> None:
-    """The same for padded rows, whose calls all take the exact banded attention."""
+    """The same holds for padded rows."""
     rule, lengths, spec = Rule(3, 8, 2), [30, *[1, 4, 9] * 10], ModelSpec(head_dim=16)
     ids, mask = tokens(2, 3, sum(lengths)), padding_mask(2, 3, lengths, holes=True)
     exact = reference_logits(spec.model(), ids, mask, **rule.arguments)[mask.bool()]
@@ -82,7 +82,7 @@ def test_nothing_differs_from_a_stock_cache_before_the_first_eviction(
 ) -> None:
     """Until the list overflows the logits are those of `DynamicCache`: bit for bit in float32 and bfloat16.
 
-    In float64 transformers makes float32 angles and the cache makes float64 ones.
+    In float64 models transformers computes float32 angles, and the cache computes float64 ones.
     """
     total = rule.limit + rule.buffer
     lengths = data.draw(splits(total, total), label="lengths")
@@ -96,36 +96,36 @@ def test_nothing_differs_from_a_stock_cache_before_the_first_eviction(
 @given(rule=rules(BOTH), seed=seeds(), lengths=splits(most=150))
 @budget(0.3)
 def test_moved_data_keeps_its_bits(dtype: torch.dtype, rule: Rule, seed: int, lengths: list[int]) -> None:
-    """Every call gets the retained values as they came, in order, and so the window's keys without a rebase.
+    """Every call gets the retained values in order, bit for bit, and without a rebase also the keys of the window.
 
-    Copies of the sinks for later evictions of the call are in front of them.
+    Copies of the sinks, for later evictions in the call, come before them.
     """
     spec = ModelSpec(max_positions=2048)
     model, ids = spec.model(dtype), tokens(seed, 2, sum(lengths))
     cache = rule.cache(model)
     with pytest.MonkeyPatch.context() as patch:
-        keepsakes = Keepsakes(cache, spec.layers)
-        patch.setattr(cache, "update", keepsakes.update)
+        recorder = Recorder(cache, spec.layers)
+        patch.setattr(cache, "update", recorder.update)
         stream(model, cache, ids, lengths)
-    assert keepsakes.checked >= spec.layers * len(lengths)  # a long call may run in pieces
+    assert recorder.checked >= spec.layers * len(lengths)  # a long call may run in pieces
 
 
-class Keepsakes:
-    """Remembers all keys and values ever handed to a cache, and compares what it hands back with them."""
+class Recorder:
+    """Records all keys and values given to a cache, and compares what the cache returns with them."""
 
     def __init__(self, cache: StreamingCache, layers: int) -> None:
         self._cache, self._update = cache, cache.update
-        self._born: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
+        self._inserted: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
         self.checked = 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stand in for the cache's update."""
-        rule, seen = self._cache.retention, sum(keys.shape[2] for keys, _ in self._born[layer])
+        """Call the cache's `update` and check what it returns."""
+        rule, seen = self._cache.retention, sum(keys.shape[2] for keys, _ in self._inserted[layer])
         retained = self._cache.retained_tokens[0]
         if rule.evict == "token":  # pieces of a call are not counted yet
             retained = rule.retained(seen, rule.evicted_before(seen))
-        self._born[layer].append((keys.clone(), values.clone()))
-        all_keys, all_values = (torch.cat(states, dim=2) for states in zip(*self._born[layer], strict=True))
+        self._inserted[layer].append((keys.clone(), values.clone()))
+        all_keys, all_values = (torch.cat(states, dim=2) for states in zip(*self._inserted[layer], strict=True))
         new = list(range(all_keys.shape[2] - keys.shape[2], all_keys.shape[2]))
         result = self._update(keys, values, layer, *args, **kwargs)
         order, sinks = retained + new, min(rule.num_sinks, len(retained))

@@ -1,4 +1,4 @@
-"""The reference's own parts against hand-written lists, textbook rotation and textbook dense attention."""
+"""The parts of the reference compared with hand-written lists, textbook rotation and textbook dense attention."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from sinkwindow_reference import RetainedList, rank_attention, retained_after, r
 # --- the rule -----------------------------------------------------------------------------------------------------
 
 
-def test_lengths_of_the_seeds_log() -> None:
-    """S=8, W=256, B=64: the list grows to 329, that query still sees all of it, and 264 are left."""
+def test_lengths_are_those_in_the_log_of_the_original_reproduction() -> None:
+    """With S=8, W=256, B=64 the list grows to 329 tokens; that query sees all of them, and 264 are left.
+
+    The original reproduction, "the seed", is the program from which this project started.
+    """
     lengths = [len(seen) for seen in retained_lists(500, num_sinks=8, window=256, buffer=64)]
     assert lengths[:329] == list(range(1, 330))
     assert lengths[329:394] == list(range(265, 330))
@@ -25,7 +28,7 @@ def test_lengths_of_the_seeds_log() -> None:
 
 
 def test_without_a_buffer_the_list_is_s_plus_w_and_then_one_more() -> None:
-    """B=0 is the original implementation of StreamingLLM."""
+    """B=0 is the rule in the original implementation of StreamingLLM."""
     assert retained_lists(6, num_sinks=1, window=2) == [
         [0],
         [0, 1],
@@ -38,13 +41,13 @@ def test_without_a_buffer_the_list_is_s_plus_w_and_then_one_more() -> None:
 
 
 def test_with_a_buffer_evictions_come_in_batches() -> None:
-    """S=1, W=2, B=2: five are allowed, the sixth is seen and takes three others along."""
+    """With S=1, W=2, B=2 five tokens fit; a query that sees a sixth is followed by an eviction of three."""
     lists = retained_lists(8, num_sinks=1, window=2, buffer=2)
     assert lists[5:] == [[0, 1, 2, 3, 4, 5], [0, 4, 5, 6], [0, 4, 5, 6, 7]]
 
 
-def test_evict_if_full_names_what_it_drops() -> None:
-    """The sinks, the window and a list that is only just full stay."""
+def test_evict_if_full_returns_what_it_evicts() -> None:
+    """The sinks and the window are kept, and so is a list that is exactly full."""
     kept = RetainedList(num_sinks=2, window=2, buffer=1)
     for token in range(5):
         kept.append(token)
@@ -65,7 +68,7 @@ def test_evict_call_sees_a_whole_call_and_evicts_once_after_it() -> None:
 
 @given(sizes, st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_calls_do_not_matter_to_evict_token(given_sizes: dict[str, Any], chunks: list[int]) -> None:
-    """Chunk invariance of the lists, and calls of one token make both rules the same."""
+    """The lists do not depend on the calls, and with calls of one token both eviction modes are the same."""
     tokens = sum(chunks)
     lists = retained_lists(tokens, **given_sizes)
     assert retained_lists(tokens, **given_sizes, chunks=chunks) == lists
@@ -74,7 +77,7 @@ def test_calls_do_not_matter_to_evict_token(given_sizes: dict[str, Any], chunks:
 
 @given(sizes, st.integers(1, 60))
 def test_what_is_kept(given_sizes: dict[str, Any], tokens: int) -> None:
-    """First S, last W, the query itself, ascending, never more than one beyond the buffer."""
+    """A list has the first S, the last W and the query itself, in order, and at most S + W + B + 1 tokens."""
     sinks, window, buffer = given_sizes["num_sinks"], given_sizes["window"], given_sizes["buffer"]
     lists = retained_lists(tokens, **given_sizes)
     for query, seen in enumerate(lists):
@@ -100,7 +103,7 @@ def test_what_is_kept(given_sizes: dict[str, Any], tokens: int) -> None:
     ],
 )
 def test_bad_sizes_are_named(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
-    """An error names the argument and its value, from both functions alike."""
+    """Both functions raise an error that names the argument and its value."""
     good: dict[str, Any] = {"num_sinks": 1, "window": 2}
     for function in (retained_lists, retained_after):
         with pytest.raises(error, match=says):
@@ -117,7 +120,7 @@ def test_rotations_compose_and_undo(*, interleaved: bool, seed: int, first: int,
     x, inv_freq = heads(seed, 2, 3, 10), frequencies(4)
     one, two = torch.full((3,), first), torch.full((3,), second)
     once = rotate(x, one, inv_freq, interleaved=interleaved)
-    # cos and sin of an angle of 10^6 are good to 10^6 times a rounding step of float64, 1e-10.
+    # cos and sin of an angle of 10^6 are accurate to 10^6 times a rounding step of float64, 1e-10.
     assert (
         gap(
             rotate(once, two, inv_freq, interleaved=interleaved),
@@ -129,19 +132,19 @@ def test_rotations_compose_and_undo(*, interleaved: bool, seed: int, first: int,
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_each_layout_turns_its_own_pairs(*, interleaved: bool) -> None:
-    """One rotation by hand: a quarter turn of the second of two pairs, all other channels bit-identical."""
+def test_each_layout_rotates_its_own_pairs(*, interleaved: bool) -> None:
+    """By hand: a quarter turn of the second of two pairs; channels beyond the pairs are bit-identical."""
     x = torch.arange(1.0, 7.0, dtype=torch.float64).view(1, 6)
     quarter = torch.tensor([0.0, torch.pi / 2], dtype=torch.float64)
-    turned = rotate(x, torch.tensor([1]), quarter, interleaved=interleaved)
+    rotated = rotate(x, torch.tensor([1]), quarter, interleaved=interleaved)
     by_hand = [1.0, 2.0, -4.0, 3.0, 5.0, 6.0] if interleaved else [1.0, -4.0, 3.0, 2.0, 5.0, 6.0]
-    assert gap(turned, torch.tensor([by_hand], dtype=torch.float64)) < OURS
-    assert torch.equal(turned[:, 4:], x[:, 4:])
+    assert gap(rotated, torch.tensor([by_hand], dtype=torch.float64)) < OURS
+    assert torch.equal(rotated[:, 4:], x[:, 4:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_angles_do_not_suffer_from_a_low_precision_dtype(dtype: torch.dtype) -> None:
-    """Far out, the rotation is off by the rounding of x, cos and sin, not by that of the position."""
+def test_angles_are_exact_in_a_low_precision_dtype(dtype: torch.dtype) -> None:
+    """At a distant position, the error comes from rounding x, cos and sin, not from rounding the position."""
     x = heads(1, 1, 8)
     exact = rotate(x.to(dtype).double(), torch.tensor([100_001]), frequencies(4))
     rounded = rotate(x.to(dtype), torch.tensor([100_001]), frequencies(4))
@@ -150,7 +153,7 @@ def test_angles_do_not_suffer_from_a_low_precision_dtype(dtype: torch.dtype) -> 
 
 
 def test_more_frequencies_than_channels_are_refused() -> None:
-    """The frequencies of another model are noticed."""
+    """Frequencies of another model are an error."""
     with pytest.raises(ValueError, match="rotates 8 channels, x has 6"):
         rotate(torch.zeros(1, 6), torch.tensor([0]), frequencies(4))
 
@@ -159,10 +162,10 @@ def test_more_frequencies_than_channels_are_refused() -> None:
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor, *, interleaved: bool) -> Tensor:
-    """Returns causal attention at natural positions by the textbook, with complex numbers for the rotation."""
+    """Return causal attention at natural positions as in a textbook, with complex numbers for the rotation."""
     tokens, pairs = query.shape[2], len(inv_freq)
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         pair = x[..., : 2 * pairs].reshape(*x.shape[:-1], *((pairs, 2) if interleaved else (2, pairs)))
         real, imaginary = pair.unbind(-1 if interleaved else -2)
         angle = torch.arange(tokens)[:, None] * inv_freq
@@ -170,7 +173,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor,
         return torch.cat([z.real, z.imag, x[..., 2 * pairs :]], dim=-1)  # the order of channels cancels in the product
 
     groups = query.shape[1] // key.shape[1]
-    scores = turned(query) @ turned(key).repeat_interleave(groups, 1).mT * query.shape[-1] ** -0.5
+    scores = rotated(query) @ rotated(key).repeat_interleave(groups, 1).mT * query.shape[-1] ** -0.5
     future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     weights: Tensor = scores.masked_fill(future, -torch.inf).softmax(-1)
     return weights @ value.repeat_interleave(groups, 1)
@@ -184,7 +187,7 @@ def test_with_everything_kept_it_is_dense_attention(
     pairs: int,
     interleaved: bool,  # noqa: FBT001 - drawn by position
 ) -> None:
-    """GQA, partial rotary and both layouts against a formula of another make."""
+    """Grouped queries, partial rotary embeddings and both layouts agree with an independent formula."""
     query, key, value = (
         heads(seed, 2, 4, tokens, 8),
         heads(seed + 1, 2, kv_heads, tokens, 8),
@@ -206,8 +209,8 @@ def test_each_query_is_dense_attention_over_its_own_list(seed: int, given_sizes:
         assert gap(ours[:, :, token], short[:, :, -1]) < OURS
 
 
-def test_scaling_is_the_callers() -> None:
-    """A doubled scaling is a doubled query; without one it is head_dim ** -0.5."""
+def test_scaling_can_be_passed() -> None:
+    """A doubled scaling is a doubled query; the default is head_dim ** -0.5."""
     query, key, value = (heads(i, 1, 2, 5, 4) for i in range(3))
     lists, inv_freq = [list(range(t + 1)) for t in range(5)], frequencies(2)
     plain = rank_attention(query, key, value, lists, inv_freq)
@@ -219,7 +222,7 @@ def test_scaling_is_the_callers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_upcast_is_more_exact_than_the_dtype_itself(dtype: torch.dtype) -> None:
-    """Upcast, only the result is rounded; plain arithmetic errs more, but no more than a few rounding steps."""
+    """With upcast only the result is rounded; without it the error is larger, but only a few rounding steps."""
     query, key, value = (heads(i, 1, 2, 40, 16).to(dtype) for i in range(3))
     lists, inv_freq = retained_lists(40, num_sinks=2, window=8), frequencies(8)
     exact = rank_attention(query.double(), key.double(), value.double(), lists, inv_freq)
@@ -231,8 +234,8 @@ def test_upcast_is_more_exact_than_the_dtype_itself(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("lists", [[], [[0]]])
-def test_attention_wants_one_list_per_query(lists: list[list[int]]) -> None:
-    """Too few lists are an error, not a shorter result."""
+def test_attention_requires_one_list_per_query(lists: list[list[int]]) -> None:
+    """Too few lists are an error rather than a shorter result."""
     x = torch.zeros(1, 2, 2, 4)
     with pytest.raises(ValueError, match="one retained list per token"):
         rank_attention(x, x, x, lists, frequencies(2))

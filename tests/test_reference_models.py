@@ -1,4 +1,4 @@
-"""The reference under whole models: the stock models themselves, rows alone, and the hand-written loop."""
+"""The reference in whole models, compared with stock models, rows alone, and the hand-written loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sinkwindow_reference import generate_by_index_select, reference_logits, ret
 
 @pytest.mark.parametrize("kind", HALF_SPLIT + INTERLEAVED)
 def test_with_everything_kept_it_is_the_stock_model(kind: str) -> None:
-    """Layout, rotary fraction and scaling of each family are read right; a short window is another thing."""
+    """Layout, rotary fraction and scaling of each family are read correctly; with a short window the logits differ."""
     model, ids = tiny_model(kind), random_ids(1, 2, 24)
     with torch.no_grad():
         stock = model(ids).logits
@@ -41,7 +41,7 @@ def test_with_everything_kept_it_is_the_stock_model(kind: str) -> None:
     ids=lambda rope: str(rope["rope_type"]),
 )
 def test_scaled_rope_is_the_models_own(rope: dict[str, Any]) -> None:
-    """Frequencies come from the model, attention scaling (yarn) is applied once."""
+    """Frequencies come from the model, and the attention scaling of yarn is applied once."""
     model = tiny_model(rope_parameters={"rope_theta": 100.0, **rope})
     ids = random_ids(2, 1, 24)
     with torch.no_grad():
@@ -49,16 +49,16 @@ def test_scaled_rope_is_the_models_own(rope: dict[str, Any]) -> None:
     assert gap(reference_logits(model, ids, num_sinks=0, window=24), stock) < STOCK * float(stock.abs().max())
 
 
-def test_layers_without_rope_stay_without() -> None:
-    """SmolLM3 turns RoPE off in some layers and says so in the layer."""
+def test_layers_without_rope_do_not_rotate() -> None:
+    """SmolLM3 disables RoPE in some layers, with a flag in the layer."""
     model, ids = tiny_model("smollm3", no_rope_layer_interval=2), random_ids(2, 1, 24)
     with torch.no_grad():
         stock = model(ids).logits
     assert gap(reference_logits(model, ids, num_sinks=0, window=24), stock) < STOCK * float(stock.abs().max())
 
 
-def test_a_long_call_before_leaves_no_trace() -> None:
-    """Dynamic RoPE overwrites its frequencies in a call beyond the trained length; the original ones count."""
+def test_an_earlier_long_call_changes_nothing() -> None:
+    """Dynamic RoPE overwrites its frequencies in a call beyond the trained length; the original ones are used."""
     rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
     model, ids = tiny_model(max_position_embeddings=16, rope_parameters=rope), random_ids(2, 1, 40)
     before = reference_logits(model, ids, num_sinks=2, window=6)
@@ -66,16 +66,16 @@ def test_a_long_call_before_leaves_no_trace() -> None:
     assert torch.equal(reference_logits(model, ids, num_sinks=2, window=6), before)
 
 
-def test_a_layer_that_goes_its_own_way_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result of which one layer did not follow the rule is never returned."""
+def test_a_layer_that_bypasses_the_rule_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No logits are returned if a layer did not follow the rule."""
     model: Any = tiny_model()
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
     with pytest.raises(ValueError, match="sent 1 of its 2 layers"):
         reference_logits(model, random_ids(2, 1, 4), num_sinks=1, window=3)
 
 
-def test_one_layer_streams_as_its_own_short_sequences() -> None:
-    """In one layer a key does not depend on what its token saw: each query is a stock run over its list alone."""
+def test_one_layer_equals_stock_calls_over_the_lists() -> None:
+    """With one layer a key depends on its token alone: each query equals a stock call over its list."""
     model, ids = tiny_model(num_hidden_layers=1), random_ids(3, 1, 20)
     logits = reference_logits(model, ids, num_sinks=2, window=4, buffer=3)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_one_layer_streams_as_its_own_short_sequences() -> None:
 
 
 def test_a_padded_row_is_the_row_alone() -> None:
-    """Left, right and no padding; padding itself is NaN."""
+    """A row padded on the left, on the right or not at all has the logits of the row alone; padding is NaN."""
     model, ids = tiny_model(), random_ids(4, 3, 16)
     mask = torch.ones_like(ids)
     mask[0, :7], mask[2, 12:] = 0, 0
@@ -96,7 +96,7 @@ def test_a_padded_row_is_the_row_alone() -> None:
 
 
 def test_evict_call_counts_the_columns_of_a_call() -> None:
-    """A padded row's calls hold what is real of them, a call of padding alone is none."""
+    """A padded row's calls count only its real tokens, and a call of padding alone does not count."""
     model, ids = tiny_model(), random_ids(5, 1, 18)
     mask = torch.ones_like(ids)
     mask[:, :6] = 0
@@ -109,7 +109,7 @@ def test_evict_call_counts_the_columns_of_a_call() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    """Attention implementation and results of stock calls are the same before and after, errors included."""
+    """Attention implementation and stock logits are the same before and after, also after an error."""
     model, ids = tiny_model("mistral", sliding_window=8), random_ids(6, 1, 12)
     before = (model.config._attn_implementation, model(ids).logits)
     reference_logits(model, ids, num_sinks=1, window=3)
@@ -127,7 +127,7 @@ def test_the_model_is_left_as_it_was() -> None:
     ],
 )
 def test_models_that_the_rule_does_not_fit_are_refused(kind: str, says: str) -> None:
-    """Better no reference than a wrong one."""
+    """The reference raises an error rather than return wrong logits."""
     with pytest.raises(ValueError, match=says):
         reference_logits(tiny_model(kind), random_ids(7, 1, 4), num_sinks=1, window=3)
 
@@ -142,7 +142,7 @@ def test_models_that_the_rule_does_not_fit_are_refused(kind: str, says: str) -> 
     ],
 )
 def test_bad_inputs_are_named(ids: Tensor, mask: Tensor | None, says: str) -> None:
-    """Shapes and empty rows are noticed before the model runs."""
+    """Wrong shapes and empty rows are errors before the model runs."""
     with pytest.raises(ValueError, match=says):
         reference_logits(tiny_model(), ids, mask, num_sinks=1, window=3)
 
@@ -153,7 +153,7 @@ def test_bad_inputs_are_named(ids: Tensor, mask: Tensor | None, says: str) -> No
 @settings(max_examples=10)
 @given(sizes, seeds, st.sampled_from(["llama", "gpt_neox", "glm"]))
 def test_the_index_select_loop_follows_the_rule(given_sizes: dict[str, Any], seed: int, kind: str) -> None:
-    """Every step's logits are the reference's, over several generations of evictions and re-rotated keys."""
+    """Every step's logits equal the reference's, across several evictions, after each of which keys are rotated."""
     model, prompt = tiny_model(kind, seed), random_ids(seed, 1, 12)
     ids = generate_by_index_select(model, prompt, max_new_tokens=14, **given_sizes)
     steps = torch.stack(list(stream_by_index_select(model, prompt, max_new_tokens=14, **given_sizes)))
@@ -164,9 +164,9 @@ def test_the_index_select_loop_follows_the_rule(given_sizes: dict[str, Any], see
 
 
 def test_the_loop_in_bfloat16_rounds_but_does_not_drift() -> None:
-    """A rotation per step leaves the error of the size that the dtype itself makes.
+    """Rotating at every step makes an error of the same size as the dtype itself.
 
-    Measured: 1.24 to 1.46 times that size per model when keys are rotated in float32, 1.8 to 2.7 times in bfloat16.
+    Measured per model: 1.24 to 1.46 times that size if keys are rotated in float32, 1.8 to 2.7 times in bfloat16.
     """
     ratios = []
     for seed in range(4):
@@ -180,7 +180,7 @@ def test_the_loop_in_bfloat16_rounds_but_does_not_drift() -> None:
 
 
 def test_the_loop_takes_one_row() -> None:
-    """Batches are the caches' business; no new token is no change."""
+    """A batch is an error; with no new token the loop returns the prompt."""
     model, ids = tiny_model(), random_ids(9, 2, 3)
     with pytest.raises(ValueError, match="one row at a time"):
         generate_by_index_select(model, ids, max_new_tokens=1, num_sinks=1, window=3)

@@ -1,4 +1,4 @@
-"""The closed forms of `Retention` say what the list program does."""
+"""The closed forms of `Retention` agree with the list program of the reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from strategies import BOTH, Rule, rules, splits
 
 @given(rule=rules(BOTH), lengths=splits(most=200))
 def test_retained_list_equals_the_list_program_after_every_call(rule: Rule, lengths: list[int]) -> None:
-    """Two integers, seen and evicted, describe the list that appending and cutting leaves."""
+    """Two integers, seen and evicted, describe the list that results from appending and evicting."""
     retention, program = Retention(**rule.arguments), RetainedList(rule.num_sinks, rule.window, rule.buffer)
     seen = evicted = 0
     for length in lengths:
@@ -31,8 +31,8 @@ def test_retained_list_equals_the_list_program_after_every_call(rule: Rule, leng
 
 
 @given(rule=rules(), total=st.integers(1, 200))
-def test_every_query_sees_the_list_of_its_own_time(rule: Rule, total: int) -> None:
-    """`evicted_before` gives the list that a query meets, itself included, and `capacity` bounds it."""
+def test_every_query_attends_to_its_own_list(rule: Rule, total: int) -> None:
+    """`evicted_before` gives the list that a query attends to, itself included, and `capacity` bounds its length."""
     retention = Retention(**rule.arguments)
     lists = retained_lists(total, num_sinks=rule.num_sinks, window=rule.window, buffer=rule.buffer)
     for token, expected in enumerate(lists):
@@ -42,7 +42,7 @@ def test_every_query_sees_the_list_of_its_own_time(rule: Rule, total: int) -> No
 
 @given(rule=rules(BOTH), lengths=splits(most=200))
 def test_sinks_and_the_last_window_are_never_evicted(rule: Rule, lengths: list[int]) -> None:
-    """The first S and the last W tokens are in the list at any time, and it grows no longer than S + W + B."""
+    """The first S and the last W tokens are always in the list, which never has more than S + W + B tokens."""
     retention = Retention(**rule.arguments)
     seen = evicted = 0
     for length in lengths:
@@ -54,18 +54,18 @@ def test_sinks_and_the_last_window_are_never_evicted(rule: Rule, lengths: list[i
         assert len(kept) <= rule.limit + rule.buffer
 
 
-def test_the_length_of_the_list_is_that_of_the_seed_s_log() -> None:
-    """With S=8, W=256, B=64 the list goes 328, 329 -> 264, 265."""
+def test_the_length_of_the_list_is_that_of_the_original_reproduction() -> None:
+    """With S=8, W=256, B=64 the list grows to 328 and 329, is cut to 264, and grows again, as in its log."""
     retention = Retention(8, 256, 64)
-    met = [token + 1 - retention.evicted_before(token) for token in range(396)]
-    assert met[327:331] == [328, 329, 265, 266]
-    assert met[393:395] == [329, 265]
+    lengths = [token + 1 - retention.evicted_before(token) for token in range(396)]
+    assert lengths[327:331] == [328, 329, 265, 266]
+    assert lengths[393:395] == [329, 265]
 
 
 @pytest.mark.parametrize("name", ["num_sinks", "window", "buffer"])
 @pytest.mark.parametrize("value", [1.0, "4", None, True, False])
 def test_a_size_that_is_no_int_is_refused(name: str, value: Any) -> None:
-    """A TypeError names the argument and the value; a bool is no size."""
+    """A TypeError names the argument and the value; a bool is not an int here."""
     with pytest.raises(TypeError, match=rf"{name} must be an int, got {value!r}"):
         Retention(**_with(name, value))
 

@@ -1,4 +1,4 @@
-"""Taking tokens back: exact while what they evicted is still there, an error before any change when it is not."""
+"""Tokens can be taken back exactly while what they evicted is still stored; otherwise an error changes nothing."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DRAFTS = 128  # evicted tokens that `activate_past_recording` keeps
 
 @given(spec=model_specs(), rule=rules(), seed=seeds(), lengths=splits(most=60), data=st.data())
 @budget(0.5)
-def test_crop_then_refill_is_never_having_gone_there(
+def test_other_tokens_after_a_crop_equal_the_reference(
     spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], data: st.DataObject
 ) -> None:
-    """After a crop that `can_crop` allows, other tokens in the place of the old ones give the reference's logits."""
+    """After a crop that `can_crop` allows, other tokens in place of the old ones give the reference's logits."""
     model, ids = spec.model(), tokens(seed, 2, sum(lengths) + 12)
     cache = rule.cache(model)
     stream(model, cache, ids, lengths)
-    # Not every number below an allowed one is: taking back everything needs nothing that was evicted.
+    # A number below an allowed one may not be allowed: taking back everything needs nothing that was evicted.
     allowed = [columns for columns in range(sum(lengths) + 1) if cache.can_crop(columns)]
     columns = data.draw(st.sampled_from(allowed), label="columns")
     cache.crop(-columns)
@@ -51,7 +51,7 @@ def test_crop_then_refill_is_never_having_gone_there(
 @given(spec=model_specs(), rule=rules(BOTH), seed=seeds(), lengths=splits(most=60), columns=st.integers(1, 60))
 @budget(0.5)
 def test_can_crop_is_exact(spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], columns: int) -> None:
-    """`crop` does what `can_crop` says: it works, or it raises and the cache goes on as if nobody had asked."""
+    """`crop` works if `can_crop` is true; otherwise it raises, and the cache continues as if without the attempt."""
     model, ids = spec.model(), tokens(seed, 1, sum(lengths) + 9)
     cache = rule.cache(model)
     stream(model, cache, ids, lengths)
@@ -71,7 +71,7 @@ def test_can_crop_is_exact(spec: ModelSpec, rule: Rule, seed: int, lengths: list
 @given(rule=rules(), seed=seeds(), first=st.integers(1, 40), second=st.integers(1, 20), data=st.data())
 @budget(0.2)
 def test_crops_add_up(rule: Rule, seed: int, first: int, second: int, data: st.DataObject) -> None:
-    """Taking back a columns and then b is taking back a + b, where both ways are open."""
+    """Taking back a columns and then b is the same as taking back a + b, if both are allowed."""
     model, ids = ModelSpec().model(), tokens(seed, 1, first + second)
     once, twice = rule.cache(model), rule.cache(model)
     for cache in (once, twice):
@@ -104,7 +104,7 @@ def test_recorded_drafts_can_be_rolled_back(calls: list[int]) -> None:
 
 @pytest.mark.parametrize("columns", [1, -51, -1000])
 def test_impossible_crops_are_named(columns: int) -> None:
-    """Keeping a number of tokens (the old meaning) and removing more than was fed are errors with both numbers."""
+    """A positive number (it once meant tokens to keep) and more than was fed are errors with both numbers."""
     rule, model, ids = Rule(2, 6, 3), ModelSpec().model(), tokens(1, 1, 50)
     cache = rule.cache(model)
     call(model, cache, ids)
@@ -114,7 +114,7 @@ def test_impossible_crops_are_named(columns: int) -> None:
 
 
 def test_the_padding_of_a_batch_is_taken_back_row_by_row() -> None:
-    """A crop over padding takes fewer tokens off a row that had padding there, and each row goes on as if alone."""
+    """A crop takes back fewer tokens of a row with padding there, and each row continues as if it were alone."""
     rule, model, ids = Rule(2, 6, 3), ModelSpec().model(), tokens(1, 2, 42)
     mask = torch.ones_like(ids)
     mask[0, 20:26] = 0
@@ -129,8 +129,8 @@ def test_the_padding_of_a_batch_is_taken_back_row_by_row() -> None:
     assert worst(call(model, cache, kept[:, 24:]) - expected) < EXACT
 
 
-def test_rows_that_part_take_their_recorded_past_along() -> None:
-    """Padding that comes while evicted tokens are recorded gives each row a count of its own, and its own past."""
+def test_rows_that_get_lanes_of_their_own_keep_their_recorded_past() -> None:
+    """Padding that comes while evicted tokens are recorded gives each row a lane and a recorded past of its own."""
     rule, model, ids = Rule(1, 1), ModelSpec(max_positions=24).model(), tokens(1, 2, 27)
     mask = torch.ones_like(ids)
     mask[0, 23] = 0
@@ -138,7 +138,7 @@ def test_rows_that_part_take_their_recorded_past_along() -> None:
     call(model, cache, ids[:, :1])
     cache.activate_past_recording()
     call(model, cache, ids[:, 1:23])
-    logits = call(model, cache, ids[:, 23:25], mask[:, :25])  # its positions start again: the windows move
+    logits = call(model, cache, ids[:, 23:25], mask[:, :25])  # rebases positions: the windows move
     assert worst((logits - reference_logits(model, ids[:, :25], mask[:, :25], **rule.arguments)[:, 23:])[1]) < EXACT
     cache.crop(-2)
     assert cache.seen_tokens == [23, 23]
@@ -146,8 +146,8 @@ def test_rows_that_part_take_their_recorded_past_along() -> None:
     assert worst(call(model, cache, ids[:, 23:]) - expected) < EXACT
 
 
-def test_what_another_life_evicted_is_no_hindrance() -> None:
-    """After everything is taken back, tokens fed since can be: that the old text had evicted does not matter."""
+def test_evictions_before_a_complete_crop_do_not_limit_later_crops() -> None:
+    """After everything is taken back, new tokens can be taken back too, whatever the old text had evicted."""
     rule, model, ids = Rule(1, 1, 4), ModelSpec(max_positions=18).model(), tokens(0, 2, 19)
     cache = rule.cache(model)
     stream(model, cache, ids[:, :11], [1] * 11)
@@ -160,8 +160,8 @@ def test_what_another_life_evicted_is_no_hindrance() -> None:
     assert worst(call(model, cache, ids[:, 16:]) - expected) < EXACT
 
 
-def test_sinks_of_another_life_do_not_stand_in() -> None:
-    """After everything is taken back, as many evictions as before place the sinks of the new text."""
+def test_a_complete_crop_forgets_the_sinks() -> None:
+    """After everything is taken back, as many evictions as before rotate the sinks of the new text, not the old."""
     rule, model, ids = Rule(1, 1, 4), ModelSpec(max_positions=18).model(), tokens(0, 2, 23)
     cache = rule.cache(model)
     stream(model, cache, ids[:, :11], [1] * 11)

@@ -1,4 +1,4 @@
-"""`Rotary.move` is RoPE as a group action: it composes, inverts, touches nothing else, and rounds once."""
+"""`Rotary.rotate_by` composes and inverts like RoPE, changes no other channels, and rounds once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS = [False, True]
 
 @dataclass(frozen=True)
 class Case:
-    """Vectors to rotate, made from a seed."""
+    """Vectors to rotate, made from a random seed."""
 
     pairs: int
     passed: int
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def rotary(self) -> Rotary:
-        """Frequencies as models make them."""
+        """Frequencies as models compute them."""
         exponents = torch.arange(self.pairs, dtype=torch.float32) / self.pairs
         return Rotary(self.theta**-exponents, self.interleaved)
 
@@ -56,23 +56,23 @@ STEPS = st.integers(-2000, 2000)
 
 
 @given(case=CASES, first=STEPS, second=STEPS)
-def test_moves_compose(case: Case, first: int, second: int) -> None:
-    """Moving by a and then by b is moving by a + b."""
-    move, states = case.rotary.rotate_by, case.states
-    assert worst(move(move(states, first), second) - move(states, first + second)) < 1e-11
+def test_rotations_compose(case: Case, first: int, second: int) -> None:
+    """Rotating by a and then by b is rotating by a + b."""
+    rotate_by, states = case.rotary.rotate_by, case.states
+    assert worst(rotate_by(rotate_by(states, first), second) - rotate_by(states, first + second)) < 1e-11
 
 
 @given(case=CASES, distance=STEPS)
-def test_a_move_can_be_undone(case: Case, distance: int) -> None:
-    """Moving by -a undoes moving by a, and a move changes no pair's length."""
-    move, states = case.rotary.rotate_by, case.states
-    assert worst(move(move(states, distance), -distance) - states) < 1e-12
-    assert worst(move(states, distance).norm(dim=-1) - states.norm(dim=-1)) < 1e-12
+def test_a_rotation_can_be_undone(case: Case, distance: int) -> None:
+    """Rotating by -a undoes rotating by a, and a rotation does not change the length of a vector."""
+    rotate_by, states = case.rotary.rotate_by, case.states
+    assert worst(rotate_by(rotate_by(states, distance), -distance) - states) < 1e-12
+    assert worst(rotate_by(states, distance).norm(dim=-1) - states.norm(dim=-1)) < 1e-12
 
 
 @given(case=CASES, start=st.integers(0, 100_000), distance=STEPS)
-def test_a_move_equals_rotating_at_the_new_position(case: Case, start: int, distance: int) -> None:
-    """Keys that the reference rotated at p, moved by d, are what it rotates at p + d; both channel layouts."""
+def test_a_further_rotation_equals_rotating_at_the_new_position(case: Case, start: int, distance: int) -> None:
+    """Keys that the reference rotated at p, rotated by d, equal its keys at p + d, in both channel layouts."""
     positions = torch.arange(start, start + 5)
     rotary, states = case.rotary, case.states
     before, after = (
@@ -82,8 +82,8 @@ def test_a_move_equals_rotating_at_the_new_position(case: Case, start: int, dist
 
 
 @given(case=CASES, steps=st.lists(STEPS, min_size=5, max_size=5))
-def test_a_tensor_of_distances_moves_each_token_by_its_own(case: Case, steps: list[int]) -> None:
-    """`[1, tokens]` distances give what five moves by an int give."""
+def test_a_tensor_of_distances_rotates_each_token_by_its_own(case: Case, steps: list[int]) -> None:
+    """`[1, tokens]` distances give what five rotations by an int give."""
     states = case.states
     together = case.rotary.rotate_by(states, torch.tensor(steps)[None])
     apart = [case.rotary.rotate_by(states[:, :, [token]], step) for token, step in enumerate(steps)]
@@ -93,17 +93,17 @@ def test_a_tensor_of_distances_moves_each_token_by_its_own(case: Case, steps: li
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @given(case=CASES, distance=STEPS)
 def test_channels_beyond_the_rotary_ones_pass_bit_for_bit(dtype: torch.dtype, case: Case, distance: int) -> None:
-    """A partial rotary embedding leaves the rest of the head alone, and shape and dtype stay."""
+    """A partial rotary embedding does not change the rest of the head, nor the shape and the dtype."""
     states = case.states.to(dtype)
-    moved = case.rotary.rotate_by(states, distance)
-    assert (moved.shape, moved.dtype) == (states.shape, states.dtype)
-    assert torch.equal(moved[..., 2 * case.pairs :], states[..., 2 * case.pairs :])
+    rotated = case.rotary.rotate_by(states, distance)
+    assert (rotated.shape, rotated.dtype) == (states.shape, states.dtype)
+    assert torch.equal(rotated[..., 2 * case.pairs :], states[..., 2 * case.pairs :])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @given(case=CASES)
-def test_a_move_by_nothing_changes_no_bit(dtype: torch.dtype, case: Case) -> None:
-    """The identity is exact."""
+def test_a_rotation_by_zero_changes_no_bit(dtype: torch.dtype, case: Case) -> None:
+    """A rotation by 0 returns its input exactly."""
     states = case.states.to(dtype)
     assert torch.equal(case.rotary.rotate_by(states, 0), states)
 
@@ -111,8 +111,8 @@ def test_a_move_by_nothing_changes_no_bit(dtype: torch.dtype, case: Case) -> Non
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(case=CASES)
-def test_a_move_rounds_once(dtype: torch.dtype, distance: int, case: Case) -> None:
-    """Near or far, the error is one rounding to the dtype on top of float32 arithmetic: angles are no part of it."""
+def test_a_rotation_rounds_once(dtype: torch.dtype, distance: int, case: Case) -> None:
+    """At any distance the error is one rounding to the dtype plus float32 arithmetic; angles add nothing."""
     states = case.states
     exact = case.rotary.rotate_by(states, distance)
     error = (case.rotary.rotate_by(states.to(dtype), distance).double() - exact).abs()
@@ -123,11 +123,11 @@ def test_a_move_rounds_once(dtype: torch.dtype, distance: int, case: Case) -> No
 @pytest.mark.parametrize("interleaved", LAYOUTS)
 @pytest.mark.parametrize("distance", [*DISTANCES, -1_000_000])
 def test_angles_are_right_a_million_positions_away(distance: int, *, interleaved: bool) -> None:
-    """Cosine and sine of d * frequency, as `math` has them; float32 angles would be off by 0.06 rad."""
+    """Cosine and sine of d * frequency agree with `math`; float32 angles would be off by 0.06 rad."""
     inv_freq = 1e4 ** -(torch.arange(4) / 4)
     unit = torch.tensor([1.0, 0.0] * 4 if interleaved else [1.0] * 4 + [0.0] * 4, dtype=torch.float64)
-    moved = Rotary(inv_freq, interleaved).rotate_by(unit[None], distance)[0]
+    rotated = Rotary(inv_freq, interleaved).rotate_by(unit[None], distance)[0]
     angles = [distance * frequency for frequency in inv_freq.tolist()]
-    pairs = moved.view(4, 2) if interleaved else moved.view(2, 4).T
+    pairs = rotated.view(4, 2) if interleaved else rotated.view(2, 4).T
     expected = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles], dtype=torch.float64)
     assert worst(pairs - expected) < 1e-12

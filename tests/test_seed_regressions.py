@@ -1,4 +1,7 @@
-"""The three bugs of the program that this project grew from, and the ablation that explains its perplexities."""
+"""The three bugs of the original reproduction, and the ablation that explains its perplexities.
+
+The original reproduction of StreamingLLM, "the seed", is the program from which this project started.
+"""
 
 from __future__ import annotations
 
@@ -21,49 +24,49 @@ SPEC = ModelSpec(layers=2, max_positions=512)
 
 
 def _lengths(rule: Rule, calls: list[int]) -> tuple[list[int], list[int]]:
-    """Stream and give, call by call, how many keys the call met and how many tokens were retained after it."""
+    """Stream; return, call by call, how many keys the call attended to and how many tokens were retained after it."""
     model = SPEC.model(torch.float32)
     cache = rule.cache(model)
     update = cache.update
-    met: list[int] = []
+    attended: list[int] = []
 
     def spy(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         result = update(keys, values, layer, *args, **kwargs)
         if layer == 0:
-            met.append(result[0].shape[2])
+            attended.append(result[0].shape[2])
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "update", spy)
         kept = [len(cache.retained_tokens[0]) for _ in stepwise(model, cache, tokens(0, 1, sum(calls)), calls)]
-    return met, kept
+    return attended, kept
 
 
-def test_the_buffer_is_honoured() -> None:
-    """Bug 1, eager eviction: nothing leaves before the list has S + W + B + 1 tokens, then B + 1 leave at once."""
-    met, kept = _lengths(SEED, [1] * 400)
-    assert met[:329] == list(range(1, 330))
+def test_the_buffer_is_used() -> None:
+    """Bug 1, eager eviction: nothing is evicted until the list has S + W + B + 1 tokens, then B + 1 at once."""
+    attended, kept = _lengths(SEED, [1] * 400)
+    assert attended[:329] == list(range(1, 330))
     assert kept[326:331] == [327, 328, 264, 265, 266]
-    assert met[328:331] == [329, 265, 266]
-    assert (kept[393], met[393]) == (264, 329)
+    assert attended[328:331] == [329, 265, 266]
+    assert (kept[393], attended[393]) == (264, 329)
 
 
 @pytest.mark.parametrize("chunk", [64, 100, 256])
 def test_chunks_do_not_grow_the_cache(chunk: int) -> None:
-    """Bug 2, growth under chunk-wise processing: with B=0 a call meets 264 + chunk keys, and 264 stay, for ever."""
-    met, kept = _lengths(Rule(8, 256, 0, "call"), [300] + [chunk] * 12)
-    assert met == [300] + [264 + chunk] * 12
+    """Bug 2, growth with chunked input: with B=0 each call attends to 264 + chunk keys, and 264 are kept."""
+    attended, kept = _lengths(Rule(8, 256, 0, "call"), [300] + [chunk] * 12)
+    assert attended == [300] + [264 + chunk] * 12
     assert kept == [264] * 13
 
 
 def test_chunks_grow_the_cache_no_further_than_the_buffer() -> None:
-    """The same with B=64: what stays never exceeds 264 + 64, and every eviction goes back to 264."""
+    """With B=64 no more than 264 + 64 tokens are kept, and every eviction leaves 264."""
     _, kept = _lengths(Rule(8, 256, 64, "call"), [300] + [40] * 20)
     assert kept == [300, *[264, 304] * 10]
 
 
 def test_evictions_are_counted_over_steps() -> None:
-    """Bug 3, the count: one eviction per B + 1 tokens once full, one per token without a buffer, none before."""
+    """Bug 3, the count: one eviction per B + 1 tokens once the list is full, none before; B=0 is one per token."""
     model = SPEC.model(torch.float32)
     lazy, paper = {328: 0, 329: 1, 393: 1, 394: 2, 459: 3}, {28: 0, 29: 1, 30: 2, 128: 100}
     for rule, counts in ((SEED, lazy), (Rule(8, 20), paper)):
@@ -73,7 +76,7 @@ def test_evictions_are_counted_over_steps() -> None:
 
 
 def test_an_eviction_moves_no_window_and_joins_no_tensors() -> None:
-    """The cache's tensors stay where they are from the first call on: decoding neither concatenates nor allocates."""
+    """After the first call the cache's tensors stay in place: decoding does not concatenate keys or values."""
     model, ids = SPEC.model(torch.float32), tokens(0, 1, 200)
     cache = Rule(4, 20, 6).cache(model)
     call(model, cache, ids[:, :40])
@@ -94,7 +97,7 @@ def test_an_eviction_moves_no_window_and_joins_no_tensors() -> None:
 
 
 def test_the_cache_does_not_stream_with_stale_ranks() -> None:
-    """Keys left at the rank that they were inserted with give visibly other logits; the cache's are the reference's."""
+    """Keys that keep the rank of their insertion give clearly different logits; the cache's are the reference's."""
     rule, model, ids = Rule(2, 8), SPEC.model(), tokens(0, 1, 60)
     expected = reference_logits(model, ids, **rule.arguments)
     ours = stream(model, rule.cache(model), ids, [1] * 60)
@@ -105,7 +108,7 @@ def test_the_cache_does_not_stream_with_stale_ranks() -> None:
 
 
 def _stale_ranks(model: PreTrainedModel, rule: Rule, ids: Tensor) -> Tensor:
-    """Stream as the seed did: each query at its rank, cached keys at the rank they came with, evictions by slicing."""
+    """Stream as the seed did: queries at their rank, cached keys at the rank of insertion, evictions by slicing."""
     cache, outputs = DynamicCache(config=model.config), []
     for token in ids[0]:
         length = cache.get_seq_length()

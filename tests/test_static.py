@@ -1,7 +1,7 @@
-"""A static cache keeps the same tokens and gives the same logits, and one graph serves all its steps for ever.
+"""A static cache keeps the same tokens and gives the same logits, and one graph is enough for all its steps.
 
 Graphs are captured by torch's own tracer and run without a code generator (`backend="eager"`): what is traced, guarded
-and recompiled is the same. One test goes through the whole compiler where there is one, as on the workflows' machines.
+and recompiled is the same. One test uses the whole compiler if a C++ compiler is installed, as in the workflows.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _fresh_graphs() -> Iterator[None]:
 def test_every_call_equals_the_reference(
     spec: ModelSpec, rule: Rule, seed: int, batch: int, lengths: list[int]
 ) -> None:
-    """Whatever the calls: steps, prompts, and prompts after steps."""
+    """Tokens and logits are the reference's for steps, prompts, and prompts after steps."""
     model, ids = spec.model(), tokens(seed, batch, sum(lengths))
     expected = reference_logits(model, ids, **rule.arguments)
     cache = rule.cache(model, static=True)
@@ -78,7 +78,7 @@ def test_every_call_equals_the_reference(
 @budget(0.3)
 @given(rule=rules(), seed=seeds(), lengths=splits(most=70), holes=st.booleans())
 def test_padded_rows_are_rows_alone(rule: Rule, seed: int, lengths: list[int], *, holes: bool) -> None:
-    """Rows of different lengths stand at different places of their rings."""
+    """Rows of different lengths are at different places of their rings, and each equals the reference."""
     model, ids = ModelSpec().model(), tokens(seed, 3, sum(lengths))
     mask = padding_mask(seed, 3, lengths, holes=holes)
     expected = reference_logits(model, ids, mask, **rule.arguments)
@@ -93,7 +93,7 @@ STATIC = [family for family in EVERY_FAMILY if can_be_static(family)]
 
 
 def test_only_three_things_keep_a_family_from_being_static() -> None:
-    """Attention of its own, frequencies that depend on the length, and tables of positions."""
+    """They are: its own attention, frequencies that depend on the length, and a table of positions."""
     refused = set(EVERY_FAMILY) - set(STATIC)
     assert len(refused) < len(EVERY_FAMILY) / 3
     for family in refused:
@@ -103,14 +103,14 @@ def test_only_three_things_keep_a_family_from_being_static() -> None:
 
 @pytest.mark.parametrize("family", STATIC)
 def test_the_family_streams_as_the_reference_says(family: str) -> None:
-    """Every family that can be static, with a native window or without, under each attention that takes a mask."""
+    """A family that can be static equals the reference with each attention implementation that takes a mask."""
     rule, lengths, ids = Rule(2, 6, 3), [9, 1, 1, 30, *[1] * 25], tokens(2, 2, 66)
     mask = padding_mask(5, 2, lengths, holes=False)
     for attention in {"sdpa", "eager"} & set(EVERY_FAMILY[family].attention):
         model = build(family, attention)
         expected = reference_logits(model, ids, mask, **rule.arguments)
         logits = stream(model, rule.cache(model, static=True), ids, lengths, mask)
-        bound = EVERY_FAMILY[family].bound if attention == "sdpa" else FLOAT32_ISLAND  # eager softmaxes in float32
+        bound = EVERY_FAMILY[family].bound if attention == "sdpa" else FLOAT32_ISLAND  # eager: softmax in float32
         assert worst((logits - expected)[mask.bool()]) < bound
 
 
@@ -118,7 +118,7 @@ def test_the_family_streams_as_the_reference_says(family: str) -> None:
 
 
 def _steps(compiled: Any, cache: StreamingCache, ids: Tensor) -> Tensor:
-    """Feed tokens one by one through a compiled model; logits `[batch, columns, vocab]`."""
+    """Feed tokens one by one to a compiled model; return logits `[batch, columns, vocab]`."""
     with torch.no_grad():
         logits = [compiled(input_ids=ids[:, [column]], **{CACHE_NAME: cache}).logits for column in range(ids.shape[1])]
     return torch.cat(logits, dim=1)
@@ -126,10 +126,10 @@ def _steps(compiled: Any, cache: StreamingCache, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("prompt", [1, 5, 40])
-def test_one_graph_serves_all_steps(prompt: int, attention: str) -> None:
-    """No recompilation while it fills, at the first eviction, where the ring wraps, or where positions pass the bound.
+def test_one_graph_is_enough_for_all_steps(prompt: int, attention: str) -> None:
+    """Nothing is recompiled while the cache fills, at the first eviction, at the ring's end, or at far positions.
 
-    `prompt` is shorter than the sinks, shorter than the list, and longer.
+    `prompt` is shorter than the sinks, shorter than the list, or longer than the list.
     """
     rule, model = Rule(3, 6, 2), ModelSpec(max_positions=24, attention=attention).model()
     ids = tokens(1, 2, prompt + 80)
@@ -144,8 +144,8 @@ def test_one_graph_serves_all_steps(prompt: int, attention: str) -> None:
     assert counter.frame_count == 1
 
 
-def test_one_graph_serves_caches_that_come_and_go() -> None:
-    """Another cache of the same sizes, a reset one, one that went back, and a longer prompt in between."""
+def test_one_graph_is_enough_for_several_caches() -> None:
+    """Another cache of the same sizes, `reset`, `restore`, and a prompt between steps do not recompile it."""
     rule, model, ids = Rule(2, 5, 1), ModelSpec().model(), tokens(2, 1, 60)
     expected = reference_logits(model, ids, **rule.arguments)
     counter = CompileCounter()
@@ -172,7 +172,7 @@ def test_one_graph_serves_caches_that_come_and_go() -> None:
 
 
 def test_generate_compiles_the_steps() -> None:
-    """As it would for a `StaticCache`; here where it would not by itself, and with a batch that is padded."""
+    """`generate` compiles steps as for a `StaticCache`; on a CPU, as here, only if forced. The batch is padded."""
     rule, model, ids = Rule(2, 5, 2), ModelSpec().model(), tokens(3, 2, 12)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -190,10 +190,10 @@ def test_generate_compiles_the_steps() -> None:
     assert "calls_captured" in seen
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch, of itself
-@pytest.mark.skipif(not which(os.environ.get("CXX", "g++")), reason="no C++ compiler, which torch compiles with")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # from torch
+@pytest.mark.skipif(not which(os.environ.get("CXX", "g++")), reason="no C++ compiler, which torch.compile needs")
 def test_the_whole_compiler_agrees() -> None:
-    """Code generated for the CPU gives the logits of the reference."""
+    """Code generated for the CPU gives the reference's logits."""
     rule, model, ids = Rule(2, 5, 1), ModelSpec(layers=2).model(), tokens(4, 2, 40)
     expected = reference_logits(model, ids, **rule.arguments)
     cache = rule.cache(model, static=True)
@@ -204,7 +204,7 @@ def test_the_whole_compiler_agrees() -> None:
 
 @pytest.mark.parametrize("columns", [2, 5])
 def test_a_compiled_prompt_is_refused(columns: int) -> None:
-    """It says what to do; the cache stays as it was."""
+    """The error says what to do; the cache is unchanged."""
     model, ids = ModelSpec().model(), tokens(5, 1, 20)
     cache = StreamingCache(model, 2, 5, 1, static=True)
     call(model, cache, ids[:, :9])
@@ -230,7 +230,7 @@ def test_a_dynamic_cache_is_not_compiled() -> None:
 @budget(0.3)
 @given(rule=rules(), seed=seeds(), back=st.integers(1, 7), steps=st.integers(8, 30))
 def test_steps_are_taken_back(rule: Rule, seed: int, back: int, steps: int) -> None:
-    """Up to 7 of them always: their evicted tokens still stand in the ring."""
+    """Up to 7 steps can always be taken back: the ring still holds what they evicted."""
     model, ids = ModelSpec().model(), tokens(seed, 2, 10 + steps + back)
     expected = reference_logits(model, ids, **rule.arguments)
     cache = rule.cache(model, static=True)
@@ -243,7 +243,7 @@ def test_steps_are_taken_back(rule: Rule, seed: int, back: int, steps: int) -> N
 
 
 def test_rows_are_reordered_and_caches_copied() -> None:
-    """Between steps; the copy is static too, and goes its own way."""
+    """This works between steps; a copy is static too, and independent."""
     rule, model, ids = Rule(2, 5, 2), ModelSpec().model(), tokens(7, 2, 50)
     rows = torch.tensor([1, 1, 0])
     swapped = ids[rows].clone()
@@ -261,7 +261,7 @@ def test_rows_are_reordered_and_caches_copied() -> None:
 
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
 def test_generate_modes_are_those_of_a_dynamic_cache(mode: dict[str, int]) -> None:
-    """Beams reorder between steps, drafts are long calls that are taken back."""
+    """Beams reorder rows between steps; drafts are long calls that are partly taken back."""
     model, ids = ModelSpec().model(), tokens(9, 1, 14)
     how = {"max_new_tokens": 25, "do_sample": False, **mode}
     found, again = (
@@ -271,14 +271,14 @@ def test_generate_modes_are_those_of_a_dynamic_cache(mode: dict[str, int]) -> No
     assert torch.equal(found, again)
 
 
-def test_a_step_that_dies_leaves_the_cache_as_it_was() -> None:
-    """The token that was being written is written again."""
+def test_a_failed_step_leaves_the_cache_unchanged() -> None:
+    """The token of the failed step can be fed again."""
     rule, model, ids = Rule(2, 5, 1), ModelSpec().model(), tokens(10, 1, 40)
     expected = reference_logits(model, ids, **rule.arguments)
     cache = rule.cache(model, static=True)
     stream(model, cache, ids[:, :20], [5] + [1] * 15)
     before = observe(cache)
-    handle = model.model.layers[1].register_forward_hook(_die)
+    handle = model.model.layers[1].register_forward_hook(_fail)
     with pytest.raises(RuntimeError, match="the machine stops"):
         call(model, cache, ids[:, 20:21])
     handle.remove()
@@ -286,13 +286,12 @@ def test_a_step_that_dies_leaves_the_cache_as_it_was() -> None:
     assert worst(stream(model, cache, ids[:, 20:], [1] * 20) - expected[:, 20:]) < EXACT
 
 
-def _die(*_: object) -> None:
-    msg = "the machine stops"
-    raise RuntimeError(msg)
+def _fail(*_: object) -> None:
+    raise RuntimeError("the machine stops")
 
 
 def test_steps_a_million_tokens_on_are_exact() -> None:
-    """Positions have no bound; half dtypes get their angles in float64 as well."""
+    """Positions of steps have no bound; angles are computed in float64 for lower dtypes too."""
     rule, ids = Rule(2, 6, 1), tokens(11, 1, 40)
     for dtype, bound in ((torch.float64, EXACT), (torch.float32, 2e-5), (torch.bfloat16, 0.4)):
         model = ModelSpec().model(dtype)
@@ -305,7 +304,7 @@ def test_steps_a_million_tokens_on_are_exact() -> None:
 
 
 def _shift(cache: StreamingCache, tokens_on: int) -> None:
-    """Give a static cache the state of one that has seen (and evicted) that many more tokens than it has."""
+    """Put a static cache in the state of one that has seen (and evicted) that many more tokens."""
     steps, state = cache._steps, cache._state
     assert steps is not None
     (slots,), (lane,), (row,) = state.pools, state.lanes, state.pools[0].lanes
@@ -334,7 +333,7 @@ def _shift(cache: StreamingCache, tokens_on: int) -> None:
     ],
 )
 def test_arguments_without_a_static_form_are_refused(arguments: dict[str, Any], message: str) -> None:
-    """By name and value, before a hook hangs on the model."""
+    """The error names the argument and its value, and no hook is added to the model."""
     model = fresh_model(ModelSpec())
     with pytest.raises(ValueError, match=message):
         StreamingCache(model, 2, 5, 1, static=True, **arguments)
@@ -342,10 +341,10 @@ def test_arguments_without_a_static_form_are_refused(arguments: dict[str, Any], 
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # from transformers
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from torch, on the way to it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from torch, same cause
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # on purpose
 def test_an_attention_without_4d_masks_is_refused() -> None:
-    """At the first step: it can be set after the cache was made."""
+    """The error comes at the first step, since the implementation can be set after the cache was made."""
     model, ids = build("llama", "flex_attention"), tokens(12, 1, 9)
     cache = StreamingCache(model, 2, 5, 1, static=True)
     with torch.compiler.set_stance("force_eager"):
@@ -357,7 +356,7 @@ def test_an_attention_without_4d_masks_is_refused() -> None:
 
 
 def test_a_mask_that_hides_more_is_refused() -> None:
-    """A 4D mask is taken for what `generate` makes of padding; another one would be misread."""
+    """A 4D mask must be what `generate` makes from padding; any other one would be misread."""
     model, ids = ModelSpec().model(), tokens(13, 1, 6)
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     mask[0, 0, 4, 2] = False

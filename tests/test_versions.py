@@ -1,4 +1,4 @@
-"""What is said of a transformers release outside the tested range."""
+"""Errors and warnings for transformers releases outside the tested range."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import transformers
 from sinkwindow.model.versions import NEWEST_TESTED, check_transformers
 
 
-def test_an_older_release_is_refused_with_the_way_out() -> None:
-    """The message names both versions and the command that helps."""
+def test_an_older_release_is_refused() -> None:
+    """The message names both versions and the command to upgrade."""
     with pytest.raises(ImportError, match=r"needs transformers >= 5\.21\.0, found 4\.57\.6: pip install -U"):
         check_transformers("4.57.6")
 
 
-def test_a_newer_release_is_pointed_out() -> None:
-    """The next minor release warns; a patch of a tested one does not."""
+def test_a_newer_release_warns() -> None:
+    """The next minor release warns; a patch release of a tested one does not."""
     major, minor = NEWEST_TESTED.release[:2]
     with pytest.warns(UserWarning, match=f"newer than {NEWEST_TESTED}"):
         check_transformers(f"{major}.{minor + 1}.0")
@@ -27,7 +27,7 @@ def test_a_newer_release_is_pointed_out() -> None:
 
 
 def test_the_installed_release_is_in_the_range() -> None:
-    """The suite runs where it says that it runs."""
+    """The tests run with a release of the tested range."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_transformers(transformers.__version__)

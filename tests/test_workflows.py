@@ -1,4 +1,4 @@
-"""What the workflows may do, read off their text: the checks of zizmor and actionlint need tools, these need none."""
+"""What the workflows may do, checked in their text: unlike zizmor and actionlint, these checks need no tools."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def _jobs(text: str) -> list[str]:
-    """The text of each job."""
+    """Return the text of each job."""
     return re.split(r"^  (?=[\w-]+:$)", text.partition("\njobs:\n")[2], flags=re.MULTILINE)[1:]
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=_names(WORKFLOWS))
 def test_actions_are_pinned_by_commit(workflow: Path) -> None:
-    """A tag can be moved to other code; a commit cannot. The tag stands beside it for readers."""
+    """A tag can be moved to other code, a commit cannot; the tag is in a comment for readers."""
     for line in re.findall(r"uses: .*", workflow.read_text("utf-8")):
         assert re.fullmatch(r"uses: [\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
 
 
 def test_an_action_has_one_pin() -> None:
-    """The same action is at the same commit everywhere."""
+    """The same action is pinned to the same commit everywhere."""
     pins = {re.search(r"uses: (\S+)@(\w+)", line).groups() for line in _all_uses()}  # type: ignore[union-attr]
     assert len({name for name, _ in pins}) == len(pins)
 
@@ -42,7 +42,7 @@ def _all_uses() -> list[str]:
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=_names(WORKFLOWS))
 def test_permissions_are_least(workflow: Path) -> None:
-    """Nothing by default, a time limit for each job, and no token left in a checkout."""
+    """No permissions by default, a time limit for each job, and no token left in a checkout."""
     text = workflow.read_text("utf-8")
     assert re.search(r"^permissions: \{\}$", text, re.MULTILINE)
     assert text.count("persist-credentials: false") == text.count("actions/checkout@")
@@ -52,8 +52,8 @@ def test_permissions_are_least(workflow: Path) -> None:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=_names(WORKFLOWS))
-def test_code_of_pull_requests_meets_no_secret(workflow: Path) -> None:
-    """No secret anywhere, and a job that checks code out can write nowhere."""
+def test_code_of_pull_requests_cannot_read_secrets(workflow: Path) -> None:
+    """No workflow uses a secret, and a job that checks out code has no write permission."""
     text = workflow.read_text("utf-8")
     assert "secrets." not in text
     assert "pull_request_target" not in text
@@ -64,7 +64,7 @@ def test_code_of_pull_requests_meets_no_secret(workflow: Path) -> None:
 
 
 def test_own_machines_run_on_request_only() -> None:
-    """A pull request reaches the GPU after a label and an approval, never by being opened."""
+    """A pull request runs on the GPU after a label and an approval, never because it was opened."""
     text = (ROOT / ".github" / "workflows" / "gpu-benchmarks.yml").read_text("utf-8")
     assert "types: [labeled]" in text
     assert "github.event.label.name == 'gpu-benchmarks'" in text
@@ -76,7 +76,7 @@ def test_own_machines_run_on_request_only() -> None:
 
 
 def test_no_failure_is_hidden() -> None:
-    """A gate that cannot fail is no gate."""
+    """A check that cannot fail checks nothing."""
     for path in WORKFLOWS:
         text = path.read_text("utf-8")
         assert "|| true" not in text
@@ -86,7 +86,7 @@ def test_no_failure_is_hidden() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_names(DOCUMENTS))
 def test_named_sessions_exist(document: Path) -> None:
-    """Every session that is named is defined."""
+    """Every nox session that a document names is defined."""
     defined = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text("utf-8"), re.MULTILINE))
     for named in re.findall(r"nox -s \"?((?:[a-z_]+ ?)+)", document.read_text("utf-8")):
         assert set(named.split()) <= defined, named

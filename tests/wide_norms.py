@@ -1,8 +1,9 @@
-"""Float64 models that are float64 throughout.
+"""Float64 models that compute in float64 throughout.
 
-transformers computes root mean square norms in float32 whatever the model's dtype. Two ways to the same float64 number
-differ by 1e-16, which now and then falls on either side of a float32 rounding and comes out as 1e-8: more than the
-1e-9 that the tests allow, and no fault of the cache. Tests of exactness therefore keep the norms of their models wide.
+transformers computes root mean square norms in float32 whatever the model's dtype. Two ways of computing the same
+float64 number differ by 1e-16; if a rounding boundary of float32 lies between them, the difference becomes 1e-8. That
+is more than the 1e-9 that the tests allow, and not an error of the cache. Tests of exactness therefore keep the norms
+of their models in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _StayWide(TorchFunctionMode):
-    """Leave float64 tensors as they are where the code asks for float32."""
+    """Keep float64 tensors in float64 where the code converts them to float32."""
 
     def __torch_function__(
         self,
@@ -41,7 +42,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def keep_norms_wide(model: nn.Module) -> None:
-    """Let every norm of a float64 model compute in float64."""
+    """Make every norm of a float64 model compute in float64."""
     for module in model.modules():
         if type(module).__name__.endswith("Norm"):
             module.forward = functools.partial(_forward, module)

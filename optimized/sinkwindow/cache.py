@@ -2,7 +2,7 @@
 
 This module is all that transformers and users call. Below it: what a call is (``model/``), what a stream of tokens
 holds (``stream/``), where its tensors are (``storage/``), and who attends to what (``attention/``). docs/design.md
-tells the life of a call in order.
+describes the life of a call in order.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class StreamingCache(Cache, Calls):
         return self._state.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return the number of keys that a call returns, and the column that the first one stands for.
+        """Return the number of keys that a call returns, and the column of the first one.
 
         Args:
             query_length: Columns of the call.

@@ -95,5 +95,5 @@ class LaneCall:
 
 
 def batch_slice(index: int, lanes: int) -> slice:
-    """Return the rows of the batch that a lane stands for."""
+    """Return the rows of the batch that belong to a lane."""
     return slice(None) if lanes == 1 else slice(index, index + 1)

@@ -1,7 +1,7 @@
 """The life of a call: one at a time on one stream, whoever else calls the model.
 
 The hooks (``hooks.py``) open a call, begin it and end it. It counts when the module that the user called has returned;
-until then every reader sees what was before it. docs/design.md tells it in order.
+until then every reader sees what was before it. docs/design.md describes it in order.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Family:
 
     Attributes:
         interleaved: Whether RoPE pairs channels ``(2 i, 2 i + 1)`` rather than halves.
-        rotates: Says which layers have RoPE; the others know no positions, or ALiBi, which follows the keys' order.
+        rotates: Whether a layer has RoPE; the others have no positions, or ALiBi, which follows the order of the keys.
         own_attention: Whether the model bypasses ``AttentionInterface``: a call is then split where it evicts.
         counts_columns: Whether its ALiBi counts columns, padding included: then there must be none between tokens.
     """
@@ -146,7 +146,7 @@ class ModelFacts:
 
 
 def supports(model: nn.Module) -> Support:
-    """Tell whether ``StreamingCache(model)`` works, without touching the model.
+    """Return whether ``StreamingCache(model)`` works, without touching the model.
 
     Args:
         model: Any module; only ``transformers`` models of a known family are supported.
@@ -199,10 +199,10 @@ def inspect_model(model: nn.Module) -> ModelFacts:
 
 
 def _refusal(config: PreTrainedConfig) -> str:
-    """Say why a model is not supported, as exactly as its configuration allows."""
+    """Return why a model is not supported, as precisely as its configuration allows."""
     name = f"model_type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
-        return f"{name} is an encoder-decoder: its decoder attends to an encoder, which a stream of tokens has not."
+        return f"{name} is an encoder-decoder: its decoder attends to an encoder, and a stream of tokens has none."
     if getattr(config, "kv_lora_rank", None):
         return f"{name} caches latent keys and values (MLA), whose sinks cannot be moved by rotating keys."
     if config.model_type in {"gpt2", "gpt_neo", "opt", "gpt_bigcode", "biogpt", "xglm"}:
@@ -213,7 +213,7 @@ def _refusal(config: PreTrainedConfig) -> str:
 
 
 def _attends_by_itself(decoder: nn.Module) -> bool:
-    """Tell whether the files that a model's parts come from know nothing of ``AttentionInterface``.
+    """Return whether none of the files that define a model's parts uses ``AttentionInterface``.
 
     That depends on the release: GPT-J and CodeGen came to it with transformers 5.24.
     """
@@ -233,7 +233,7 @@ def _frequency_names(module: nn.Module) -> list[str]:
 
 
 def frequencies(module: nn.Module, layer_type: str | None = None) -> Tensor:
-    """Give a rotary module's frequencies, ``[pairs]``, for a type of layer where they differ.
+    """Return a rotary module's frequencies, ``[pairs]``, for a type of layer where they differ.
 
     The ones that it started with are preferred: dynamic types overwrite theirs on long calls. GPT-J and CodeGen keep a
     table of sines and cosines instead, made from these frequencies.
@@ -247,7 +247,7 @@ def frequencies(module: nn.Module, layer_type: str | None = None) -> Tensor:
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """Give each layer's own sliding window [tokens], ``None`` where it has none."""
+    """Return each layer's own sliding window [tokens], ``None`` where it has none."""
     count = config.num_hidden_layers
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)

@@ -132,7 +132,7 @@ def _detach(modules: Modules, user: int) -> None:
 
 @contextmanager
 def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Run what the hooks run around a call whose layers the block stands in for, to measure a cache without a model.
+    """Do what the hooks do around a call, with the block in the place of the layers: to measure a cache alone.
 
     Args:
         cache: The cache; the block calls its ``update`` for every layer.

@@ -20,7 +20,7 @@ NEWEST_TESTED = Version("5.24.0")
 
 
 def check_transformers(version: str) -> None:
-    """Say so when the installed transformers is outside the tested range.
+    """Warn when the installed transformers is newer than the tested range, and refuse an older one.
 
     Args:
         version: ``transformers.__version__``.

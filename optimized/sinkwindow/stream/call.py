@@ -232,7 +232,7 @@ class StreamCall:
         batch: Rows.
         parts: Its part in each pool.
         plain: Whether all its columns hold tokens.
-        is_special: Whether it returns other columns than the stream's state tells: copied sinks, or a fork's.
+        is_special: Whether layers get other columns than those of the stream's state: copied sinks, or a fork's.
     """
 
     state: State

@@ -1,6 +1,6 @@
 """The way back: what every row had seen and evicted some columns ago, and the state that a roll-back leads to.
 
-Where all columns were tokens and the rule evicts token by token, counting tells. Other calls are recorded as they
+Where all columns were tokens and the rule evicts token by token, counting is enough. Other calls are recorded as they
 commit, and counting starts from the last record before the column.
 """
 

@@ -150,7 +150,7 @@ class Stream:
     def _rebased(self, state: State, fresh: Sequence[int]) -> State:
         """Return the state with the next tokens back at their ranks, since their positions would reach the bound.
 
-        A call that has not enough positions even then begins below its rank, where RoPE is as good.
+        If even then there are too few positions, the call begins below its rank, where RoPE is as accurate.
         """
         rows = zip(state.lanes, state.pools[0].lanes, fresh, strict=True)
         lanes = tuple(Lane(lane.seen, max(row.evicted, lane.seen + count - self.bound)) for lane, row, count in rows)
