@@ -1,6 +1,6 @@
 """Benchmarks over the project's history (asv); docs/benchmarks.md explains how to run and read them.
 
-Every class has static parameter lists, so that a graph goes on from commit to commit. Each number is lower-is-better.
-What is measured is a function of `sinkwindow.lab`, the one that the tables use; a commit that lacks it has no number
-there. Nothing is timed before its output was found right.
+Every class has static parameter lists, so that a graph continues from commit to commit. Lower numbers are better. The
+benchmarks call the functions of `sinkwindow.lab` that the tables use; a commit that does not have a function has no
+number for it. Nothing is timed before its output has been checked.
 """

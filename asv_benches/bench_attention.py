@@ -8,7 +8,7 @@ from .common import DEVICES, LIMITS, STREAMED, filled, per_token_clock, sample_t
 
 
 class Attention:
-    """What one token costs in attention, after so many tokens."""
+    """Time of one token in attention, after a number of tokens."""
 
     params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252", "streaming_4_1020"], STREAMED, DEVICES]
     param_names: ClassVar = ["configuration", "streamed [limits]", "device"]
@@ -19,7 +19,7 @@ class Attention:
     timeout = 300
 
     def setup(self, configuration: str, streamed: int, device: str) -> None:
-        """Fills the cache, in the first sample only."""
+        """Fill the cache, in the first sample only."""
         self.steps = filled(configuration, device, streamed)
         self.steps.rewind(streamed * LIMITS[configuration])
         self.tokens = sample_tokens(configuration)
@@ -28,12 +28,12 @@ class Attention:
 
     @shown_as("Attention alone, per token")
     def time_attention(self, *_: object) -> None:
-        """Times attention over what the cache returns."""
+        """Time attention over what the cache returns."""
         for _token in range(self.tokens):
             self.steps.attention_alone()
 
     @shown_as("Attention and cache update, per token")
     def time_attention_and_update(self, *_: object) -> None:
-        """Times cache update, eviction and attention."""
+        """Time cache update, eviction and attention."""
         for _token in range(self.tokens):
             self.steps.step()

@@ -1,4 +1,4 @@
-"""The cache's own work per token, without attention: with an eviction in every call, and with one in 65."""
+"""The cache's own work per token, without attention: with one eviction per call, and with one per 65 calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAMES = {"each token": "streaming_4_60_0", "each 65 tokens": "streaming_4_60"}
 
 
 class CacheWork:
-    """The difference between the two is what evictions cost."""
+    """Cache work with frequent and with rare evictions; the difference is the cost of evictions."""
 
     params: ClassVar = [list(NAMES), DEVICES]
     param_names: ClassVar = ["an eviction", "device"]
@@ -21,7 +21,7 @@ class CacheWork:
     timeout = 300
 
     def setup(self, an_eviction: str, device: str) -> None:
-        """Fills the cache, in the first sample only."""
+        """Fill the cache, in the first sample only."""
         name = NAMES[an_eviction]
         self.steps = filled(name, device, 10)
         self.steps.rewind(10 * LIMITS[name])
@@ -29,6 +29,6 @@ class CacheWork:
 
     @shown_as("Cache work with evictions, per token")
     def time_update(self, *_: object) -> None:
-        """Times update and eviction."""
+        """Time update and eviction."""
         for _token in range(EVICTION_PERIOD):
             self.steps.update()

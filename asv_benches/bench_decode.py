@@ -22,15 +22,15 @@ from .common import (
 
 
 def token_ids(model: Any, columns: int, rows: int = 1) -> Any:
-    """Draws token ids `[rows, columns]` on the model's device."""
-    import torch  # noqa: PLC0415 - `bench_import` and skipped combinations must not wait for it
+    """Return random token ids `[rows, columns]` on the model's device."""
+    import torch  # noqa: PLC0415 - `bench_import` and skipped combinations must not import it
 
     random = torch.Generator().manual_seed(columns)
     return torch.randint(0, model.config.vocab_size, (rows, columns), generator=random).to(model.device)
 
 
 class Decode:
-    """Shared by the benchmarks of time per output token."""
+    """Base of the benchmarks of time per output token."""
 
     number = 1  # a call changes the cache
     repeat = (3, 10, 5.0)
@@ -38,7 +38,7 @@ class Decode:
     timeout = 300
 
     def open(self, configuration: str, device: str, streamed: int, batch: int = 1, dtype: str | None = None) -> None:
-        """Fills the cache, in the first sample only, and feeds the token that warms up model and device."""
+        """Fill the cache, in the first sample only, and feed a token that warms up model and device."""
         self.steps = filled(configuration, device, streamed, batch, dtype)
         self.steps.rewind(streamed * LIMITS[configuration])
         self.session = self.steps.session
@@ -48,26 +48,26 @@ class Decode:
         self.session.feed(self.token, last_only=True)
 
     def generate(self) -> None:
-        """Generates one sample's tokens, greedily, as `lab.speed` does."""
+        """Generate the tokens of one sample with greedy search, as `lab.speed` does."""
         token = self.token
         for _ in range(self.tokens):
             token = self.session.feed(token, last_only=True).argmax(dim=-1)
 
 
 class OutputToken(Decode):
-    """Time per output token, after so many tokens."""
+    """Time per output token, after a number of tokens."""
 
     params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252", "streaming_4_1020"], STREAMED, DEVICES]
     param_names: ClassVar = ["configuration", "streamed [limits]", "device"]
     skip_params: ClassVar = without_gpu(params)
 
     def setup(self, configuration: str, streamed: int, device: str) -> None:
-        """Fills the cache."""
+        """Fill the cache."""
         self.open(configuration, device, streamed)
 
     @shown_as("Time per output token (TPOT)")
     def time_token(self, *_: object) -> None:
-        """Times decode steps."""
+        """Time decode steps."""
         self.generate()
 
 
@@ -79,12 +79,12 @@ class BatchedOutputToken(Decode):
     skip_params: ClassVar = without_gpu(params)
 
     def setup(self, configuration: str, batch: int, dtype: str, device: str) -> None:
-        """Fills the cache to ten limits."""
+        """Fill the cache to ten limits."""
         self.open(configuration, device, 10, batch, dtype)
 
     @shown_as("Time per output token (TPOT), by batch and dtype")
     def time_token(self, *_: object) -> None:
-        """Times decode steps."""
+        """Time decode steps."""
         self.generate()
 
 
@@ -94,10 +94,10 @@ class CompiledOutputToken(Decode):
     params: ClassVar[list[list[Any]]] = [["static_4_252"], [1, 8], DEVICES]
     param_names: ClassVar = ["configuration", "batch [rows]", "device"]
     skip_params: ClassVar = without_gpu(params)
-    timeout = 600  # the compiler's minutes are part of it, though of no sample
+    timeout = 600  # includes the minutes that compiling takes, which are part of no sample
 
     def setup(self, configuration: str, batch: int, device: str) -> None:
-        """Fills the cache to ten limits; the first tokens compile, and on a GPU record the graph."""
+        """Fill the cache to ten limits; the first tokens compile the step and, on a GPU, record the graph."""
         needs_compiler()
         self.open(configuration, device, 10, batch)
         for _ in range(WARM_UP):
@@ -105,12 +105,12 @@ class CompiledOutputToken(Decode):
 
     @shown_as("Time per output token (TPOT), compiled")
     def time_token(self, *_: object) -> None:
-        """Times decode steps."""
+        """Time decode steps."""
         self.generate()
 
 
 class FirstToken:
-    """Time to the first token: a prompt in one call, which streaming evicts from as it goes."""
+    """Time to the first token: a prompt in one call, during which a streaming cache evicts."""
 
     params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252", "streaming_4_1020"], [64, 1536], DEVICES]
     param_names: ClassVar = ["configuration", "prompt [tokens]", "device"]
@@ -121,7 +121,7 @@ class FirstToken:
     timeout = 300
 
     def setup(self, configuration: str, prompt: int, device: str) -> None:
-        """Opens a fresh session for every sample, after one that warms up model and device."""
+        """Open a fresh session for every sample, after one that warms up model and device."""
         model = model_for(device)
         checked = checked_configuration(configuration)
         self.ids = token_ids(model, prompt)
@@ -132,11 +132,11 @@ class FirstToken:
         self.session = lab("sessions").open_session(checked, model)
 
     def teardown(self, *_: object) -> None:
-        """Takes the cache off the model."""
+        """Detach the cache from the model."""
         if hasattr(self, "session"):
             self.session.close()
 
     @shown_as("Time to the first token (TTFT)")
     def time_first_token(self, *_: object) -> None:
-        """Times the prefill and one argmax."""
+        """Time the prefill and one argmax."""
         self.session.feed(self.ids, last_only=True).argmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Import time, beside what it cannot be below: torch, and the parts of transformers that any cache needs."""
+"""Import time, compared with its lower bound: torch, and the parts of transformers that any cache needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATEMENTS = {
 
 
 class Import:
-    """In a fresh interpreter each time."""
+    """Import time, in a fresh interpreter for each sample."""
 
     params: ClassVar = [list(STATEMENTS)]
     param_names: ClassVar = ["what"]
@@ -23,5 +23,5 @@ class Import:
 
     @shown_as("Import time")
     def timeraw_import(self, what: str) -> str:
-        """Gives asv the statement to time."""
+        """Return the statement for asv to time."""
         return STATEMENTS[what]

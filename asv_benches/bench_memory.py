@@ -1,4 +1,4 @@
-"""Bytes, counted: what the cache allocates, and what a generation needs above the weights at its peak."""
+"""Memory in bytes: what the cache allocates, and the peak of a generation above the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEW_TOKENS = 64  # [tokens]
 
 
 class CacheBytes:
-    """Allocated, not only filled; the same on every machine."""
+    """Allocated bytes, including slots that are not filled yet; the same on every machine."""
 
     params: ClassVar = [["baseline", "streaming_4_252", "streaming_4_1020"], STREAMED[1::2]]
     param_names: ClassVar = ["configuration", "streamed [limits]"]
@@ -20,12 +20,12 @@ class CacheBytes:
 
     @shown_as("Cache bytes", unit="bytes")
     def track_bytes(self, configuration: str, streamed: int) -> int:
-        """Counts the bytes of keys and values after so many tokens."""
+        """Return the bytes of keys and values after a number of tokens."""
         return int(filled(configuration, "cpu", streamed).session.cache_bytes)
 
 
 class PeakMemory:
-    """Tensors beside the weights during a prefill and some tokens, at their peak."""
+    """Peak of the tensors other than the weights during a prefill and some tokens."""
 
     params: ClassVar = [["baseline", "streaming_4_252", "streaming_4_1020"], DEVICES]
     param_names: ClassVar = ["configuration", "device"]
@@ -33,13 +33,13 @@ class PeakMemory:
     timeout = 300
 
     def setup(self, configuration: str, device: str) -> None:
-        """Builds a model whose cache outweighs everything else that grows."""
+        """Build a model whose cache is larger than everything else that grows."""
         self.configuration = checked_configuration(configuration)
         self.memory = lab("memory", needs="generation_peaks")
         self.model = model_for(device, shape="smollm2-135m-heads" if device == "cpu" else None)
 
-    @shown_as("Peak memory above the weights", unit="bytes", version="2")  # 1 sampled the resident set
+    @shown_as("Peak memory above the weights", unit="bytes", version="2")  # version 1 sampled the resident set size
     def track_peak(self, *_: object) -> int:
-        """Counts, as the tables do."""
+        """Return the peak in bytes, counted as for the tables."""
         ids = token_ids(self.model, PROMPT)
         return int(self.memory.generation_peaks(self.configuration, self.model, ids, (NEW_TOKENS,))[0].tensor_bytes)

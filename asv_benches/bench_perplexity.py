@@ -1,4 +1,4 @@
-"""Perplexity of the embedded model: small, exact, the same to six digits in every run on a machine."""
+"""Perplexity of the embedded model: a small text, the same to six digits in every run on a machine."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ DIGITS = 6  # significant; float32 sums differ beyond them
 
 
 def rounded(value: float) -> float:
-    """Keeps the digits that every run agrees on."""
+    """Round to the digits that are the same in every run."""
     return float(f"{value:.{DIGITS}g}")
 
 
 class Perplexity:
-    """Stateful perplexity over the first tokens of the embedded plays; the PPL is its own check."""
+    """Perplexity of the first tokens of the embedded plays, in one session; a wrong cache shows in the PPL itself."""
 
     params: ClassVar = [CONFIGURATIONS]
     param_names: ClassVar = ["configuration"]
     timeout = 120
 
     def setup_cache(self) -> dict[str, float] | None:
-        """Loads the model and reads the text once for all configurations."""
-        import torch  # noqa: PLC0415 - discovery must not wait for it
+        """Load the model and measure all configurations, once per run."""
+        import torch  # noqa: PLC0415 - discovery must not import it
 
-        torch.set_num_threads(1)  # the order of sums, and so the last digits, depend on it
+        torch.set_num_threads(1)  # the order of summation, and so the last digits, depend on it
         try:
             models, corpora, tokens = lab("models"), lab("corpora"), lab("tokens")
             configurations, perplexity = lab("configurations"), lab("perplexity")
@@ -45,12 +45,11 @@ class Perplexity:
     setup_cache.timeout = 900  # type: ignore[attr-defined]  # the first time, the weights are unpacked
 
     def setup(self, measured: dict[str, float] | None, configuration: str) -> None:
-        """Skips commits without a lab."""
+        """Skip commits without a lab."""
         if measured is None or configuration not in measured:
-            message = "this commit cannot measure perplexity"
-            raise NotImplementedError(message)
+            raise NotImplementedError("this commit cannot measure perplexity")
 
     @shown_as("Perplexity, Shakespeare", unit="PPL")
     def track_perplexity(self, measured: dict[str, float], configuration: str) -> float:
-        """Looks the measured value up."""
+        """Return the measured value."""
         return measured[configuration]

@@ -1,4 +1,4 @@
-"""Logits of a whole text, ten limits long: the exact streaming pass beside a dense one and the reference."""
+"""Logits of a whole text, ten limits long: an exact streaming pass, a dense one and the reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .common import DEVICES, LIMITS, checked_configuration, lab, model_for, per_
 
 STREAMING = "streaming_4_60"
 TOKENS = 10 * LIMITS[STREAMING]
-BLOCK = 256  # tokens per call; the reference has one call [tokens]
+BLOCK = 256  # tokens per call; the reference reads the text in one call [tokens]
 
 
 class Text:
-    """Shared: a fresh session reads the text once."""
+    """Base: a fresh session reads the text once."""
 
     number = 1
     repeat = (3, 10, 4.0)
@@ -22,56 +22,56 @@ class Text:
     session: Any = None
 
     def open(self, configuration: str, device: str, shape: str | None) -> None:
-        """Builds the model, the text and a session."""
+        """Build the model, the text and a session."""
         self.model = model_for(device, shape=shape)
         self.ids = token_ids(self.model, TOKENS)
         self.timer = per_token_clock(TOKENS, device)
         self.session = lab("sessions").open_session(checked_configuration(configuration), self.model)
 
     def teardown(self, *_: object) -> None:
-        """Takes the cache off the model."""
+        """Detach the cache from the model."""
         if self.session is not None:
             self.session.close()
 
     def read(self) -> None:
-        """Feeds the text block by block."""
+        """Feed the text block by block."""
         for block in self.ids.split(BLOCK, dim=1):
             self.session.feed(block)
 
 
 class WholeText(Text):
-    """What scoring a text costs per token."""
+    """Time per token to score a text."""
 
     params: ClassVar = [["baseline", STREAMING], DEVICES]
     param_names: ClassVar = ["configuration", "device"]
     skip_params: ClassVar = without_gpu(params)
 
     def setup(self, configuration: str, device: str) -> None:
-        """Opens a session."""
+        """Open a session."""
         self.open(configuration, device, None)
 
     @shown_as("Logits of a whole text, per token")
     def time_logits(self, *_: object) -> None:
-        """Times blocks through a session."""
+        """Time feeding the text in blocks."""
         self.read()
 
 
 class WholeTextByReference(Text):
-    """The same on a tiny model, where the reference is fast enough to stand beside it."""
+    """The same on a tiny model, for which the reference is fast enough."""
 
     params: ClassVar = [["optimized", "reference"]]
     param_names: ClassVar = ["implementation"]
 
     def setup(self, implementation: str) -> None:
-        """Opens a session; the reference needs none."""
+        """Open a session; the reference does not need it."""
         self.open(STREAMING, "cpu", "tiny")
         self.reads = {"optimized": self.read, "reference": self.read_by_reference}[implementation]
 
     def read_by_reference(self) -> None:
-        """Reads the text as the rule is written."""
+        """Read the text with the reference."""
         lab("micro").reference_pass(lab("configurations").parse(STREAMING), self.model, self.ids)
 
     @shown_as("Logits of a whole text by the reference, tiny model, per token")
     def time_logits(self, *_: object) -> None:
-        """Times either implementation."""
+        """Time either implementation."""
         self.reads()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: devices, the lab of the commit at hand, clocks that count per token."""
+"""Shared by the benchmarks: devices, the lab of the measured commit, timers that count per token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 F = TypeVar("F")
 
 DEVICES: Final = ["cpu", "cuda"]
-# A model whose step takes milliseconds on its device: random weights, so that nothing is loaded.
+# Models whose step takes milliseconds on their device; weights are random, so that nothing is loaded.
 MODELS: Final = {"cpu": ("medium", "float32"), "cuda": ("pythia-2.8b", "float16")}
 STREAMED: Final = [0, 1, 10, 100]  # tokens already streamed, in limits
 LIMITS: Final = {
@@ -26,18 +26,18 @@ LIMITS: Final = {
     "streaming_4_1020": 1024,
     "static_4_252": 256,
 }
-# One eviction in each sample, so that all samples hold the same work: B + 1 tokens, the buffer being 64.
+# One eviction in each sample, so that all samples do the same work: B + 1 tokens, where the buffer B is 64.
 EVICTION_PERIOD: Final = 65
-WARM_UP: Final = 3  # steps before anything is timed: kernels are chosen and memory is touched
-DENSE_SAMPLE: Final = 8  # a growing cache has no period; few tokens, since each one makes the next slower
+WARM_UP: Final = 3  # steps before anything is timed, for choosing kernels and touching memory
+DENSE_SAMPLE: Final = 8  # a growing cache has no period; few tokens, since each makes the next one slower
 
 
 def shown_as(name: str, **attributes: Any) -> Callable[[F], F]:
-    """Names a benchmark for readers, and its history for asv: a version is raised when numbers stop being comparable.
+    """Set the title and the version of a benchmark; raise the version when its numbers stop being comparable.
 
     Args:
-        name: shown above its graph.
-        **attributes: more of what asv reads off a benchmark, such as `unit`.
+        name: the title above its graph.
+        **attributes: other attributes of a benchmark that asv reads, such as `unit`.
 
     Returns:
         A decorator.
@@ -52,12 +52,12 @@ def shown_as(name: str, **attributes: Any) -> Callable[[F], F]:
 
 
 def has_cuda() -> bool:
-    """Tells whether there is a GPU; importing torch just to be told that there is none would take seconds."""
+    """Return whether there is a GPU; without `nvidia-smi`, do not spend seconds on importing torch to find out."""
     return shutil.which("nvidia-smi") is not None and bool(importlib.import_module("torch").cuda.is_available())
 
 
 def without_gpu(params: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Lists the combinations that this machine cannot run: those on `cuda` where there is none.
+    """Return the combinations that this machine cannot run: those on `cuda` if it has no GPU.
 
     Args:
         params: static lists of a benchmark.
@@ -69,57 +69,56 @@ def without_gpu(params: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
 
 
 def needs_compiler() -> None:
-    """Looks for what `torch.compile` compiles with.
+    """Check that there is a C++ compiler for `torch.compile`.
 
     Raises:
-        NotImplementedError: if there is none: the number is missing then, not wrong.
+        NotImplementedError: if there is none, so that asv skips the benchmark.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        message = f"no C++ compiler {compiler!r}, which torch.compile needs: install it, or name another one in CXX"
-        raise NotImplementedError(message)
+        raise NotImplementedError(
+            f"no C++ compiler {compiler!r}, which torch.compile needs: install it, or name another one in CXX"
+        )
 
 
 def lab(module: str, needs: str | None = None) -> Any:
-    """Imports a module of the lab, as it was at the commit being measured.
+    """Import a module of the lab, as it is in the measured commit.
 
     Args:
         module: name below `sinkwindow.lab`.
-        needs: a name in it without which it is of no use.
+        needs: a name that the module must define.
 
     Returns:
         The module.
 
     Raises:
-        NotImplementedError: if the commit has no such module or name: its numbers are missing then, not wrong.
+        NotImplementedError: if the commit has no such module or name, so that asv skips the benchmark.
     """
     try:
         found = importlib.import_module(f"sinkwindow.lab.{module}")
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("sinkwindow"):
             raise
-        message = f"this commit has no {error.name}"
-        raise NotImplementedError(message) from error
+        raise NotImplementedError(f"this commit has no {error.name}") from error
     if needs is not None and not hasattr(found, needs):
-        message = f"this commit has no {needs} in sinkwindow.lab.{module}"
-        raise NotImplementedError(message)
+        raise NotImplementedError(f"this commit has no {needs} in sinkwindow.lab.{module}")
     return found
 
 
 @functools.cache
 def model_for(device: str, dtype: str | None = None, shape: str | None = None) -> Any:
-    """Builds a model with random weights, once per process.
+    """Build a model with random weights, once per process.
 
     Args:
         device: one of `DEVICES`.
-        dtype: of the weights; the device's usual one by default.
-        shape: a shape of the lab; the device's usual one by default.
+        dtype: of the weights; by default as in `MODELS`.
+        shape: a shape of the lab; by default as in `MODELS`.
 
     Returns:
         The model.
     """
     torch = importlib.import_module("torch")
-    torch.set_num_threads(1)  # steadier than two threads that wait for each other
+    torch.set_num_threads(1)  # more stable than two threads that wait for each other
     usual_shape, usual_dtype = MODELS[device]
     kind = getattr(torch, dtype or usual_dtype)
     return lab("shapes").random_model(shape or usual_shape, device=device, dtype=kind)
@@ -127,7 +126,7 @@ def model_for(device: str, dtype: str | None = None, shape: str | None = None) -
 
 @functools.cache
 def checked_configuration(name: str) -> Any:
-    """Reads a configuration, after making sure that its output is right.
+    """Parse a configuration and check its output.
 
     Args:
         name: as in the lab's registry.
@@ -143,8 +142,8 @@ def checked_configuration(name: str) -> Any:
     tiny = model_for("cpu", shape="tiny")
     tokens = LIMITS[name] + EVICTION_PERIOD + 10  # past the first eviction
     lab("micro").check_logits(configuration, tiny, tokens)
-    if configuration.kind == "static":  # its attention alone means nothing: the mask is the model's
-        torch.compiler.reset()  # the tiny model's graph would be widened to all shapes
+    if configuration.kind == "static":  # not checked on attention alone: the mask is the model's
+        torch.compiler.reset()  # otherwise the tiny model's graph would be generalized to all shapes
     else:
         lab("micro").check(configuration, tiny, tokens)
     return configuration
@@ -152,14 +151,14 @@ def checked_configuration(name: str) -> Any:
 
 @functools.cache
 def filled(name: str, device: str, streamed: int, batch: int = 1, dtype: str | None = None) -> Any:
-    """Opens a checked configuration's cache and brings it to where it has seen a number of tokens, once per process.
+    """Open the cache of a checked configuration and fill it to a number of tokens, once per process.
 
     Args:
         name: the configuration.
         device: one of `DEVICES`.
-        streamed: tokens already streamed, in limits.
+        streamed: tokens to stream, in limits.
         batch: rows.
-        dtype: of weights and cache; the device's usual one by default.
+        dtype: of weights and cache; by default as in `MODELS`.
 
     Returns:
         The lab's `AttentionSteps`.
@@ -173,12 +172,12 @@ def filled(name: str, device: str, streamed: int, batch: int = 1, dtype: str | N
 
 
 def sample_tokens(name: str) -> int:
-    """Tells how many tokens one sample of a configuration takes [tokens]."""
+    """Return how many tokens one sample of a configuration has [tokens]."""
     return DENSE_SAMPLE if name == "baseline" else EVICTION_PERIOD
 
 
 def per_token_clock(tokens: int, device: str) -> Callable[[], float]:
-    """Makes a timer for asv that shows seconds per token and waits for the device.
+    """Return a timer for asv that counts seconds per token and waits for the device.
 
     Args:
         tokens: tokens of a sample.

@@ -1,8 +1,9 @@
-"""Base against head, both built and measured in this run, on this machine: the gate of pull requests.
+"""Compare a head commit with its base, both built and measured in this run: the gate of pull requests.
 
-Two passes of `asv continuous`: figures that are the same in every run (perplexity, bytes) may not worsen at all; times
-may by the factor, and only where asv finds the samples apart. Rounds of both commits are interleaved, so that a slow
-minute hits both. A failed benchmark fails the gate, and so does a run that measured nothing.
+There are two passes of `asv continuous`. Figures that are the same in every run (perplexity, bytes) may not get worse.
+Times may grow by a factor, and a difference counts only if asv finds it statistically significant. Rounds of both
+commits are interleaved, so that a slow minute affects both. If a benchmark fails, or nothing was measured, the gate
+fails.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ except ModuleNotFoundError:
     import gate  # type: ignore[import-not-found, no-redef]  # started as a script
 
 EXACT = "Perplexity|CacheBytes"
-EXACT_FACTOR = 1.0001  # one in the fifth digit; six are deterministic
+EXACT_FACTOR = 1.0001  # one in the fifth digit; six digits are deterministic
 SLOWER = 1
 
 
 def passes(base: str, head: str, factor: float, bench: str | None) -> list[list[str]]:
-    """Lists the two commands, exact figures first.
+    """Return the two commands, exact figures first.
 
     Args:
         base: commit to compare with.
-        head: commit to judge.
+        head: commit to test.
         factor: largest allowed growth of a time.
-        bench: expression that narrows the timed benchmarks down.
+        bench: regular expression that selects the timed benchmarks.
     """
     command = ["asv", "continuous", "--show-stderr", "--interleave-rounds"]
     return [
@@ -39,7 +40,7 @@ def passes(base: str, head: str, factor: float, bench: str | None) -> list[list[
 
 
 def comparison(command: list[str]) -> list[str]:
-    """Gives the command that shows what did run: `asv continuous` compares nothing where a benchmark failed.
+    """Return the command that compares what did run: `asv continuous` compares nothing if a benchmark failed.
 
     Args:
         command: one of `passes`.
@@ -49,18 +50,18 @@ def comparison(command: list[str]) -> list[str]:
 
 
 def compare(base: str, head: str, *, factor: float, bench: str | None, gpu: bool, root: Path) -> int:
-    """Runs both passes to their end, whatever the first one says.
+    """Run both passes, the second one even if the first one fails.
 
     Args:
         base: commit to compare with.
-        head: commit to judge.
+        head: commit to test.
         factor: largest allowed growth of a time.
-        bench: expression that narrows the timed benchmarks down; everything by default.
+        bench: regular expression that selects the timed benchmarks; everything by default.
         gpu: whether there is a GPU.
         root: the repository.
 
     Returns:
-        0 when nothing worsened, `SLOWER` when something did, else one of the gate's codes.
+        0 if nothing got worse, `SLOWER` if something did, else one of the gate's codes.
     """
     judged = subprocess.run(["git", "rev-parse", head], cwd=root, check=True, capture_output=True, text=True)
     stamp = root / ".asv" / "started"
@@ -80,13 +81,13 @@ def compare(base: str, head: str, *, factor: float, bench: str | None, gpu: bool
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Reads the command line."""
+    """Parse the command line and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", help="commit to compare with, such as origin/main")
-    parser.add_argument("head", help="commit to judge, such as HEAD")
+    parser.add_argument("head", help="commit to test, such as HEAD")
     parser.add_argument("--factor", type=float, default=1.15, help="largest allowed growth of a time")
-    parser.add_argument("--bench", help="expression that narrows the timed benchmarks down")
-    parser.add_argument("--gpu", action="store_true", help="there is a GPU")
+    parser.add_argument("--bench", help="regular expression that selects the timed benchmarks")
+    parser.add_argument("--gpu", action="store_true", help="this machine has a GPU")
     options = parser.parse_args(arguments)
     root = Path(__file__).resolve().parent.parent
     return compare(options.base, options.head, factor=options.factor, bench=options.bench, gpu=options.gpu, root=root)

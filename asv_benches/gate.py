@@ -1,6 +1,6 @@
-"""Reads what asv has saved and tells "failed" and "nothing ran" apart, which asv's exit code does not.
+"""Read the results that asv has saved and distinguish "failed" from "nothing ran", which asv's exit code does not.
 
-`python asv_benches/gate.py --newer-than STAMP` looks at every result file written since the stamp file was touched.
+`python asv_benches/gate.py --newer-than STAMP` reads every result file written since the stamp file was touched.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OK, NOTHING_RAN, FAILED, MISSING = 0, 3, 4, 5  # 1 is asv's own "slower", 2 a usage error
+OK, NOTHING_RAN, FAILED, MISSING = 0, 3, 4, 5  # asv uses 1 for "slower" and 2 for a usage error
 NOT_RESULTS = {"machine.json", "benchmarks.json"}
 GPU = "'cuda'"  # as asv writes a parameter
 
 
 @dataclass
 class Findings:
-    """What became of every number of one or more runs."""
+    """How many numbers were measured in one or more runs, and which failed or are missing."""
 
     measured: int = 0
     skipped: int = 0
@@ -31,7 +31,7 @@ class Findings:
 
     @property
     def code(self) -> int:
-        """The exit status: the worst finding."""
+        """Exit status: the worst finding."""
         if self.failed:
             return FAILED
         if not self.measured:
@@ -39,7 +39,7 @@ class Findings:
         return MISSING if self.missing else OK
 
     def text(self) -> str:
-        """The findings, one line each."""
+        """Return the findings, one line each."""
         lines = [f"{self.measured} measured, {self.skipped} skipped, {len(self.failed)} failed"]
         lines += [f"failed: {name}" for name in self.failed]
         lines += [f"missing: {name}" for name in self.missing]
@@ -49,19 +49,19 @@ class Findings:
 
 
 def combinations(params: list[list[str]]) -> list[tuple[str, ...]]:
-    """Lists parameter combinations in asv's order; one empty combination where there are no parameters."""
+    """Return parameter combinations in asv's order; one empty combination if there are no parameters."""
     return list(itertools.product(*params))
 
 
 def inspect(benchmarks: dict[str, Any], results: dict[str, Any], *, gpu: bool, history: bool, into: Findings) -> None:
-    """Sorts the numbers of one run.
+    """Count the numbers of one run as measured, skipped, failed or missing.
 
     Args:
         benchmarks: asv's `benchmarks.json`.
         results: one of asv's result files.
         gpu: whether the machine has a GPU; without one, combinations on it may be skipped.
         history: whether the commit may be older than its benchmarks, so that anything may be skipped.
-        into: where to count.
+        into: the findings to add to.
     """
     columns: list[str] = results["result_columns"]
     commit = str(results.get("commit_hash", ""))[:8]
@@ -88,7 +88,7 @@ def inspect(benchmarks: dict[str, Any], results: dict[str, Any], *, gpu: bool, h
 
 
 def result_files(folder: Path, stamp: Path | None) -> list[Path]:
-    """Lists the result files written after the stamp, of all machines."""
+    """Return the result files of all machines written after the stamp."""
     files = [path for path in folder.glob("*/*.json") if path.name not in NOT_RESULTS]
     if stamp is not None:
         files = [path for path in files if path.stat().st_mtime_ns >= stamp.stat().st_mtime_ns]
@@ -98,14 +98,14 @@ def result_files(folder: Path, stamp: Path | None) -> list[Path]:
 def judge(
     folder: Path, stamp: Path | None, *, gpu: bool = False, complete: str | None = None, selected: str = ""
 ) -> Findings:
-    """Looks at everything that was written since the stamp.
+    """Check all results written since the stamp.
 
     Args:
         folder: asv's results.
         stamp: a file touched before the run; None takes all results.
         gpu: see `inspect`.
-        complete: the one commit whose benchmarks must all have run; others are history. None: all commits.
-        selected: expect only benchmarks whose name matches this expression.
+        complete: the only commit whose benchmarks must all have run; others are history. None: all commits.
+        selected: expect only benchmarks whose name matches this pattern.
 
     Returns:
         The findings.
@@ -125,13 +125,13 @@ def judge(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the findings and gives the exit status."""
+    """Print the findings and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path(".asv/results"))
     parser.add_argument("--newer-than", type=Path, metavar="STAMP")
-    parser.add_argument("--selected", default="", help="expect only benchmarks whose name matches this expression")
-    parser.add_argument("--gpu", action="store_true", help="there is a GPU: nothing may be skipped for want of one")
-    parser.add_argument("--complete", help="full hash of the one commit that may lack nothing; all by default")
+    parser.add_argument("--selected", default="", help="expect only benchmarks whose name matches this pattern")
+    parser.add_argument("--gpu", action="store_true", help="this machine has a GPU: no benchmark may be skipped")
+    parser.add_argument("--complete", help="full hash of the only commit that must be complete; all by default")
     options = parser.parse_args(arguments)
     findings = judge(
         options.results, options.newer_than, gpu=options.gpu, complete=options.complete, selected=options.selected

@@ -1,7 +1,7 @@
-"""Plants regressions in a scratch clone and shows that the gate of pull requests sees each, and nothing else.
+"""Plant regressions in a scratch clone and test that the gate of pull requests reports each, and nothing else.
 
-`nox -s planted_regressions` writes the table into docs/benchmarks.md, between its markers. Every commit is built into
-asv's own environment, as in a pull request; only the benchmarks that the plants are about run.
+`nox -s planted_regressions` writes the table to docs/benchmarks.md, between its marks. Every commit is built into asv's
+own environment, as for a pull request; only the benchmarks that the planted regressions affect run.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENT: Final = Path("docs", "benchmarks.md")
 PLACE: Final = "planted"
 PLANTED_IN: Final = Path("optimized", "sinkwindow", "__init__.py")
-TIMED: Final = r"CacheWork|WholeText\."  # the times that the plants are about
-FACTOR: Final = 1.25  # a shared machine's; a runner of its own takes 1.15
+TIMED: Final = r"CacheWork|WholeText\."  # the times that the planted regressions affect
+FACTOR: Final = 1.25  # for a shared machine; a dedicated runner uses 1.15
 GIT: Final = ("git", "-c", "user.name=planted", "-c", "user.email=planted@localhost", "-c", "commit.gpgsign=false")
 
 
 @dataclass(frozen=True)
 class Plant:
-    """A change of the package, appended to its `__init__`, and what the gate must say.
+    """A planted regression: a change appended to the package's `__init__`, and what the gate must report.
 
     Attributes:
         name: for the table.
-        code: what is appended.
-        seen_in: a benchmark that must be reported as worse, an expression; empty where none may be.
+        code: the code to append.
+        seen_in: regular expression for the benchmark that must be reported as worse; empty if none may be.
     """
 
     name: str
@@ -77,7 +77,7 @@ _LaneCall.positions = lambda self, device: _positions(self, device).clamp(max=64
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the gate said about a plant."""
+    """What the gate reported for a planted regression."""
 
     plant: Plant
     code: int
@@ -85,34 +85,34 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether the gate passed what it must pass, and failed for the right reason what it must fail."""
+        """Whether the gate accepted or rejected the change as it must, and for the right reason."""
         if not self.plant.seen_in:
             return self.code == 0
         return self.code != 0 and any(re.search(self.plant.seen_in, line) for line in self.worse)
 
 
 def worse_lines(output: str) -> tuple[str, ...]:
-    """Finds the rows of asv's table that speak of a regression (`+`) or of a new failure (`!`)."""
+    """Return the rows of asv's table that report a regression (`+`) or a new failure (`!`)."""
     rows = (line.strip() for line in output.splitlines())
     return tuple(row for row in rows if re.match(r"\|\s*[+!]\s*\|", row))
 
 
 def git(clone: Path, *arguments: str) -> str:
-    """Runs git in the clone; returns what it prints."""
+    """Run git in the clone and return what it prints."""
     run = subprocess.run([*GIT, *arguments], cwd=clone, check=True, capture_output=True, text=True)
     return run.stdout.strip()
 
 
 def plant_commit(clone: Path, plant: Plant, number: int) -> str:
-    """Commits a plant on a branch of its own, from the base.
+    """Commit a planted regression to a new branch from the base.
 
     Args:
         clone: the scratch clone.
-        plant: what to append.
+        plant: the change.
         number: for the branch's name.
 
     Returns:
-        The commit.
+        The hash of the commit.
     """
     git(clone, "checkout", "-q", "-B", f"planted-{number}", "base")
     file = clone / PLANTED_IN
@@ -122,9 +122,9 @@ def plant_commit(clone: Path, plant: Plant, number: int) -> str:
 
 
 def judge(clone: Path, plant: Plant, number: int) -> Outcome:
-    """Runs the gate of pull requests on base and plant."""
+    """Run the gate of pull requests on the base and the planted regression."""
     head = plant_commit(clone, plant, number)
-    git(clone, "checkout", "-q", "main")  # the gate and the benchmarks are the base's
+    git(clone, "checkout", "-q", "main")  # use the gate and the benchmarks of the base
     command = [sys.executable, "asv_benches/compare.py", "--factor", str(FACTOR), "--bench", TIMED, "base", head]
     run = subprocess.run(command, cwd=clone, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     print(f"== {plant.name}: exit {run.returncode}\n{run.stdout}", flush=True)
@@ -132,13 +132,13 @@ def judge(clone: Path, plant: Plant, number: int) -> Outcome:
 
 
 def cell(text: str) -> str:
-    """Names a row's benchmark with the values of both commits."""
+    """Return the benchmark of a row with the values of both commits."""
     columns = [column.strip() for column in text.strip("|").split("|")]
     return f"`{columns[-1]}`: {columns[1]} to {columns[2]}"
 
 
 def table(outcomes: list[Outcome], commit: str) -> str:
-    """Renders the outcomes, three worse figures each."""
+    """Render the outcomes, with up to three worse figures each."""
     lines = [
         f"Written by `nox -s planted_regressions` at commit {commit[:8]}, factor {FACTOR} for times.",
         "",
@@ -153,9 +153,9 @@ def table(outcomes: list[Outcome], commit: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Judges all plants, writes the table, and fails if the gate was wrong about one."""
+    """Run the gate on all planted regressions, write the table, and fail if the gate was wrong about one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md alone")
+    parser.add_argument("--no-write", action="store_true", help="do not change docs/benchmarks.md")
     options = parser.parse_args(arguments)
     marked.check(ROOT / DOCUMENT, PLACE)
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:

@@ -1,6 +1,6 @@
-"""The published pages in a headless Chromium: each benchmark has a graph, and each graph has points.
+"""Check the published pages in a headless Chromium: each benchmark has a graph, and each graph has points.
 
-`nox -s bench` measures, `nox -s bench_site` publishes and looks; screenshots are left in .asv/screenshots.
+`nox -s bench` measures; `nox -s bench_site` publishes and checks. Screenshots are saved to .asv/screenshots.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ FLAGS: Final = (
     "--disable-sync",
     "--window-size=1400,1000",
 )
-# asv's pages load these from content networks, by these names; the test must not depend on them, so that npm brings the
-# same releases (stupidtable, which sorts a table's columns, in the only one that is there).
+# asv's pages load these files from content delivery networks. The test must not depend on those, so npm installs the
+# same releases (of stupidtable, which sorts the columns of a table, the only release on npm).
 LIBRARIES: Final = {
     "jquery-3.3.1.min.js": ("jquery@3.3.1", "dist/jquery.min.js"),
     "jquery.flot.min.js": ("flot@0.8.3", "jquery.flot.js"),
@@ -53,7 +53,7 @@ LIBRARIES: Final = {
     "bootstrap.min.css": ("bootstrap@3.1.1", "dist/css/bootstrap.min.css"),
 }
 REMOTE: Final = re.compile(r'(src|href)="https://[^"]*/([^"/]+)"(?: integrity="[^"]*")?')
-# What flot has drawn, counted where it drew it.
+# The number of points in each series that flot has drawn.
 POINTS: Final = """
 const plot = $('#main-graph').data('plot');
 return plot ? plot.getData().map(series => series.data.filter(point => point[1] !== null).length) : [];
@@ -62,11 +62,11 @@ return plot ? plot.getData().map(series => series.data.filter(point => point[1] 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 def _measured() -> list[str]:
-    """Names of the benchmarks with at least one number in the saved results."""
+    """Return the names of the benchmarks with at least one number in the saved results."""
     names = set()
     for file in (ROOT / ".asv" / "results").glob("*/*.json"):
         if file.name == "machine.json":
@@ -83,12 +83,12 @@ MEASURED: Final = _measured()
 
 
 def test_something_was_measured() -> None:
-    """Without results the other tests would have nothing to look at."""
+    """There are saved results; without them, the other tests would check nothing."""
     assert MEASURED, "no results in .asv/results: run nox -s bench first"
 
 
 def _make_local(html: Path, store: Path) -> None:
-    """Lets the pages load their libraries from beside them."""
+    """Copy the libraries next to the pages and make the pages load the copies."""
     packages = sorted({package for package, _ in LIBRARIES.values()})
     install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(store), *packages]
     subprocess.run(install, check=True)
@@ -96,13 +96,13 @@ def _make_local(html: Path, store: Path) -> None:
         shutil.copy(store / "node_modules" / package.rpartition("@")[0] / file, html / name)
     index = html / "index.html"
     page, changed = REMOTE.subn(r'\1="\2"', index.read_text(encoding="utf-8"))
-    assert changed >= len(LIBRARIES), "asv's page names other libraries now: bring LIBRARIES up to date"
+    assert changed >= len(LIBRARIES), "asv's page loads other libraries now: update LIBRARIES"
     index.write_text(page, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The published pages, served on this machine, complete in themselves."""
+    """Serve the published pages on this machine, without files from the network; return the address."""
     html = tmp_path_factory.mktemp("html")
     subprocess.run(["asv", "publish", "--no-pull", "--html-dir", str(html)], cwd=ROOT, check=True)
     _make_local(html, tmp_path_factory.mktemp("npm"))
@@ -115,7 +115,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """Debian's Chromium with an empty profile."""
+    """Return Debian's Chromium with an empty profile."""
     options = webdriver.ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):

@@ -1,4 +1,4 @@
-"""One thread, and a call that waits for the device."""
+"""Fixtures of the micro-benchmarks, which use one thread and wait for the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(params=DEVICES, scope="session")
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """Layers and heads of SmolLM2-135M on a CPU, Pythia-2.8B on a GPU; random weights."""
+    """Return a model with random weights: heads as in SmolLM2-135M on a CPU, the shape of Pythia-2.8B on a GPU."""
     if request.param == "cuda":
         return random_model("pythia-2.8b", device="cuda", dtype=torch.float16)
     return random_model("smollm2-135m-heads")
@@ -31,7 +31,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture
 def full_cache(model: PreTrainedModel) -> Callable[[str, int], AttentionSteps]:
-    """Opens a cache that has seen so many tokens, once its output was found right."""
+    """Return a function that checks a cache and fills it to a number of tokens."""
 
     def build(configuration: str, seen: int) -> AttentionSteps:
         chosen = parse(configuration)
@@ -45,11 +45,11 @@ def full_cache(model: PreTrainedModel) -> Callable[[str, int], AttentionSteps]:
 
 @pytest.fixture
 def timed(benchmark: Any, model: PreTrainedModel) -> Callable[..., None]:
-    """Times a function in rounds of fresh setups, the device idle before and after each."""
+    """Return a function that times another one in rounds, each with a new setup and an idle device before and after."""
     wait = waiter(model.device)
 
     def run(function: Callable[[], object], setup: Callable[[], object] | None = None, rounds: int = 30) -> None:
-        def synchronised() -> None:
+        def synchronized() -> None:
             function()
             wait()
 
@@ -58,6 +58,6 @@ def timed(benchmark: Any, model: PreTrainedModel) -> Callable[..., None]:
                 setup()
             wait()
 
-        benchmark.pedantic(synchronised, setup=ready, rounds=rounds, warmup_rounds=3)
+        benchmark.pedantic(synchronized, setup=ready, rounds=rounds, warmup_rounds=3)
 
     return run

@@ -1,1 +1,1 @@
-"""Ours beside what people use today, each in an environment of its own: `nox -s peers` (see docs/peers.md)."""
+"""Comparison with other caches (peers), each in its own environment: `nox -s peers` (see docs/peers.md)."""

@@ -1,4 +1,4 @@
-"""`python -m peers [--quick]`: builds the environments, measures, writes results/peers.* and docs/peers.md."""
+"""`python -m peers [--quick]`: build the environments, measure, write results/peers.* and docs/peers.md."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ PLACE: Final = "peers"
 README: Final = ROOT / "README.md"
 BARS_PLACE: Final = "peers-bars"
 CORPUS: Final = "shakespeare"
-TOKENS: Final = 6144  # above the longest prompt and the longest text [tokens]
-CHARACTERS: Final = 60_000  # of the text, more than enough for so many tokens
+TOKENS: Final = 6144  # more than the longest prompt and the longest text need [tokens]
+CHARACTERS: Final = 60_000  # of the text, more than enough for these tokens
 THREADS: Final = 2
 
 
 def export(folder: Path) -> tuple[Path, int]:
-    """Writes the embedded model so that every version of transformers reads the same weights, and the text's ids.
+    """Write the embedded model so that every version of transformers reads the same weights, and the token ids.
 
     Args:
-        folder: where to.
+        folder: folder to write to.
 
     Returns:
         The file of the token ids, and the size of the weights [bytes].
@@ -61,12 +61,12 @@ def export(folder: Path) -> tuple[Path, int]:
 
 
 def readable(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that says the base of the rotation and the dtype as old and as new versions look for them."""
+    """Return a configuration with the RoPE base and the dtype under the names of both old and new transformers."""
     return {**config, "rope_theta": config["rope_parameters"]["rope_theta"], "torch_dtype": config["dtype"]}
 
 
 def start(key: str, model: Path, ids: Path) -> tuple[Client | None, dict[str, Any]]:
-    """Starts a peer, or says why it does not run.
+    """Start a peer.
 
     Args:
         key: of the peer.
@@ -74,7 +74,7 @@ def start(key: str, model: Path, ids: Path) -> tuple[Client | None, dict[str, An
         ids: file of the token ids.
 
     Returns:
-        The running peer or None, and the row for the record.
+        The running peer, or None if it does not run, and its row for the record, with the reason.
     """
     try:
         python = interpreter(key)
@@ -92,11 +92,11 @@ def start(key: str, model: Path, ids: Path) -> tuple[Client | None, dict[str, An
 
 
 def collect(plan: Plan, *, quick: bool) -> dict[str, Any]:
-    """Runs everything.
+    """Start and measure all peers.
 
     Args:
-        plan: how much.
-        quick: whether slow peers are left out.
+        plan: how much to measure.
+        quick: whether to skip slow peers.
 
     Returns:
         The record, as in results/peers.json.
@@ -129,11 +129,11 @@ def collect(plan: Plan, *, quick: bool) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, writes, prints, and fails if a bar is missed."""
+    """Measure, write and print the table, and fail if a target is missed."""
     parser = argparse.ArgumentParser(prog="peers", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less of everything, without the slow peers")
+    parser.add_argument("--quick", action="store_true", help="measure less, and skip the slow peers")
     parser.add_argument(
-        "--no-docs", action="store_true", help="leave README.md and docs/peers.md alone; --quick does, too"
+        "--no-docs", action="store_true", help="do not change README.md and docs/peers.md; implied by --quick"
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for peers.md and peers.json")
     options = parser.parse_args(arguments)
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.write(text)
     missed = [one for one in verdicts(record) if not one.met]
     for one in missed:
-        say(f"bar missed: {one}")
+        say(f"target missed: {one}")
     return bool(missed)
 
 

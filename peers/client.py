@@ -1,4 +1,4 @@
-"""The other end of `worker.py`: asks a peer's process, one JSON object a line, and never waits for ever."""
+"""Client of `worker.py`: sends requests to a peer's process, one JSON object per line, with a timeout."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-TIMEOUT: Final = 1200.0  # for one answer [s]: the reference reads 2,000 tokens
+TIMEOUT: Final = 1200.0  # for one answer [s]; the reference needs minutes for 2,000 tokens
 
 
 class Client:
-    """A peer's process; once it died, every answer is an error that says so."""
+    """A peer's process; after it has exited, every answer is an error with the reason."""
 
     def __init__(
         self,
@@ -28,12 +28,12 @@ class Client:
         environment: Mapping[str, str] | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        """Starts the process.
+        """Start the process.
 
         Args:
             command: program and arguments.
-            log: what it prints to standard error.
-            environment: variables besides the present ones.
+            log: file for its standard error.
+            environment: variables to add to those of this process.
             timeout: for one answer [s].
         """
         self.timeout = timeout
@@ -51,11 +51,11 @@ class Client:
         threading.Thread(target=self._read, daemon=True).start()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Asks for a measurement.
+        """Request a measurement.
 
         Args:
             do: its name.
-            **arguments: its arguments, anything that JSON can say.
+            **arguments: its arguments, as values of JSON.
 
         Returns:
             `{"result": ...}`, `{"refused": why}` or `{"error": what}`.
@@ -69,13 +69,13 @@ class Client:
         except (OSError, ValueError):
             line = None
         if line is None:
-            self._lines.put(None)  # for the next question
-            return {"error": f"process ended: {self._last_words()}"}
+            self._lines.put(None)  # for the next request
+            return {"error": f"process ended: {self._last_line()}"}
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
-        """Ends the process and waits for it."""
+        """End the process and wait for it."""
         with suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -87,19 +87,19 @@ class Client:
 
     def _write(self, text: str) -> None:
         if self._process.stdin is None:
-            raise OSError("no standard input")
+            raise OSError("The process has no standard input.")
         self._process.stdin.write(text)
         self._process.stdin.flush()
 
     def _read(self) -> None:
-        """Hands lines over; None says that there will be no more."""
+        """Put lines on the queue, and None after the last one."""
         if self._process.stdout is not None:
             with self._process.stdout as stream:
                 for line in stream:
                     self._lines.put(line)
         self._lines.put(None)
 
-    def _last_words(self) -> str:
-        """The last line that the process printed to standard error."""
+    def _last_line(self) -> str:
+        """Return the last line that the process printed to standard error."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1][:200] if lines else "it said nothing"
+        return lines[-1][:200] if lines else "no message"

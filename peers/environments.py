@@ -1,4 +1,4 @@
-"""An environment per peer below `.peers/`, built once and used again while its requirements stay the same."""
+"""One environment per peer in `.peers/`, built once and reused while its requirements stay the same."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Final
 
 HOME: Final = Path(".peers")
-TORCH: Final = "torch==2.13.0"  # first and alone, so that nothing which depends on it brings another build
+TORCH: Final = "torch==2.13.0"  # installed first, so that packages that depend on it do not install another build
 REQUIREMENTS: Final[dict[str, tuple[str, ...]]] = {
     "attention_sinks": ("attention_sinks==0.4.0", "transformers==4.34.0", "numpy<2", "accelerate==0.24.1", "einops"),
     "sink_cache": ("transformers==4.48.3", "numpy<2"),
     "kvpress": ("kvpress==0.5.5", "transformers==4.57.*"),
 }
-PYTHON: Final = "python3.11"  # the newest that the oldest peer's tokenizers have a wheel for
-BUILT: Final = "requirements.txt"  # written last: an environment without it is not finished
+PYTHON: Final = "python3.11"  # the newest version for which the tokenizers release of the oldest peer has a wheel
+BUILT: Final = "requirements.txt"  # written last; an environment without it is incomplete
 
 
 class BuildError(Exception):
@@ -24,10 +24,10 @@ class BuildError(Exception):
 
 
 def interpreter(name: str) -> str:
-    """The Python of a peer's environment, built where it is missing.
+    """Return the Python interpreter of a peer's environment, which is built if it is missing or outdated.
 
     Args:
-        name: a key of `REQUIREMENTS`, or any other name for the environment that runs this.
+        name: a key of `REQUIREMENTS`; any other name means the current environment.
 
     Returns:
         Path of the interpreter.
@@ -53,7 +53,7 @@ def _build(folder: Path, python: Path, requirements: tuple[str, ...]) -> None:
         shutil.rmtree(folder)
     chosen = shutil.which(PYTHON)
     if chosen is None:
-        raise BuildError(f"{PYTHON} is not on the path")
+        raise BuildError(f"{PYTHON} is not on the path: install it")
     pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     for command in ((chosen, "-m", "venv", str(folder)), (*pip, TORCH), (*pip, TORCH, *requirements)):
         run = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -1,4 +1,4 @@
-"""What is measured of a peer, the same for each; runs inside the peer's own environment, on torch alone."""
+"""The measurements, the same for each peer; they run in the peer's own environment and need only torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 WARM_UP = 8  # steps that are not timed
-SMALL = Size(4, 12)  # for questions of right or wrong: many evictions in few tokens
-PADDING = 3  # of the shorter row [tokens]
+SMALL = Size(4, 12)  # for tests of correctness: many evictions in few tokens
+PADDING = 3  # of the shorter row of the batch [tokens]
 SINGLE_STEPS = 24
-TAIL = 4  # single steps after the one call [tokens]
+TAIL = 4  # single tokens after the one call [tokens]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -30,7 +30,7 @@ class Bench:
     """An adapter, its text, and the measurements."""
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor) -> None:
-        """Remembers both.
+        """Store both.
 
         Args:
             adapter: the peer.
@@ -41,20 +41,20 @@ class Bench:
         self._next = 0
 
     def fill(self, sinks: int, window: int, steps: int) -> dict[str, float]:
-        """Fills the cache and warms up, and watches the memory meanwhile.
+        """Fill the cache and warm up, and measure the memory that this needs.
 
         Args:
             sinks: S [tokens].
             window: W [tokens].
-            steps: how many steps will follow at most.
+            steps: largest number of steps that will follow.
 
         Returns:
-            Bytes of the cache, and the growth of the process's memory at its peak [bytes].
+            Size of the cache, and peak growth of the process's memory [bytes].
         """
         size = Size(sinks, window)
         self.adapter.start(size)
         self.adapter.begin(self.ids)
-        self.adapter.feed(self.ids[:, : size.sinks])  # reads weights that were only mapped from the disk
+        self.adapter.feed(self.ids[:, : size.sinks])  # reads weights that were only mapped from disk
         self.adapter.start(size)
         before = resident()
         reset_peak()
@@ -64,7 +64,7 @@ class Bench:
         return {"cache_bytes": self.adapter.cache_bytes(), "growth_bytes": max(0, peak() - before)}
 
     def steps(self, count: int) -> dict[str, list[float]]:
-        """Times of single-token steps [ms]; a stop-watch around the model's call and one argmax."""
+        """Return the times of single-token steps [ms]: the model's call and one argmax."""
         times = []
         for _ in range(count):
             token = self._token()
@@ -75,7 +75,7 @@ class Bench:
         return {"ms": times}
 
     def attention(self, count: int) -> dict[str, list[float]]:
-        """Times inside the attention modules less their projections, and in cache work elsewhere, per step [ms]."""
+        """Return the time per step in attention modules, without projections, and in cache work elsewhere [ms]."""
         times = []
         for _ in range(count):
             token = self._token()
@@ -86,13 +86,13 @@ class Bench:
         return {"ms": times}
 
     def perplexity(self, sinks: int, window: int, tokens: int) -> dict[str, float]:
-        """Perplexity of a text from its start [1], as the peer's own rule streams it.
+        """Return the perplexity of a text from its start [1] under the peer's own rule.
 
         Raises:
             RefusalError: if the peer does not stream.
         """
         if not self.adapter.streams:
-            raise RefusalError("compresses a prompt once: what follows it is not evicted")
+            raise RefusalError("compresses a prompt once and does not evict later tokens")
         self.adapter.start(Size(sinks, window))
         ids = self.ids[:, :tokens]
         self.adapter.begin(ids)
@@ -105,7 +105,7 @@ class Bench:
         return {"perplexity": math.exp(total / done), "seconds": time.perf_counter() - start}
 
     def prompt(self, sinks: int, window: int, tokens: int) -> dict[str, bool]:
-        """Whether one call with so many tokens, and three single ones after it, give finite logits."""
+        """Return whether one call with so many tokens, and three single tokens after it, give finite logits."""
         self.adapter.start(Size(sinks, window))
         self.adapter.begin(self.ids)
         finite = [bool(self.adapter.feed(self.ids[:, :tokens])[:, -1].isfinite().all())]
@@ -114,9 +114,9 @@ class Bench:
         return {"works": all(finite)}
 
     def chunks(self) -> dict[str, float]:
-        """Largest difference of logits between one call and one call per token, over several evictions.
+        """Return the largest difference of logits between one call and one call per token, over several evictions.
 
-        Single tokens follow the one call, too: some caches only show then what they did to it.
+        Single tokens follow the one call as well, since in some caches an error shows only then.
         """
         ids = self.ids[:, : SMALL.limit + SINGLE_STEPS + TAIL]
         whole = self._decode(ids, SMALL.limit + SINGLE_STEPS, None)
@@ -124,9 +124,9 @@ class Bench:
         return {"difference": float((whole - single).abs().max())}
 
     def batch(self) -> dict[str, float]:
-        """Largest difference of logits between a left-padded row of a batch and the row alone, over several evictions.
+        """Return the largest difference of logits between a left-padded row of a batch and the row alone.
 
-        A prompt that fits, then single steps: the calls in which every peer is at its best.
+        A prompt that fits the cache is followed by single steps over several evictions, which all peers support.
         """
         prompt = self.adapter.batch_prompt
         length = prompt + SINGLE_STEPS
@@ -139,7 +139,7 @@ class Bench:
         return {"difference": float((together - single).abs().max())}
 
     def _decode(self, ids: torch.Tensor, prompt: int, mask: torch.Tensor | None) -> torch.Tensor:
-        """Logits of a prompt in one call and of the rest in single steps."""
+        """Return the logits of a prompt in one call and of the rest in single steps."""
         self.adapter.start(SMALL)
         bounds = [0, *range(prompt, ids.shape[1] + 1)]
         parts = [
@@ -149,7 +149,7 @@ class Bench:
         return torch.cat(parts, dim=1)
 
     def _calls(self, tokens: int, limit: int) -> list[int]:
-        """Lengths of the calls that read a text exactly."""
+        """Return the lengths of the calls with which the peer reads a text exactly."""
         if self.adapter.exact_calls:
             whole, rest = divmod(tokens, CHUNK)
             return [CHUNK] * whole + [rest] * bool(rest)
@@ -158,7 +158,7 @@ class Bench:
         return [min(tokens, limit)] + [1] * max(0, tokens - limit)
 
     def _token(self) -> torch.Tensor:
-        """The next token of the text, from its start again at its end."""
+        """Return the next token of the text; after its end, start again."""
         index = self._next % self.ids.shape[1]
         self._next += 1
         return self.ids[:, index : index + 1]
@@ -166,13 +166,13 @@ class Bench:
 
 @contextmanager
 def attention_watched(adapter: Adapter) -> Iterator[list[float]]:
-    """Times attention while the block runs: the modules named `self_attn` without their projections.
+    """Time attention during the `with` block: the modules named `self_attn`, without their projections.
 
     Args:
         adapter: a started peer.
 
     Yields:
-        Seconds, to be summed once the block has ended; those of the projections are negative.
+        Seconds, to be summed after the block; those of the projections are negative.
 
     Raises:
         RefusalError: if the model has no such modules.
@@ -198,15 +198,15 @@ def attention_watched(adapter: Adapter) -> Iterator[list[float]]:
 
 
 def timed(function: Callable[..., Any], seconds: list[float], sign: float) -> Callable[..., Any]:
-    """A function that notes how long it took.
+    """Return a function that does the same as another one and records its time.
 
     Args:
         function: any function.
-        seconds: where the time is added.
-        sign: 1, or -1 for time that does not count.
+        seconds: list to which the time is appended.
+        sign: 1, or -1 for time to subtract.
 
     Returns:
-        The function that does the same.
+        The timed function.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -220,7 +220,7 @@ def timed(function: Callable[..., Any], seconds: list[float], sign: float) -> Ca
 
 
 def resident() -> int:
-    """Resident set after garbage has been given back [bytes]; 0 where the system does not say."""
+    """Free garbage and return the resident set size [bytes]; 0 if the system does not report it."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -228,13 +228,13 @@ def resident() -> int:
 
 
 def reset_peak() -> None:
-    """Lets Linux start a new high-water mark of this process."""
+    """Reset the peak of the resident set size (Linux only)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak() -> int:
-    """The high-water mark of the resident set [bytes]."""
+    """Return the peak of the resident set size [bytes]."""
     return _status("VmHWM")
 
 

@@ -1,4 +1,4 @@
-"""Peers that need an environment of their own; their packages are imported by name, for they are not in ours."""
+"""Peers that need their own environment; their packages are imported by name, since ours does not have them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 class AttentionSinks(Adapter):
-    """`attention_sinks` 0.4.0: replaced forwards, tuples of keys and values that are cut after each call."""
+    """`attention_sinks` 0.4.0: replaces forwards, and cuts tuples of keys and values after each call."""
 
     packages = ("attention_sinks",)
 
     def load(self, folder: str) -> Any:
-        """The model with its sinks injected."""
+        """Return the model as `attention_sinks` loads it."""
         return importlib.import_module("attention_sinks").AutoModelForCausalLM.from_pretrained(folder)
 
     def fresh(self) -> Any:
-        """No keys; the sizes live on the injected object."""
+        """Set the sizes on the object that cuts the cache; without keys, the cache is empty."""
         cut = self.model.model.attention_sink_kv_cache
         cut.attention_sink_size, cut.attention_sink_window_size = self.size.sinks, self.size.window
         cut.cache_size = self.size.limit
 
     def feed(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Keys and values travel as tuples; the mask is cut to their length, as its own `generate` does."""
+        """Run the model with tuples of keys and values; cut the mask to their length, as its `generate` does."""
         past = 0 if self.memory is None else self.memory[0][0].shape[2]
         options = {} if mask is None else {"attention_mask": mask[:, : past + ids.shape[1]]}
         output = self.model(input_ids=ids, past_key_values=self.memory, use_cache=True, **options)
@@ -38,11 +38,11 @@ class AttentionSinks(Adapter):
         return logits
 
     def work(self) -> list[tuple[Any, str]]:
-        """The cut after the layers."""
+        """Return the object that cuts the cache after the layers."""
         return [(self.model.model, "attention_sink_kv_cache")]
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Keys and values of the layers."""
+        """Yield the keys and values of the layers."""
         for layer in self.memory:
             yield from layer
 
@@ -51,44 +51,44 @@ class Sink(Adapter):
     """`SinkCache` of transformers 4.48, with plain forward calls."""
 
     def fresh(self) -> Any:
-        """An empty cache."""
+        """Return an empty cache."""
         cache = importlib.import_module("transformers").SinkCache
         return cache(window_length=self.size.limit, num_sink_tokens=self.size.sinks)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Keys and values of the layers."""
+        """Yield the keys and values of the layers."""
         yield from self.memory.key_cache
         yield from self.memory.value_cache
 
 
 class KVPress(Adapter):
-    """kvpress: `StreamingLLMPress` in its `KeyRerotationPress` compresses a prompt; then the cache grows."""
+    """kvpress: `StreamingLLMPress` in `KeyRerotationPress` compresses a prompt; after that, the cache grows."""
 
     packages = ("kvpress",)
     streams = False
     batch_prompt = 24
-    ratio: ClassVar[float] = 0.5  # of a prompt that is dropped
+    ratio: ClassVar[float] = 0.5  # share of a prompt that is dropped
 
     def fresh(self) -> Any:
-        """An empty stock cache; the press acts on the prompt."""
+        """Return an empty stock cache; the press is applied to the prompt."""
         return importlib.import_module("transformers").DynamicCache()
 
     def prompt(self, ids: torch.Tensor, kept: int, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Reads a prompt in one call and compresses it.
+        """Read a prompt in one call and compress it.
 
         Args:
             ids: [batch, tokens].
-            kept: how many tokens stay [tokens].
+            kept: number of tokens to keep [tokens].
             mask: 1 for real tokens [batch, tokens].
 
         Returns:
-            Logits [batch, tokens, vocab], of the whole prompt attending to all of itself.
+            Logits [batch, tokens, vocab] of the prompt, each token attending to all earlier ones.
 
         Raises:
-            RefusalError: if another number of tokens stayed.
+            RefusalError: if another number of tokens was kept.
         """
         presses = importlib.import_module("kvpress")
-        dropped = 1 - (kept + 0.5) / ids.shape[1]  # half a token against rounding down
+        dropped = 1 - (kept + 0.5) / ids.shape[1]  # half a token more, so that the number is not rounded down
         press = presses.StreamingLLMPress(compression_ratio=dropped, n_sink=self.size.sinks)
         with presses.KeyRerotationPress(press=press)(self.model):
             logits = super().feed(ids, mask)
@@ -97,17 +97,17 @@ class KVPress(Adapter):
         return logits
 
     def feed(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """A first call above the limit is compressed to it; later ones are not, for the press is made for a prompt."""
+        """Run the model; compress a first call that exceeds the limit, and no other, since the press is for prompts."""
         seen = self.memory.get_seq_length()
         if seen == 0 and ids.shape[1] > self.size.limit:
             return self.prompt(ids, self.size.limit, mask)
         return super().feed(ids, None if mask is None else mask[:, -(seen + ids.shape[1]) :])
 
     def fill(self, ids: torch.Tensor, steps: int) -> None:
-        """A prompt of which half is dropped leaves as many tokens as the limit."""
+        """Read a prompt of twice the limit and drop half of it."""
         del steps
         self.prompt(ids[:, : round(self.size.limit / self.ratio)], self.size.limit)
 
     def hold(self) -> None:
-        """Drops the newest token: nothing else would, after the prompt."""
+        """Drop the newest token, since the press does not act after the prompt."""
         self.memory.crop(-1)

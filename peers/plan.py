@@ -1,4 +1,4 @@
-"""Who is measured, and how long."""
+"""The peers, and how much is measured."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Peer:
     """A row of the table.
 
     Attributes:
-        key: of `worker.ADAPTERS`; the environment has this name where there is one.
-        title: for readers.
-        slow: reads token by token or without a cache; `--quick` leaves it out.
+        key: of `worker.ADAPTERS`; also the name of its environment, if it has one.
+        title: for the table.
+        slow: whether it reads token by token or without a cache, so that `--quick` skips it.
     """
 
     key: str
@@ -32,7 +32,7 @@ PEERS: Final = (
     Peer("index_select", "sinkwindow_reference, index_select loop", slow=True),
     Peer("reference", "sinkwindow_reference, no cache", slow=True),
 )
-LEFT_OUT: Final = "left out by --quick"
+LEFT_OUT: Final = "skipped by --quick"
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Plan:
 
     Attributes:
         speed: sizes at which steps are timed, (S, W) [tokens].
-        rounds: visits of each peer.
-        steps: timed steps of a visit.
-        attention: steps of a visit with stop-watches inside.
-        scored: size and length of the perplexity, (S, W, tokens) [tokens].
-        prompt: size for the longest prompt, (S, W) [tokens].
-        multiples: prompts that are tried, longest first, in limits.
+        rounds: number of rounds; each round measures every peer.
+        steps: timed steps of a peer per round.
+        attention: steps of a peer per round in which attention is timed.
+        scored: cache size and length of the text for perplexity, (S, W, tokens) [tokens].
+        prompt: cache size for the longest prompt, (S, W) [tokens].
+        multiples: lengths of prompts to try, longest first, in limits.
     """
 
     speed: tuple[tuple[int, int], ...]
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def single_steps(self) -> int:
-        """Tokens that follow a filled cache [tokens]."""
+        """Number of single tokens after the cache is filled [tokens]."""
         return self.rounds * (self.steps + self.attention)
 
 

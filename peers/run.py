@@ -1,4 +1,4 @@
-"""Measures all peers, in turns where time is measured, so that a slow minute hits all of them alike."""
+"""Measure all peers; times are measured interleaved, so that a slow minute affects all peers equally."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from peers.plan import Plan
 
     class Askable(Protocol):
-        """Answers questions, as `client.Client` does."""
+        """Answers requests, like `client.Client`."""
 
         def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-            """Answers one."""
+            """Answer one request."""
 
     Answers = dict[str, dict[str, Any]]
 
 
 def say(text: str) -> None:
-    """Progress on standard error; standard output belongs to the table."""
+    """Print progress to standard error; standard output is for the table."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def measure(clients: Mapping[str, Askable], plan: Plan) -> dict[str, Answers]:
-    """Asks everything of everybody.
+    """Request all measurements of all peers.
 
     Args:
         clients: running peers by key.
-        plan: how much.
+        plan: how much to measure.
 
     Returns:
-        Per peer the answers by name, each `{"result"}`, `{"refused"}` or `{"error"}`.
+        For each peer the answers by name, each `{"result"}`, `{"refused"}` or `{"error"}`.
     """
     answers: dict[str, Answers] = {key: {} for key in clients}
     for sinks, window in plan.speed:
@@ -53,31 +53,31 @@ def measure(clients: Mapping[str, Askable], plan: Plan) -> dict[str, Answers]:
 
 
 def speed(clients: Mapping[str, Askable], plan: Plan, size: tuple[int, int], answers: dict[str, Answers]) -> None:
-    """Fills every cache, then times steps in turns; a peer that fails is not asked again at this size."""
+    """Fill every cache, then time interleaved steps; a peer that fails is not measured again at this size."""
     limit = sum(size)
-    alive = []
+    running = []
     for key, client in clients.items():
         say(f"{key}: filling {limit} tokens")
         filled = client.ask("fill", sinks=size[0], window=size[1], steps=plan.single_steps)
         answers[key][f"fill {limit}"] = filled
         if "result" in filled:
-            alive.append(key)
+            running.append(key)
     for number in range(plan.rounds):
-        say(f"round {number + 1} of {plan.rounds} at {limit} tokens: {', '.join(alive)}")
-        for key in list(alive):
+        say(f"round {number + 1} of {plan.rounds} at {limit} tokens: {', '.join(running)}")
+        for key in list(running):
             for name, count in (("steps", plan.steps), ("attention", plan.attention)):
                 answer = clients[key].ask(name, count=count)
                 _add(answers[key], f"{name} {limit}", answer)
                 if name == "steps" and "result" not in answer:
-                    alive.remove(key)
+                    running.remove(key)
                     break
 
 
 def longest_prompt(key: str, client: Askable, plan: Plan) -> dict[str, Any]:
-    """Tries one call with many limits of tokens, the longest first.
+    """Try one call with several limits of tokens, the longest first.
 
     Returns:
-        The tokens of the first that works, or why the shortest does not.
+        The tokens of the first call that works, or the reason why the shortest does not.
     """
     sinks, window = plan.prompt
     answer: dict[str, Any] = {"error": "nothing was tried"}
@@ -90,23 +90,23 @@ def longest_prompt(key: str, client: Askable, plan: Plan) -> dict[str, Any]:
     return answer if "result" not in answer else {"error": "logits are not finite"}
 
 
-def left_out(plan_is_quick: bool) -> list[str]:  # noqa: FBT001 - named for what it asks
-    """Keys of the peers that are not run."""
+def left_out(plan_is_quick: bool) -> list[str]:  # noqa: FBT001 - the name says what it is
+    """Return the keys of the peers that are not run."""
     return [peer.key for peer in PEERS if peer.slow and plan_is_quick]
 
 
 def failed_row(key: str, reason: str) -> dict[str, Any]:
-    """A peer that did not run, for the record."""
+    """Return the record's row of a peer that did not run."""
     return {"key": key, "versions": {}, "failure": reason, "answers": {}}
 
 
 def skipped_row(key: str) -> dict[str, Any]:
-    """A peer that was not asked to run."""
+    """Return the record's row of a peer that was skipped."""
     return failed_row(key, LEFT_OUT)
 
 
 def _add(answers: Answers, name: str, answer: dict[str, Any]) -> None:
-    """Adds a visit's samples to those before; a failure replaces them, for it is the news."""
+    """Add the samples of a round to the earlier ones; a failure replaces them."""
     before = answers.get(name)
     if before is None or "result" not in before or "result" not in answer:
         answers[name] = answer

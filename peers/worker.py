@@ -1,7 +1,7 @@
 """The process of one peer, in its own environment: `python -m peers.worker PEER MODEL IDS THREADS`.
 
-Reads one JSON object a line, `{"do": name, ...arguments}`, and answers each with `{"result": ...}`, `{"refused": why}`
-or `{"error": what}`. Whatever libraries print goes to standard error.
+Read one JSON object per line, `{"do": name, ...arguments}`, and answer each with `{"result": ...}`, `{"refused": why}`
+or `{"error": what}`. The output of libraries goes to standard error.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ MEASURES: Final = ("fill", "steps", "attention", "perplexity", "prompt", "chunks
 def serve(
     lines: Iterable[str], answer: Callable[[dict[str, Any]], None], calls: Mapping[str, Callable[..., Any]]
 ) -> None:
-    """Answers requests until there are no more.
+    """Answer requests until there are no more.
 
     Args:
-        lines: JSON objects.
-        answer: takes each answer.
-        calls: what can be asked for.
+        lines: requests, one JSON object each.
+        answer: called with each answer.
+        calls: functions that can be requested, by name.
     """
     for line in lines:
         request = json.loads(line)
@@ -53,18 +53,18 @@ def serve(
             answer({"result": calls[request.pop("do")](**request)})
         except RefusalError as refusal:
             answer({"refused": str(refusal)})
-        except Exception as error:  # noqa: BLE001 - a peer's failure is a cell of the table, whatever its kind
+        except Exception as error:  # noqa: BLE001 - every failure of a peer becomes a cell of the table
             answer({"error": f"{type(error).__name__}: {first_line(error)}"})
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's message."""
+    """Return the first line of an error's message."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else "no message"
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of Python, torch, transformers and a peer's own packages."""
+    """Return the versions of Python, torch, transformers and the peer's own packages."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", *packages):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -73,20 +73,20 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def quiet_stdout() -> IO[str]:
-    """Keeps the answers' channel and sends everything else that is printed to standard error."""
+    """Return standard output for the answers, and send everything else that is printed to standard error."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return channel
 
 
 def main(peer: str, model: str, ids: str, threads: int) -> None:
-    """Loads a peer and serves.
+    """Serve a peer; the first request, `hello`, loads it.
 
     Args:
         peer: a key of `ADAPTERS`.
         model: folder of the weights.
         ids: JSON file with token ids.
-        threads: of torch.
+        threads: number of threads for torch.
     """
     channel = quiet_stdout()
 
@@ -95,7 +95,7 @@ def main(peer: str, model: str, ids: str, threads: int) -> None:
         channel.flush()
 
     def hello() -> dict[str, str]:
-        import torch  # noqa: PLC0415 - a broken environment is an answer, too
+        import torch  # noqa: PLC0415 - a broken environment must become an answer
 
         from peers.measures import Bench  # noqa: PLC0415
 
