@@ -104,8 +104,9 @@ def test_the_page_names_each_missed_bar_with_its_number() -> None:
     found = report(*rows)
     assert found.missed == rows[:1]
     page = speed_page.render(found)
-    assert "1 of 1 bars are missed, in 12 s:\n\n- tiny, tpot, a step: 1.500x, at most 1.15x asked\n" in page
-    assert "| 1.500x | <= 1.15x, MISSED | 1.50x |" in page
+    assert "1 of 1 targets are missed" in page
+    assert "in 12 s:\n\n- tiny, tpot, a step: 1.500x, target at most 1.15x\n" in page
+    assert "| 1.500x | <= 1.15x, missed | 1.50x |" in page
     assert "3.000 GB + 1.000 GB | 200.00 ms" in page  # 4 GB at the better way's 20 GB/s
 
 
@@ -113,20 +114,20 @@ def test_a_bar_below_the_floor_is_reported_as_such() -> None:
     """The floor of 2 ms is 0.8 of the other's 2.5 ms: no cache can reach 0.7, but one could reach 0.8."""
     row = comparison("cost", series(2.25), series(2.5), 0.7)
     assert (row.ratio, row.free) == (0.9, 0.8)
-    assert "at most 0.70x asked; the floor itself has 0.800x here" in speed_page.complaint(row)
-    assert "the floor" not in speed_page.complaint(row.model_copy(update={"bar": 0.8}))
+    assert "target at most 0.70x; the lower bound itself is at 0.800x here" in speed_page.complaint(row)
+    assert "the lower bound" not in speed_page.complaint(row.model_copy(update={"bar": 0.8}))
     speed = comparison("speed", series(4.0), series(3.0), 1.6)  # at most 3 over 2
-    assert "at least 1.60x asked; the floor itself has 1.500x here" in speed_page.complaint(speed)
-    assert "the floor" not in speed_page.complaint(speed.model_copy(update={"bar": 1.5}))
+    assert "target at least 1.60x; the lower bound itself is at 1.500x here" in speed_page.complaint(speed)
+    assert "the lower bound" not in speed_page.complaint(speed.model_copy(update={"bar": 1.5}))
 
 
 def test_a_page_without_a_miss_says_so() -> None:
-    """A page says that all bars are met; a quick run is never judged."""
+    """A page says that all targets are met; a quick run is never judged."""
     good = comparison("cost", series(1.0), series(2.0), 1.0)
-    assert "All 1 bars are met" in speed_page.render(report(good))
+    assert "All 1 targets are met" in speed_page.render(report(good))
     bad = comparison("cost", series(3.0), series(2.0), 1.0)
     assert "not judged" in speed_page.render(report(bad, quick=True))
-    assert "MISSED" not in speed_page.render(report(bad, quick=True))
+    assert "missed" not in speed_page.render(report(bad, quick=True))
 
 
 def test_a_report_is_unchanged_by_its_json() -> None:
@@ -327,5 +328,5 @@ def test_a_run_has_a_table_for_each_place(tmp_path: Path) -> None:
     page = tmp_path / "speed.md"
     page.write_text("\n".join(marked.marks(speed_page.VERDICT)), encoding="utf-8")
     marked.fill(page, found)
-    assert "1 of 1 bars are missed" in page.read_text(encoding="utf-8")
+    assert "1 of 1 targets are missed" in page.read_text(encoding="utf-8")
     assert "1.500x |" not in page.read_text(encoding="utf-8")  # no place for the row

@@ -112,8 +112,8 @@ class EagerEvictionSession(CompressedSession):
 class AbsoluteSession(StreamingSession):
     """The right tokens at their original positions: valid only while the whole text fits the trained positions.
 
-    The seed's author chose this in the end. The gap between sinks and window grows indefinitely, and the positions with
-    it.
+    The author of the original reproduction chose this in the end. The gap between sinks and window grows indefinitely,
+    and the positions with it.
     """
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:

@@ -6,7 +6,7 @@
 | `streaming_S_W[_B]` | `StreamingCache`: S sinks, W recent tokens, buffer B (64 by default) |
 | `static_S_W[_B]` | the same at fixed shapes: `static=True`, its steps compiled |
 | `window_0_W[_B]` | the same without sinks (B is 0 by default) |
-| `call_S_W[_B]` | the seed's chunk-wise rule: a call attends to all of itself, then evicts once (B is 0 by default) |
+| `call_S_W[_B]` | the original reproduction's rule: a call attends to itself, then evicts once (B is 0 by default) |
 | `recompute_W` | sliding window with re-computation: no cache, the last W tokens run again for every token |
 | `stale_ranks_S_W[_B]` | ablation: keys keep the rotation of the rank at which they were inserted |
 | `eager_eviction_S_W[_B]` | ablation: calls of B tokens, the cache cut to S + W *before* attention |

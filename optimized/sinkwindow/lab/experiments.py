@@ -1,4 +1,7 @@
-"""The report: the seed's two experiments (perplexity and generation speed of every configuration), and the studies."""
+"""The report: the two experiments of the original reproduction, and the studies.
+
+The experiments measure perplexity and generation speed of every configuration.
+"""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class RecallStudy(Record):
 
 
 class Studies(Record):
-    """Everything beyond the seed's two experiments; what was not requested is None."""
+    """Everything beyond the two experiments of the original reproduction; what was not requested is None."""
 
     mistakes: ScoreStudy | None = None
     sinks: ScoreStudy | None = None

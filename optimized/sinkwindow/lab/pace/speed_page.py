@@ -56,21 +56,21 @@ def verdict(report: SpeedReport) -> list[Block]:
             Text("**A quick run** on tiny models: it shows that everything is measured, its numbers are not judged.")
         ]
     if not report.missed:
-        return [Text(f"All {len(judged)} bars are met, in {report.seconds:.0f} s.")]
-    count = Text(f"{len(report.missed)} of {len(judged)} bars are missed, in {report.seconds:.0f} s:")
+        return [Text(f"All {len(judged)} targets are met, in {report.seconds:.0f} s.")]
+    count = Text(f"{len(report.missed)} of {len(judged)} targets are missed, in {report.seconds:.0f} s:")
     return [count, Bullets(tuple(map(complaint, report.missed)))]
 
 
 def complaint(one: Comparison) -> str:
     """Describe a missed bar with its number, and with the floor's number if the floor misses it too."""
     side = "at least" if one.ratio_kind == "speed" else "at most"
-    asked = f"{one.model}, {one.part}, {one.what}: {one.ratio:.3f}x, {side} {one.bar:.2f}x asked"
-    return asked if one.attainable else f"{asked}; the floor itself has {one.free:.3f}x here"
+    missed = f"{one.model}, {one.part}, {one.what}: {one.ratio:.3f}x, target {side} {one.bar:.2f}x"
+    return missed if one.attainable else f"{missed}; the lower bound itself is at {one.free:.3f}x here"
 
 
 def comparison_table(rows: Sequence[Comparison], *, judged: bool = True) -> Table:
     """Return the table of one part; if `judged`, it says which bars are met."""
-    header = ("Model", "What", "Ours", "Beside", "Ratio", "Bar", "Over floor", "Note")
+    header = ("Model", "What", "Ours", "Compared with", "Ratio", "Target", "Over floor", "Note")
     return Table(header, tuple(_row(one, judged=judged) for one in rows))
 
 
@@ -89,7 +89,7 @@ def _bar(one: Comparison, *, judged: bool) -> str:
     if one.bar is None:
         return NOT_MEASURED
     sign = ">=" if one.ratio_kind == "speed" else "<="
-    met = f", {'met' if one.met else 'MISSED'}" if judged else ", not judged"
+    met = f", {'met' if one.met else 'missed'}" if judged else ", not judged"
     return f"{sign} {one.bar:.2f}x{met}"
 
 

@@ -1,1 +1,1 @@
-"""Studies beyond the seed's two experiments: each is collected once as a record, and rendered elsewhere."""
+"""Studies beyond the two experiments of the original reproduction: each is collected once, and rendered elsewhere."""
