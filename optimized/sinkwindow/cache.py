@@ -52,7 +52,7 @@ class StreamingCache(Cache, Calls):
     while it does, another call of it, and every method that would change it, raises a ``RuntimeError``.
 
     Args:
-        model: The model that will use the cache; its weights and forward are left as they are.
+        model: The model that you will call with the cache; its weights and forward are left as they are.
         num_sinks: S, first tokens that are never evicted [tokens].
         window: W, most recent tokens that survive an eviction [tokens].
         buffer: B, how far the list may overgrow before one batched eviction [tokens]; 0 is the paper.
@@ -122,7 +122,7 @@ class StreamingCache(Cache, Calls):
         self._serve()
         last = facts.trained_length if positions == "original" else None
         self._checks = CallChecks(weakref.ref(facts.decoder), facts.counts_columns, on_overflow == "evict", last)
-        self._model = weakref.ref(model)
+        self._model = weakref.ref(model)  # what the user calls, if not the decoder alone
         self._finalizer = attach(model, facts.decoder, self)
 
     # -- what can be observed -----------------------------------------------------------------------------------------
@@ -242,9 +242,11 @@ class StreamingCache(Cache, Calls):
         Raises:
             RuntimeError: The call does not come from the model that the cache was made for, or the cache is detached.
         """
-        if self._call is not None and self._call.targets:  # first, and short: this runs for every layer of every token
-            return self._call.targets[self._pool_of[layer_idx]].update(layer_idx, key_states, value_states)
-        if self._steps is not None and self._steps.step is not None:  # compiled
+        call = self._call  # first, and short: this runs for every layer of every token
+        if call is not None and layer_idx in call.todo and (len(call.todo) < len(self.layers) or call.is_served()):
+            call.todo.remove(layer_idx)
+            return call.targets[self._pool_of[layer_idx]].update(layer_idx, key_states, value_states)
+        if call is None and self._steps is not None and self._steps.step is not None:  # compiled: no call is open
             return self._steps.update(layer_idx, key_states, value_states)
         raise RuntimeError(
             "This StreamingCache serves the model it was made with, while attached: the call comes from another model "

@@ -43,6 +43,7 @@ class Calls(Hooked):
     _steps: Steps | None
     _attention: AttentionFacts
     _checks: CallChecks
+    _model: weakref.ref[nn.Module]
     _pool_of: dict[int, int]
     _finalizer: weakref.finalize[Any, Any]
     _on_evict: Callable[[Eviction], object] | None
@@ -58,6 +59,9 @@ class Calls(Hooked):
         """What the calls that count have left."""
         return self._stream.state if self._steps is None else self._steps.state()
 
+    def _is_for(self, module: nn.Module) -> bool:
+        return self._model() is module
+
     def _is_planned(self) -> bool:
         """Return whether a call is running that is no step at fixed shapes."""
         call = self._call
@@ -72,7 +76,7 @@ class Calls(Hooked):
                 if call.is_joined_by(module):
                     return
                 raise RuntimeError(_in_use(call, "be called"))
-            self._call = OpenCall(id(module), 0 if frame is None else id(frame))
+            self._call = OpenCall(id(self), id(module), 0 if frame is None else id(frame))
 
     def _begin(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
         call = self._call
@@ -80,6 +84,7 @@ class Calls(Hooked):
         try:
             self._repair()
             inputs = self._checks.read(self._stream, decoder, kwargs, attached=self._finalizer.alive)
+            call.todo = set(self._pool_of)
             if self._steps is not None and self._steps.ready and inputs.columns == 1 and inputs.real is None:
                 return call.begin_step(self._steps, decoder, kwargs)
             return call.begin(self._stream, self._attention, decoder, kwargs, inputs)
@@ -87,18 +92,22 @@ class Calls(Hooked):
             self._call = None
             raise
 
-    def _end(self, module: nn.Module, output: Any) -> Any:
-        call = self._call
-        if call is None:
-            return output
-        if module is self._checks.decoder():
-            output = call.completed(output, self._pool_of)
-        if id(module) == call.module:
-            self._commit(call)
-        return output
+    def _complete(self, output: Any) -> Any:
+        return output if self._call is None else self._call.completed(output, self._pool_of)
+
+    def _end(self, module: nn.Module) -> None:
+        if self._call is not None and id(module) == self._call.module:
+            self._commit(self._call)
 
     def _commit(self, call: OpenCall) -> None:
-        """Count the call: one assignment, in ``Stream.adopt`` or ``Steps.commit``, makes it part of the past."""
+        """Count the call: one assignment, in ``Stream.adopt`` or ``Steps.commit``, makes it part of the past.
+
+        Raises:
+            RuntimeError: Some layer never handed over its keys; the call does not count.
+        """
+        if call.todo:
+            self._call = None
+            raise RuntimeError(f"Layers {sorted(call.todo)} did not update the cache in this call; it is undone.")
         if call.plan is None:
             if self._steps is not None and self._steps.step is not None:
                 self._steps.commit()

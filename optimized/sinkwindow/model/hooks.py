@@ -49,8 +49,16 @@ class Hooked(ABC):
         """Begin the open call; return the decoder's arguments, rewritten."""
 
     @abstractmethod
-    def _end(self, module: nn.Module, output: Any) -> Any:
-        """Complete a module's output; commit the call if it is the module that the user called."""
+    def _is_for(self, module: nn.Module) -> bool:
+        """Return whether the cache was made for a module: then its call is the call."""
+
+    @abstractmethod
+    def _complete(self, output: Any) -> Any:
+        """Return the decoder's output with what earlier pieces have given."""
+
+    @abstractmethod
+    def _end(self, module: nn.Module) -> None:
+        """Commit the call if it is the module that the user called."""
 
     @abstractmethod
     def _begin_traced(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -98,18 +106,21 @@ def attach(model: nn.Module, decoder: PreTrainedModel, cache: Hooked) -> Finaliz
 
 
 def _hooks_for(module: nn.Module, *, is_decoder: bool) -> _Attachment:
-    before, after = (_before_decoder, _after_decoder) if is_decoder else (_before_model, _after_model)
     rotary = rotary_modules(module) if is_decoder else []
     _strip_copied_hooks([module, *rotary])
-    last = module.register_forward_hook(after, with_kwargs=True)
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True), last]
+    before = _before_decoder if is_decoder else _before_model
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+    if is_decoder:
+        handles.append(module.register_forward_hook(_after_decoder, with_kwargs=True))
+    last = module.register_forward_hook(_after_call, with_kwargs=True)
+    handles.append(last)
     handles += [one.register_forward_hook(_after_rotary, with_kwargs=True) for one in rotary]
     return _Attachment(handles, last.id)
 
 
 def _strip_copied_hooks(modules: list[nn.Module]) -> None:
     """Remove the hooks that a copy of an attached model has inherited, which no handle would remove."""
-    ours = {_before_model, _before_decoder, _after_model, _after_decoder, _after_rotary}
+    ours = {_before_model, _before_decoder, _after_decoder, _after_call, _after_rotary}
     for module in modules:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in ours]:
@@ -144,7 +155,7 @@ def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]
     """
     cache._open(decoder)
     yield cache._begin(decoder, kwargs)
-    cache._end(decoder, None)
+    cache._end(decoder)
 
 
 # -- the hooks --------------------------------------------------------------------------------------------------------
@@ -152,7 +163,7 @@ def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]
 
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
-    if cache is not None and not torch.compiler.is_compiling():
+    if cache is not None and not torch.compiler.is_compiling() and cache._is_for(module):
         _run_last(module)
         cache._open(module)
 
@@ -177,14 +188,13 @@ def _after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     if torch.compiler.is_compiling():
         return _commit_traced(cache, cast("PreTrainedModel", module))
-    return cache._end(module, output)
+    return cache._complete(output)
 
 
-def _after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
-    if cache is None or torch.compiler.is_compiling():
-        return None
-    return cache._end(module, output)
+    if cache is not None and not torch.compiler.is_compiling():
+        cache._end(module)
 
 
 def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sinkwindow.attention.mask import additive
 from sinkwindow.model.exact_rope import marked
-from sinkwindow.model.pieces import PER_CALL, joined, piece_of, tokens_of
+from sinkwindow.model.pieces import JOINED, PER_CALL, arguments_of, joined, piece_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,23 +59,29 @@ class OpenCall:
     of an interrupted call alive.
 
     Attributes:
+        cache: The address of the cache.
         module: The address of the module that the user called.
         frame: The address of the frame in which torch calls it; 0 for a call made by hand.
         thread: The thread.
         stream: Where the call's tokens go: the cache's stream, or a fork of it when the call runs in pieces.
         plan: The piece under way; ``None`` before the decoder begins, and in a step at fixed shapes.
         targets: For each pool what takes a layer's keys and values.
-        outputs: Of the pieces that have run.
+        todo: Layers that have not updated the cache yet.
+        outputs: Hidden states of the pieces that have run.
+        as_tuple: Whether the decoder's output is to be a tuple.
         evictions: Of the pieces that have run.
     """
 
+    cache: int
     module: int
     frame: int
     thread: int = field(default_factory=threading.get_ident)
     stream: Stream | None = None
     plan: StreamCall | None = None
     targets: Sequence[PoolCall | Steps] = ()
-    outputs: list[Any] = field(default_factory=list)
+    todo: set[int] = field(default_factory=set)
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    as_tuple: bool = False
     evictions: list[Eviction] = field(default_factory=list)
 
     def is_running(self, above: FrameType | None) -> bool:
@@ -83,11 +89,18 @@ class OpenCall:
         own = self.thread == threading.get_ident()
         frame = above if own else sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, for debuggers
         while frame is not None:
-            # An address is used again: look also whom the frame calls.
-            if id(frame) == self.frame and frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module:
-                return True
+            if id(frame) == self.frame and frame.f_code is _CALL:
+                # An address is used again: look also whom the frame calls, and with what.
+                names = frame.f_locals
+                values = (*names["args"], *names["kwargs"].values())
+                if id(names["self"]) == self.module and self.cache in map(id, values):
+                    return True
             frame = frame.f_back
         return False
+
+    def is_served(self) -> bool:
+        """Return whether layers that hand over keys belong to this call: it is running here, or made by hand."""
+        return not self.frame or (self.thread == threading.get_ident() and self.is_running(module_frame()))
 
     def is_joined_by(self, module: nn.Module) -> bool:
         """Return whether a module that is called now is a part of this call: inside its module, before it began."""
@@ -122,6 +135,8 @@ class OpenCall:
         self.stream = stream
         if inputs.columns > 1 and self.frame:  # by hand, there is nothing to run pieces with
             columns = self._first_piece(stream, decoder, kwargs, inputs, masked=masked)
+            if kwargs.get("return_dict", decoder.config.return_dict) is False:
+                kwargs, self.as_tuple = kwargs | {"return_dict": True}, True  # the items of a tuple have no names
             if columns < inputs.columns:
                 kwargs, inputs = self._run_pieces(stream, columns, facts, decoder, kwargs, inputs, masked=masked)
         return self._plan(facts, decoder, kwargs, inputs, masked=masked)
@@ -134,10 +149,11 @@ class OpenCall:
         whole = [name for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
         if length == inputs.columns or not whole:
             return length
-        if not masked:
+        if not masked or stream.longest is not None:
+            why = "takes no 4D mask" if not masked else "has a table of positions"
             raise ValueError(
-                f"{whole[0]}=True needs a call in one piece, and this one runs in pieces, since the attention of "
-                f"{type(decoder).__name__} takes no 4D mask: feed at most {length} columns."
+                f"{whole[0]}=True needs a call in one piece, and this one must run in pieces, since the attention of "
+                f"{type(decoder).__name__} {why}: feed at most {length} columns."
             )
         return inputs.columns
 
@@ -153,21 +169,27 @@ class OpenCall:
         masked: bool,
     ) -> tuple[dict[str, Any], Inputs]:
         """Run all pieces but the last; return the arguments of that one, and what they bring."""
-        name, start, end = tokens_of(kwargs), 0, inputs.columns
+        start, end, todo = 0, inputs.columns, set(self.todo)
+        in_slots = stream.has_room(inputs)
+        if in_slots:  # evicted tokens stay where a roll-back finds them
+            self.stream = stream = stream.copy()
         while start + length < end:
-            piece = kwargs | {name: kwargs[name][:, start : start + length]}
-            run = piece_of(inputs, start, start + length)
-            arguments = self._plan(facts, decoder, piece, run, masked=masked, aside=not start)
-            self.outputs.append(decoder.forward(**arguments))
+            run, piece = piece_of(inputs, start, start + length), arguments_of(kwargs, start, start + length)
+            arguments = self._plan(facts, decoder, piece, run, masked=masked, aside=not start and not in_slots)
+            output = decoder.forward(**arguments)
+            self.outputs.append({name: output[name] for name in JOINED if name in output})
+            if self.todo:
+                raise RuntimeError(f"Layers {sorted(self.todo)} did not update the cache in this call; it is undone.")
+            self.todo = set(todo)
             plan = cast("StreamCall", self.plan)
-            if start:
+            if start or in_slots:
                 self.evictions += stream.commit_piece(plan)
             else:
                 self.stream, self.evictions = stream.fork(plan)
                 stream = self.stream
             start += length
             length = stream.piece_length(piece_of(inputs, start, end), masked=masked)
-        return kwargs | {name: kwargs[name][:, start:]}, piece_of(inputs, start, end)
+        return arguments_of(kwargs, start, end), piece_of(inputs, start, end)
 
     def _plan(
         self,
@@ -201,7 +223,7 @@ class OpenCall:
             output["attentions"] = tuple(
                 weight if weight is None else part.fold(weight) for part, weight in zip(parts, weights, strict=True)
             )
-        return output
+        return output.to_tuple() if self.as_tuple else output
 
 
 def _mask(
@@ -214,17 +236,19 @@ def _mask(
     """
     if facts.own:
         return plan.columns_with_tokens(inputs.device)
-    masks = plan.masks(inputs.device)
-    if masks is None:
-        return None
     implementation = decoder.config._attn_implementation  # noqa: SLF001
-    if not masked:
-        if len(masks) > 1:
+    if not masked:  # nothing crosses an eviction in a piece, and the model knows its own windows
+        if plan.is_even():
+            return None
+        if len(set(facts.layer_types)) > 1:
             raise ValueError(
                 f"attn_implementation={implementation!r} takes no 4D mask, which padded rows of a model with layers of "
                 'several kinds need: use "sdpa", or rows without padding.'
             )
         return plan.columns_with_tokens(inputs.device)
+    masks = plan.masks(inputs.device)
+    if masks is None:
+        return None
     if implementation != "sdpa":
         masks = [additive(mask, decoder.dtype).expand(inputs.batch, -1, -1, -1) for mask in masks]
     by_type = dict(zip(facts.layer_types, masks, strict=True))

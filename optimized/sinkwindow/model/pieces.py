@@ -6,25 +6,33 @@ and a model whose attention takes no 4D mask gets pieces that end where it evict
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils.generic import ModelOutput
+from torch import Tensor
 
 from sinkwindow.lanes import Inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
 # Outputs that pieces do not add up to: a call that is asked for one of them runs whole.
+JOINED = ("last_hidden_state", "hidden_states")  # outputs of pieces that are joined
 PER_CALL = ("output_attentions", "output_router_logits")
 
 
 def tokens_of(kwargs: dict[str, Any]) -> str:
     """Return the name of the argument that holds a call's tokens."""
     return "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+
+
+def arguments_of(kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return a call's arguments for a run of its columns: those that have a value for each column are cut."""
+    shape = kwargs[tokens_of(kwargs)].shape[:2]
+    return {
+        name: value[:, start:stop] if isinstance(value, Tensor) and value.shape[:2] == shape else value
+        for name, value in kwargs.items()
+    }
 
 
 def piece_of(inputs: Inputs, start: int, stop: int) -> Inputs:
@@ -38,11 +46,9 @@ def piece_of(inputs: Inputs, start: int, stop: int) -> Inputs:
     return Inputs(inputs.batch, stop - start, inputs.device, list(real))
 
 
-def joined(outputs: Sequence[Any]) -> Any:
-    """Return one output: hidden states joined along the tokens, the rest as the last piece has it."""
+def joined(outputs: Sequence[dict[str, Any]]) -> Any:
+    """Return the last piece's output, with all pieces' hidden states joined along the tokens."""
     last = outputs[-1]
-    if not isinstance(last, ModelOutput):
-        return (torch.cat([cast("Tensor", output[0]) for output in outputs], dim=1), *last[1:])
     last["last_hidden_state"] = torch.cat([output["last_hidden_state"] for output in outputs], dim=1)
     if "hidden_states" in last:
         layers = zip(*(output["hidden_states"] for output in outputs), strict=True)

@@ -60,7 +60,6 @@ class PoolCall:
     evicted: list[int] = field(default_factory=list)
     length: int = 0
     _views: dict[int, tuple[Tensor | None, ...]] = field(default_factory=dict)
-    _todo: set[int] = field(default_factory=set)
     _whole: bool = False  # what a layer returns is one view of the slots
     _needs_sinks: bool = False
     _aside: Aside | None = None
@@ -79,7 +78,6 @@ class PoolCall:
         self.epochs = epochs if pool.ranked and rule.num_sinks else 0
         self.length = self.epochs * rule.num_sinks + self.held + columns
         self.copied = self.copied or (pool.static and bool(slots.banks))
-        self._todo = set(pool.layers)
         self._needs_sinks = brings_sinks or self.epochs > 0 or not self.in_slots
         if not self.in_slots:
             sizes = pool, slots, self.lanes, self.held, self.evicted
@@ -115,7 +113,6 @@ class PoolCall:
         if to_keys is not None and to_values is not None:
             to_keys.copy_(key.detach() if key.requires_grad else key)  # the check is ten times cheaper than detach()
             to_values.copy_(value.detach() if value.requires_grad else value)
-        self._todo.discard(layer)
         if self._whole and not self._needs_sinks and keys is not None and values is not None:
             return keys, values
         fresh = KeyValue(key, value)
@@ -132,13 +129,7 @@ class PoolCall:
         return KeyValue(*(torch.cat(pair, dim=2) for pair in zip(*states, strict=True)))
 
     def outcome(self) -> Slots:
-        """Return what the pool holds after the call.
-
-        Raises:
-            RuntimeError: Some layer never handed over its keys.
-        """
-        if self._todo:
-            raise RuntimeError(f"Layers {sorted(self._todo)} did not update the cache in this call; it is undone.")
+        """Return what the pool holds after the call."""
         if self._aside is None:
             rows = []
             for row, gone in zip(self.slots.lanes, self.evicted, strict=True):
@@ -257,10 +248,14 @@ class StreamCall:
 
     def masks(self, device: torch.device) -> list[Tensor] | None:
         """Return the bool mask of each pool, ``None`` where a causal mask over all columns says the same."""
-        needed = not self.plain
+        needed = not self.is_even()
         for part in self.parts:
-            needed = needed or part.crosses or (len(self.lanes) > 1 and part.is_uneven())
+            needed = needed or part.crosses
         return [part.visible(device) for part in self.parts] if needed else None
+
+    def is_even(self) -> bool:
+        """Return whether all columns hold tokens, the cached ones of every row too."""
+        return self.plain and (len(self.lanes) == 1 or not any(part.is_uneven() for part in self.parts))
 
     def columns_with_tokens(self, device: torch.device) -> Tensor:
         """Return the 2D mask for a model that makes its own 4D mask of it, ``[batch, held + columns]`` int64."""

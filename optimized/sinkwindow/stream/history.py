@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from sinkwindow.stream.state import State
 
 
+MOST = 4096  # records kept, of calls that counting alone cannot undo; a roll-back further back is refused
+
+
 @dataclass(frozen=True, slots=True)
 class _Counts:
     """What every lane had seen, and evicted in every pool, at a column; and the evictions of all rows together."""
@@ -30,11 +33,8 @@ class _Counts:
     num_evictions: int
 
 
-def recorded(state: State, call: StreamCall, pools: Sequence[Pool]) -> tuple[CallRecord, ...]:
-    """Return the records of a state after a call that counting alone cannot undo.
-
-    As many are kept as the longest list has tokens: no roll-back crosses more.
-    """
+def recorded(state: State, call: StreamCall) -> tuple[CallRecord, ...]:
+    """Return the records of a state after a call that counting alone cannot undo, the newest ``MOST`` at most."""
     record = CallRecord(
         start=state.columns,
         columns=call.lanes[0].columns,
@@ -43,7 +43,7 @@ def recorded(state: State, call: StreamCall, pools: Sequence[Pool]) -> tuple[Cal
         evicted=tuple(tuple(row.evicted for row in slots.lanes) for slots in call.state.pools),
         num_evictions=state.num_evictions,
     )
-    return (*state.past, record)[-_longest(pools) :]
+    return (*state.past, record)[-MOST:]
 
 
 def select_past(past: Sequence[CallRecord], rows: Sequence[int]) -> tuple[CallRecord, ...]:
@@ -89,10 +89,6 @@ def count_evictions(pools: Sequence[Pool], evicted: Sequence[int], batch: int) -
     return None if rule.evict == "call" else sum(evicted) // (rule.buffer + 1) * (batch // len(evicted))
 
 
-def _longest(pools: Sequence[Pool]) -> int:
-    return max(pool.retention.capacity for pool in pools)
-
-
 def _counts_now(state: State) -> _Counts:
     evicted = [[row.evicted for row in slots.lanes] for slots in state.pools]
     return _Counts([lane.seen for lane in state.lanes], evicted, state.num_evictions)
@@ -103,8 +99,8 @@ def _counts_at(pools: Sequence[Pool], state: State, column: int) -> _Counts | No
     lanes, batch = len(state.lanes), state.batch or 1
     record = next((record for record in reversed(state.past) if record.start <= column), None)
     if record is None:
-        if column and len(state.past) == _longest(pools):
-            return None  # older records were dropped
+        if column and state.forgot:
+            return None
         record = CallRecord(0, 0, (None,), (0,), ((0,),) * len(pools), 0)
     # So many columns of the recorded call come before, and behind it so many in which every lane had a token.
     inside = min(column - record.start, record.columns)

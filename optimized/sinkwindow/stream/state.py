@@ -48,6 +48,7 @@ class State:
         num_evictions: Evictions so far, all rows together.
         forwarded: Columns ever fed, cropped ones included.
         past: Calls that a roll-back may cross and cannot undo by counting.
+        forgot: Whether older ones of them were dropped.
         recording: Whether evicted tokens are kept for a roll-back.
     """
 
@@ -58,6 +59,7 @@ class State:
     num_evictions: int = 0
     forwarded: int = 0
     past: tuple[CallRecord, ...] = ()
+    forgot: bool = False
     recording: bool = False
 
     def by_row(self, batch: int) -> State:

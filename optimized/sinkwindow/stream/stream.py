@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PIECE = 256  # columns of a call run at once: beyond, masked columns cost more than the fixed cost of another piece
-PIECE_COPIES = 1024  # and no more columns of copied sinks than this in a piece
+PIECE_COPIES = 2048  # and no more columns of copied sinks than this in a piece
 
 
 class Stream:
@@ -59,7 +59,7 @@ class Stream:
         self.bound = bound
         self.static = pools[0].static
         self._keeps_addresses = self.static and state is None
-        self._longest = longest
+        self.longest = longest
         self.state = self._new_state() if state is None else state
         self._spare: list[tuple[Bank, ...]] = [()] * len(pools)
         self._unfinished: tuple[Writes, State] | None = None
@@ -98,7 +98,9 @@ class Stream:
             return inputs.columns
         state = self._state_for(inputs)
         held = self.pools[0].held(state.pools[0], state.lanes)
-        most = max(self.bound - held, self.rule.window) if self._longest is None else self._longest - held
+        most = max(self.bound - held, self.rule.window) if self.longest is None else self.longest - held
+        if masked and self.has_room(inputs) and inputs.columns <= most:
+            return inputs.columns
         if masked:
             copies_per_token = self.rule.num_sinks / (self.rule.buffer + 1)
             return min(inputs.columns, most, PIECE, max(1, int(PIECE_COPIES / max(1, copies_per_token))))
@@ -121,7 +123,7 @@ class Stream:
             ValueError: The model cannot attend to so many columns.
         """
         state = self._state_for(inputs)
-        if self._longest is not None:
+        if self.longest is not None:
             self._check_longest(state, inputs.columns)
         fresh, reach = inputs.counts(len(state.lanes)), 0
         for lane, count in zip(state.lanes, fresh, strict=True):
@@ -141,10 +143,10 @@ class Stream:
 
     def _check_longest(self, state: State, columns: int) -> None:
         held = self.pools[0].held(state.pools[0], state.lanes)
-        if self._longest is not None and held + columns > self._longest:
+        if self.longest is not None and held + columns > self.longest:
             raise ValueError(
                 f"The call brings {columns} columns and {held} are cached, but this model's table of positions "
-                f'ends at {self._longest}; feed shorter calls, or use evict="token", which splits them.'
+                f'ends at {self.longest}; feed shorter calls, or use evict="token", which splits them.'
             )
 
     def _rebased(self, state: State, fresh: Sequence[int]) -> State:
@@ -197,13 +199,30 @@ class Stream:
         self.adopt(state)
         return events
 
+    def has_room(self, inputs: Inputs) -> bool:
+        """Return whether a call fits into the free slots: what it evicts stays there, for a roll-back."""
+        state = self.state
+        return (
+            not self.static
+            and min(inputs.counts(len(state.lanes))) == inputs.columns
+            and all(
+                slots.banks
+                and pool.held(slots, state.lanes) + inputs.columns <= pool.size(slots, recording=state.recording)
+                for pool, slots in zip(self.pools, state.pools, strict=True)
+            )
+        )
+
+    def copy(self) -> Stream:
+        """Return a stream that goes on from the same tokens in tensors of its own."""
+        return Stream(self.pools, self.bound, longest=self.longest, state=self.state.cloned())
+
     def fork(self, call: StreamCall) -> tuple[Stream, list[Eviction]]:
         """Return a stream that goes on from a call that was begun ``aside``, and what the call evicted.
 
         This stream stays before the call, until ``adopt`` takes the state of the other one over.
         """
         state, events = self._after(call)
-        return Stream(self.pools, self.bound, longest=self._longest, state=state), events
+        return Stream(self.pools, self.bound, longest=self.longest, state=state), events
 
     def commit_piece(self, call: StreamCall) -> list[Eviction]:
         """Do what ``commit`` does, in a fork: what it held before is free to be written."""
@@ -216,6 +235,8 @@ class Stream:
     def _after(self, call: StreamCall) -> tuple[State, list[Eviction]]:
         events, state = evictions_of(call), call.state
         columns = call.lanes[0].columns
+        counting = call.plain and self.rule.evict == "token"  # is enough to undo the call
+        past = state.past if counting else recorded(state, call)
         after = State(
             pools=tuple([part.outcome() for part in call.parts]),
             lanes=tuple([lane.after for lane in call.lanes]),
@@ -223,7 +244,8 @@ class Stream:
             batch=call.batch,
             num_evictions=state.num_evictions + len(events),
             forwarded=state.forwarded + columns,
-            past=state.past if call.plain and self.rule.evict == "token" else recorded(state, call, self.pools),
+            past=past,
+            forgot=state.forgot or len(past) < len(state.past) + (not counting),
             recording=state.recording,
         )
         return after, events
