@@ -183,7 +183,7 @@ class OpenCall:
             self.todo = set(todo)
             plan = cast("StreamCall", self.plan)
             if start or in_slots:
-                self.evictions += stream.commit_piece(plan)
+                self.evictions += stream.commit(plan)
             else:
                 self.stream, self.evictions = stream.fork(plan)
                 stream = self.stream

@@ -32,7 +32,7 @@ class Aside:
         held: Cached columns in front of the call's.
         evicted: Tokens that each lane will have evicted.
         recording: Whether evicted tokens are kept for a roll-back.
-        spare: Banks that are free to be written, for a call that runs in pieces.
+        in_place: Whether what the slots hold may be written over, a layer at a time: in a fork, nobody else reads it.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Aside:
         evicted: Sequence[int],
         *,
         recording: bool,
-        spare: tuple[Bank, ...] = (),
+        in_place: bool = False,
     ) -> None:
         self._pool, self._lanes, self._held = pool, lanes, held
         self._size = pool.size(slots, recording=recording)
@@ -56,28 +56,30 @@ class Aside:
             self._counts.append(lane.after.seen - start)
             self._end = max(self._end, pool.retention.sinks(lane.after.seen) + self._counts[-1])
         self._rows = tuple(rows)
-        self._banks = spare or tuple(bank.with_slots(self._size) for bank in slots.banks)
+        self._banks = slots.banks if in_place else tuple(bank.with_slots(self._size) for bank in slots.banks)
         self._first: dict[int, tuple[KeyValue, KeyValue]] = {}  # window and sinks of each layer, in the first call
         self._index: Tensor | None = None
 
-    def keep(self, layer: int, states: Sequence[KeyValue], sinks: KeyValue) -> None:
+    def keep(self, layer: int, states: KeyValue, sinks: KeyValue) -> None:
         """Keep what the window needs of a layer.
 
         Args:
             layer: The model's layer index.
-            states: Cached columns, if there are any, and the call's, ``[batch, kv_heads, columns, ...]``.
+            states: Cached columns and the call's, the newest on the right, ``[batch, kv_heads, columns, ...]``; in
+                memory of their own if there are cached ones.
             sinks: The pristine sinks, those of the call included.
         """
-        longest, parts = max(self._counts), list(states)
+        longest = max(self._counts)
         if any(lane.padded for lane in self._lanes):
-            parts = [self._gathered(parts, longest)]
-        elif self._pool.static or not self._banks:
-            parts = [_newest(parts, longest)]
+            window = self._gathered(states, longest)
+        else:
+            start = states.keys.shape[2] - longest
+            window = KeyValue(*(tensor[:, :, start:].detach() for tensor in states))
         if self._banks:
             bank = next(bank for bank in self._banks if layer in bank.layers)
-            self._store(bank, bank.layers[layer], parts, longest)
+            self._store(bank, bank.layers[layer], window)
         else:  # nothing is allocated before all layers have shown their shapes
-            self._first[layer] = parts[0], sinks
+            self._first[layer] = KeyValue(*map(torch.clone, window)), sinks
 
     def slots(self) -> Slots:
         """Return what the pool holds after the call."""
@@ -90,46 +92,33 @@ class Aside:
                     window, sinks = self._first.pop(layer)
                     for target, source in zip(bank.sinks, sinks, strict=True):
                         target[place] = source
-                    self._store(bank, place, [window], max(self._counts))
+                    self._store(bank, place, window)
         return Slots(self._banks, self._rows, self._end)
 
-    def _store(self, bank: Bank, place: int, parts: Sequence[KeyValue], longest: int) -> None:
-        """Write the newest tokens of all rows into a layer's slots, from the last one backwards."""
-        num_sinks = self._pool.retention.num_sinks
-        for target, pristine, tensors in zip(bank.slots, bank.sinks, zip(*parts, strict=True), strict=True):
+    def _store(self, bank: Bank, place: int, window: KeyValue) -> None:
+        """Write the newest tokens of all rows, ``[batch, kv_heads, longest, ...]``, into a layer's slots."""
+        num_sinks, start = self._pool.retention.num_sinks, self._end - window.keys.shape[2]
+        for target, pristine, source in zip(bank.slots, bank.sinks, window, strict=True):
+            # A slot that a mask hides is still multiplied by a weight of zero, so it must be finite.
             if self._pool.static:
+                target[place].zero_()
                 after = [lane.after for lane in self._lanes]
-                target[place].zero_()  # a slot that a mask hides is still multiplied by a weight of zero
-                ring.write(target[place], tensors[0], after, self._counts, num_sinks)
+                ring.write(target[place], source, after, self._counts, num_sinks)
                 target[place, :, :, :num_sinks] = pristine[place]  # values for good, keys until a step rotates them
-                continue
-            # [batch, kv_heads, slots, width]: the call's columns end at `end`, cached ones come before them.
-            stop = self._end
-            target[place, :, :, max(0, stop - longest - num_sinks) : stop - longest].zero_()  # likewise
-            for tensor in reversed(tensors):
-                count = min(tensor.shape[2], stop - (self._end - longest))
-                target[place, :, :, stop - count : stop] = tensor[:, :, tensor.shape[2] - count :].detach()
-                stop -= count
+            else:
+                target[place, :, :, max(0, start - num_sinks) : start].zero_()
+                target[place, :, :, start : self._end] = source
 
-    def _gathered(self, parts: Sequence[KeyValue], longest: int) -> KeyValue:
+    def _gathered(self, states: KeyValue, longest: int) -> KeyValue:
         """Return the newest tokens of padded rows, right-aligned."""
         if self._index is None:
             columns = [self._columns_of(lane, longest) for lane in self._lanes]
             self._index = torch.tensor(columns, dtype=torch.long)[:, None, :, None]
-        index = self._index.to(parts[0].keys.device)
-        tensors = (torch.cat(pair, dim=2).take_along_dim(index, dim=2) for pair in zip(*parts, strict=True))
-        return KeyValue(*(tensor.detach() for tensor in tensors))
+        copied = states.keys.shape[2] - self._held - self._lanes[0].columns  # columns of copied sinks in front
+        index = self._index.to(states.keys.device) + copied
+        return KeyValue(*(tensor.take_along_dim(index, dim=2).detach() for tensor in states))
 
     def _columns_of(self, lane: LaneCall, count: int) -> list[int]:
         """Return the columns of a lane's newest tokens; 0 is a placeholder for indices before the first token."""
         naturals = range(lane.after.seen - count, lane.after.seen)
         return [max(0, lane.column(natural, self._held)) if natural >= 0 else 0 for natural in naturals]
-
-
-def _newest(parts: Sequence[KeyValue], longest: int) -> KeyValue:
-    """Return the newest columns in memory of their own."""
-    fresh = parts[-1].keys.shape[2]
-    if longest <= fresh:
-        return KeyValue(*(tensor[:, :, fresh - longest :].detach().clone() for tensor in parts[-1]))
-    tensors = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
-    return KeyValue(*(tensor[:, :, tensor.shape[2] - longest :].detach() for tensor in tensors))

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sinkwindow.lanes import LaneCall
-    from sinkwindow.storage.bank import Bank
     from sinkwindow.storage.slots import Pool
     from sinkwindow.stream.state import State
 
@@ -39,7 +38,7 @@ class PoolCall:
         held: Cached columns that every layer returns in front of the call's columns.
         recording: Whether evicted tokens are kept for a roll-back.
         in_slots: Whether the call's tokens go straight into the slots; otherwise they are kept aside until the end.
-        spare: Banks that such a call may write.
+        in_place: Whether such a call may write over what the slots hold.
         copied: Whether the cached columns are read as a copy, since the slots do not hold them in order.
         crosses: Whether its queries' lists differ: an eviction happens between them.
         epochs: Copies of the sinks in front of the cached columns, see ``attention/mask.py``.
@@ -53,7 +52,7 @@ class PoolCall:
     held: int
     recording: bool
     in_slots: bool
-    spare: tuple[Bank, ...] = ()
+    in_place: bool = False
     copied: bool = False
     crosses: bool = False
     epochs: int = 0
@@ -81,7 +80,7 @@ class PoolCall:
         self._needs_sinks = brings_sinks or self.epochs > 0 or not self.in_slots
         if not self.in_slots:
             sizes = pool, slots, self.lanes, self.held, self.evicted
-            self._aside = Aside(*sizes, recording=self.recording, spare=self.spare)
+            self._aside = Aside(*sizes, recording=self.recording, in_place=self.in_place)
         self._whole = self.in_slots and not self.copied and not self.epochs
         if self.copied:
             before = [lane.before for lane in self.lanes]
@@ -120,13 +119,14 @@ class PoolCall:
         if self._whole and keys is not None and values is not None:
             return keys, values
         states = [fresh] if keys is None or values is None else [KeyValue(keys, values), fresh]
-        if self._aside is not None:
-            self._aside.keep(layer, states, sinks)
         if self.epochs:
             states = [self._rotated(sinks), *states]
-        if len(states) == 1:
-            return fresh
-        return KeyValue(*(torch.cat(pair, dim=2) for pair in zip(*states, strict=True)))
+        result = fresh
+        if len(states) > 1:
+            result = KeyValue(*(torch.cat(pair, dim=2) for pair in zip(*states, strict=True)))
+        if self._aside is not None:
+            self._aside.keep(layer, result, sinks)
+        return result
 
     def outcome(self) -> Slots:
         """Return what the pool holds after the call."""

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sinkwindow.storage.bank import Bank
 
 T = TypeVar("T")
 
@@ -58,10 +57,9 @@ class Stream:
         self.rule = pools[0].retention
         self.bound = bound
         self.static = pools[0].static
-        self._keeps_addresses = self.static and state is None
+        self._is_fork = state is not None
         self.longest = longest
         self.state = self._new_state() if state is None else state
-        self._spare: list[tuple[Bank, ...]] = [()] * len(pools)
         self._unfinished: tuple[Writes, State] | None = None
 
     def _new_state(self) -> State:
@@ -163,7 +161,7 @@ class Stream:
         pool, slots, recording = self.pools[index], state.pools[index], state.recording
         held = pool.held(slots, state.lanes)
         if not slots.banks or pool.static:
-            return PoolCall(pool, slots, lanes, held, recording, in_slots=False, spare=self._spare[index])
+            return PoolCall(pool, slots, lanes, held, recording, in_slots=False, in_place=self._is_fork)
         size = pool.size(slots, recording=recording)
         room = columns if columns <= size - held else 0  # enough, after a move if need be
         stale = unplaced = False
@@ -178,7 +176,7 @@ class Stream:
         if unplaced and not copied and pool.retention.num_sinks:
             slots = self._place_sinks(index, slots)
         in_slots = 0 < room <= size - slots.end
-        return PoolCall(pool, slots, lanes, held, recording, in_slots, self._spare[index], copied)
+        return PoolCall(pool, slots, lanes, held, recording, in_slots, self._is_fork, copied)
 
     def _place_sinks(self, index: int, slots: Slots) -> Slots:
         """Write the sinks in front of the windows, where they stay until a row evicts."""
@@ -224,14 +222,6 @@ class Stream:
         state, events = self._after(call)
         return Stream(self.pools, self.bound, longest=self.longest, state=state), events
 
-    def commit_piece(self, call: StreamCall) -> list[Eviction]:
-        """Do what ``commit`` does, in a fork: what it held before is free to be written."""
-        before, events = self.state, self.commit(call)
-        for index, (old, new) in enumerate(zip(before.pools, self.state.pools, strict=True)):
-            if old.banks is not new.banks:
-                self._spare[index] = old.banks
-        return events
-
     def _after(self, call: StreamCall) -> tuple[State, list[Eviction]]:
         events, state = evictions_of(call), call.state
         columns = call.lanes[0].columns
@@ -266,7 +256,7 @@ class Stream:
         A ring's tensors keep their addresses, which CUDA graphs replay from: there the new content is copied over the
         old, and an interruption is undone.
         """
-        if self._keeps_addresses:
+        if self.static and not self._is_fork:
             state = self._in_place(state)
         self.state = state
         self._unfinished = None
