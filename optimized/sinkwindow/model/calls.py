@@ -43,7 +43,6 @@ class Calls(Hooked):
     _steps: Steps | None
     _attention: AttentionFacts
     _checks: CallChecks
-    _model: weakref.ref[nn.Module]
     _pool_of: dict[int, int]
     _finalizer: weakref.finalize[Any, Any]
     _on_evict: Callable[[Eviction], object] | None
@@ -58,9 +57,6 @@ class Calls(Hooked):
     def _state(self) -> State:
         """What the calls that count have left."""
         return self._stream.state if self._steps is None else self._steps.state()
-
-    def _is_for(self, module: nn.Module) -> bool:
-        return self._model() is module
 
     def _is_planned(self) -> bool:
         """Return whether a call is running that is no step at fixed shapes."""
@@ -93,7 +89,10 @@ class Calls(Hooked):
             raise
 
     def _complete(self, output: Any) -> Any:
-        return output if self._call is None else self._call.completed(output, self._pool_of)
+        call = self._call
+        if call is None or call.plan is None or not (call.outputs or call.as_tuple or call.plan.is_special):
+            return output
+        return call.completed(output, self._pool_of)
 
     def _end(self, module: nn.Module) -> None:
         if self._call is not None and id(module) == self._call.module:

@@ -38,7 +38,13 @@ CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
 
 
 class Hooked(ABC):
-    """What the hooks ask of a cache."""
+    """What the hooks ask of a cache.
+
+    Attributes:
+        _model: The module that the cache was made for: its call is the call, not that of other modules around it.
+    """
+
+    _model: weakref.ref[nn.Module]
 
     @abstractmethod
     def _open(self, module: nn.Module) -> None:
@@ -47,10 +53,6 @@ class Hooked(ABC):
     @abstractmethod
     def _begin(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Begin the open call; return the decoder's arguments, rewritten."""
-
-    @abstractmethod
-    def _is_for(self, module: nn.Module) -> bool:
-        """Return whether the cache was made for a module: then its call is the call."""
 
     @abstractmethod
     def _complete(self, output: Any) -> Any:
@@ -163,7 +165,7 @@ def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]
 
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
-    if cache is not None and not torch.compiler.is_compiling() and cache._is_for(module):
+    if cache is not None and not torch.compiler.is_compiling() and cache._model() is module:
         _run_last(module)
         cache._open(module)
 

@@ -248,7 +248,7 @@ class StreamCall:
 
     def masks(self, device: torch.device) -> list[Tensor] | None:
         """Return the bool mask of each pool, ``None`` where a causal mask over all columns says the same."""
-        needed = not self.is_even()
+        needed = (len(self.lanes) > 1 or not self.plain) and not self.is_even()
         for part in self.parts:
             needed = needed or part.crosses
         return [part.visible(device) for part in self.parts] if needed else None

@@ -123,7 +123,8 @@ class Stream:
         state = self._state_for(inputs)
         if self.longest is not None:
             self._check_longest(state, inputs.columns)
-        fresh, reach = inputs.counts(len(state.lanes)), 0
+        fresh = [inputs.columns] * len(state.lanes) if inputs.real is None else inputs.counts(len(state.lanes))
+        reach = 0
         for lane, count in zip(state.lanes, fresh, strict=True):
             reach = max(reach, lane.seen - lane.offset + count)
         if reach > self.bound:
