@@ -170,8 +170,9 @@ class Stream:
             stale = stale or lane.offset != row.offset
             unplaced = unplaced or row.placed != row.evicted
         if stale or slots.end + room > size:
-            change = pool.relocation(slots, state.lanes, recording=recording, stay=slots.end + room <= size)
-            slots = self._change_pool(index, *change)
+            stay = slots.end + room <= size
+            writes, slots = pool.relocation(slots, state.lanes, recording=recording, stay=stay)
+            self.change(writes, self._with_pool(index, slots))
             size, unplaced = pool.size(slots, recording=recording), True
         copied = recording and pool.must_copy(slots)
         if unplaced and not copied and pool.retention.num_sinks:
@@ -183,10 +184,10 @@ class Stream:
         """Write the sinks in front of the windows, where they stay until a row evicts."""
         pool = self.pools[index]
         lost = tuple(replace(row, placed=-1, floor=pool.retention.first(row.evicted)) for row in slots.lanes)
-        slots = self._change_pool(index, Writes([]), replace(slots, lanes=lost))  # before they are written
+        slots = self._set_pool(index, replace(slots, lanes=lost))  # before they are written
         pool.place_sinks(slots, self.state.lanes, [bank.slots for bank in slots.banks], slots.end)
         placed = tuple(replace(row, placed=row.evicted) for row in slots.lanes)
-        return self._change_pool(index, Writes([]), replace(slots, lanes=placed))
+        return self._set_pool(index, replace(slots, lanes=placed))
 
     def commit(self, call: StreamCall) -> list[Eviction]:
         """Count a call that has succeeded, and return what it evicted.
@@ -285,10 +286,12 @@ class Stream:
         self._unfinished = writes, state
         self.repair()
 
-    def _change_pool(self, index: int, writes: Writes, slots: Slots) -> Slots:
-        pools = (*self.state.pools[:index], slots, *self.state.pools[index + 1 :])
-        self.change(writes, replace(self.state, pools=pools))
+    def _set_pool(self, index: int, slots: Slots) -> Slots:
+        self.state = self._with_pool(index, slots)
         return slots
+
+    def _with_pool(self, index: int, slots: Slots) -> State:
+        return replace(self.state, pools=(*self.state.pools[:index], slots, *self.state.pools[index + 1 :]))
 
     def reset(self) -> None:
         """Forget everything, interrupted changes too."""
