@@ -166,3 +166,21 @@ def _raise_interrupt(*_: object) -> None:
 
 def _fail(*_: object) -> None:
     raise RuntimeError("the machine stops")
+
+
+def test_a_failed_call_is_not_taken_for_a_plain_call_in_its_place() -> None:
+    """A plain call may have the stack frame of one that failed: methods of the cache are not refused in it."""
+    model, ids, answers = fresh_model(SPEC).double(), tokens(17, 1, 20), []
+    cache = RULE.cache(model)
+    call(model, cache, ids)
+
+    def ask(*_: object) -> None:
+        answers.append(cache.can_crop(0))
+
+    for _ in range(5):
+        with failing(model.get_submodule("model.layers.1"), RuntimeError):
+            call(model, cache, ids[:, :3])
+        handle = model.register_forward_pre_hook(ask)
+        call(model, None, ids[:, :3])
+        handle.remove()
+    assert answers == [True] * 5
