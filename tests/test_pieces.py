@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from calling import RULE, SPEC, failing
 from families import FAMILIES, build
+from sinkwindow.stream import stream as stream_module
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import CACHE_NAME, EXACT, ModelSpec, Rule, call, fresh_model, padding_mask, stream, tokens, worst
 
@@ -78,6 +79,17 @@ def test_attention_weights_have_the_columns_that_were_promised(*, return_dict: b
     for layer in weights:
         assert layer.shape == (2, 2, 30, held + 30)
         assert worst(layer.sum(dim=-1) - 1) < 1e-5
+
+
+@pytest.mark.skipif("gptj" not in FAMILIES, reason="GPT-J is refused before transformers 5.24")
+def test_weights_of_a_call_that_its_table_holds_come_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where positions index a table, attention weights are refused beyond the table only."""
+    monkeypatch.setattr(stream_module, "PIECE", 8)
+    model, ids = build("gptj", "eager"), tokens(13, 1, 80)
+    output = _decoded(model, RULE.cache(model), ids[:, :60], output_attentions=True)
+    assert output.attentions[0].shape[-2:] == (60, 60)
+    with pytest.raises(ValueError, match="output_attentions=True needs a call in one piece"):
+        _decoded(model, RULE.cache(model), ids, output_attentions=True)
 
 
 @pytest.mark.skipif("gptj" not in FAMILIES, reason="GPT-J is refused before transformers 5.24")

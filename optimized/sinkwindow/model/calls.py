@@ -104,21 +104,17 @@ class Calls(Hooked):
         Raises:
             RuntimeError: Some layer never handed over its keys; the call does not count.
         """
-        if call.todo:
-            self._call = None
-            raise RuntimeError(f"Layers {sorted(call.todo)} did not update the cache in this call; it is undone.")
+        self._call = None  # counted or not, it is over
+        if call.stream is not None:
+            call.check_layers()
         if call.plan is None:
             if self._steps is not None and self._steps.step is not None:
                 self._steps.commit()
-            self._call = None
             return
         assert call.stream is not None  # noqa: S101 - a plan has one
-        try:
-            evictions = call.evictions + call.stream.commit(call.plan)
-            if call.stream is not self._stream:
-                self._stream.adopt(call.stream.state)
-        finally:
-            self._call = None
+        evictions = call.evictions + call.stream.commit(call.plan)
+        if call.stream is not self._stream:
+            self._stream.adopt(call.stream.state)
         if self._on_evict is not None:
             self._untold += evictions
         if self._steps is not None:

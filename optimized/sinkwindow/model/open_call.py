@@ -149,7 +149,8 @@ class OpenCall:
         whole = [name for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
         if length == inputs.columns or not whole:
             return length
-        if not masked or stream.longest is not None:
+        held = stream.pools[0].held(stream.state.pools[0], stream.state.lanes)
+        if not masked or (stream.longest is not None and held + inputs.columns > stream.longest):
             why = "takes no 4D mask" if not masked else "has a table of positions"
             raise ValueError(
                 f"{whole[0]}=True needs a call in one piece, and this one must run in pieces, since the attention of "
@@ -178,8 +179,7 @@ class OpenCall:
             arguments = self._plan(facts, decoder, piece, run, masked=masked, aside=not start and not in_slots)
             output = decoder.forward(**arguments)
             self.outputs.append({name: output[name] for name in JOINED if name in output})
-            if self.todo:
-                raise RuntimeError(f"Layers {sorted(self.todo)} did not update the cache in this call; it is undone.")
+            self.check_layers()
             self.todo = set(todo)
             plan = cast("StreamCall", self.plan)
             if start or in_slots:
@@ -210,6 +210,15 @@ class OpenCall:
             "position_ids": marked(positions, decoder, plan.reach(), facts.float32_from, table=facts.table),
             "attention_mask": _mask(plan, facts, decoder, inputs, masked=masked),
         }
+
+    def check_layers(self) -> None:
+        """Refuse a call in which some layer never handed over its keys.
+
+        Raises:
+            RuntimeError: There is one; the call does not count.
+        """
+        if self.todo:
+            raise RuntimeError(f"Layers {sorted(self.todo)} did not update the cache in this call; it is undone.")
 
     # -- what the decoder returns -------------------------------------------------------------------------------------
 

@@ -190,11 +190,7 @@ class Stream:
         return self._set_pool(index, replace(slots, lanes=placed))
 
     def commit(self, call: StreamCall) -> list[Eviction]:
-        """Count a call that has succeeded, and return what it evicted.
-
-        Raises:
-            RuntimeError: Some layer did not update the cache; the stream is as before.
-        """
+        """Count a call that has succeeded, and return what it evicted."""
         state, events = self._after(call)
         self.adopt(state)
         return events
