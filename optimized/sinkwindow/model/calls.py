@@ -105,7 +105,7 @@ class Calls(Hooked):
             RuntimeError: Some layer never handed over its keys; the call does not count.
         """
         self._call = None  # counted or not, it is over
-        if call.stream is not None:
+        if call.todo:
             call.check_layers()
         if call.plan is None:
             if self._steps is not None and self._steps.step is not None:
