@@ -77,14 +77,14 @@ def types(session: nox.Session) -> None:
 def paper_tables(session: nox.Session) -> None:
     """Measure perplexity, speed and memory; write results/paper_tables.md and .json; `-- --quick` measures less."""
     install_project(session)
-    session.run("python", "-m", "sinkwindow.lab", "tables", "--out", "results", *session.posargs)
+    session.run("python", "-m", "sinkwindow_lab", "tables", "--out", "results", *session.posargs)
 
 
 @nox.session(default=False)
 def mechanics(session: nox.Session) -> None:
     """Show how the cache changes, step by step, with each eviction."""
     install_project(session)
-    session.run("python", "-m", "sinkwindow.lab", "mechanics", *session.posargs)
+    session.run("python", "-m", "sinkwindow_lab", "mechanics", *session.posargs)
 
 
 @nox.session(default=False)
@@ -209,7 +209,7 @@ def speed(session: nox.Session) -> None:
     """Compare the cache with lower bounds; fail if a target is missed. `-- --quick` does not write docs/speed.md."""
     install_project(session)
     docs = [] if "--quick" in session.posargs else ["--docs", "docs/speed.md"]
-    session.run("python", "-m", "sinkwindow.lab", "speed-report", "--out", "results", *docs, *session.posargs)
+    session.run("python", "-m", "sinkwindow_lab", "speed-report", "--out", "results", *docs, *session.posargs)
 
 
 @nox.session(default=False)

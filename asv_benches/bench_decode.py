@@ -126,10 +126,10 @@ class FirstToken:
         checked = checked_configuration(configuration)
         self.ids = token_ids(model, prompt)
         self.timer = per_token_clock(1, device)
-        warm_up = lab("sessions").open_session(checked, model)
+        warm_up = lab("ways.sessions").open_session(checked, model)
         warm_up.feed(self.ids, last_only=True)
         warm_up.close()
-        self.session = lab("sessions").open_session(checked, model)
+        self.session = lab("ways.sessions").open_session(checked, model)
 
     def teardown(self, *_: object) -> None:
         """Detach the cache from the model."""

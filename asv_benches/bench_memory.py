@@ -35,7 +35,7 @@ class PeakMemory:
     def setup(self, configuration: str, device: str) -> None:
         """Build a model whose cache is larger than everything else that grows."""
         self.configuration = checked_configuration(configuration)
-        self.memory = lab("memory", needs="generation_peaks")
+        self.memory = lab("measure.memory", needs="generation_peaks")
         self.model = model_for(device, shape="smollm2-135m-heads" if device == "cpu" else None)
 
     @shown_as("Peak memory above the weights", unit="bytes", version="2")  # version 1 sampled the resident set size

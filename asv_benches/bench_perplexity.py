@@ -30,8 +30,8 @@ class Perplexity:
 
         torch.set_num_threads(1)  # the order of summation, and so the last digits, depend on it
         try:
-            models, corpora, tokens = lab("models"), lab("corpora"), lab("tokens")
-            configurations, perplexity = lab("configurations"), lab("perplexity")
+            models, corpora, tokens = lab("inputs.models"), lab("inputs.corpora"), lab("inputs.tokens")
+            configurations, perplexity = lab("ways.configurations"), lab("measure.perplexity")
         except NotImplementedError:
             return None
         loaded = models.load_model()

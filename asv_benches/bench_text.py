@@ -26,7 +26,7 @@ class Text:
         self.model = model_for(device, shape=shape)
         self.ids = token_ids(self.model, TOKENS)
         self.timer = per_token_clock(TOKENS, device)
-        self.session = lab("sessions").open_session(checked_configuration(configuration), self.model)
+        self.session = lab("ways.sessions").open_session(checked_configuration(configuration), self.model)
 
     def teardown(self, *_: object) -> None:
         """Detach the cache from the model."""
@@ -69,7 +69,7 @@ class WholeTextByReference(Text):
 
     def read_by_reference(self) -> None:
         """Read the text with the reference."""
-        lab("micro").reference_pass(lab("configurations").parse(STREAMING), self.model, self.ids)
+        lab("measure.micro").reference_pass(lab("ways.configurations").parse(STREAMING), self.model, self.ids)
 
     @shown_as("Logits of a whole text by the reference, tiny model, per token")
     def time_logits(self, *_: object) -> None:

@@ -85,7 +85,7 @@ def lab(module: str, needs: str | None = None) -> Any:
     """Import a module of the lab, as it is in the measured commit.
 
     Args:
-        module: name below `sinkwindow.lab`.
+        module: name below `sinkwindow_lab`.
         needs: a name that the module must define.
 
     Returns:
@@ -94,15 +94,20 @@ def lab(module: str, needs: str | None = None) -> Any:
     Raises:
         NotImplementedError: if the commit has no such module or name, so that asv skips the benchmark.
     """
+    old = f"sinkwindow.lab.{module.rpartition('.')[2]}"  # where the lab of earlier commits is
+    found = _imported(f"sinkwindow_lab.{module}") or _imported(old)
+    if found is None or (needs is not None and not hasattr(found, needs)):
+        raise NotImplementedError(f"this commit has no {needs or 'module'} in sinkwindow_lab.{module} or {old}")
+    return found
+
+
+def _imported(name: str) -> Any:
     try:
-        found = importlib.import_module(f"sinkwindow.lab.{module}")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("sinkwindow"):
             raise
-        raise NotImplementedError(f"this commit has no {error.name}") from error
-    if needs is not None and not hasattr(found, needs):
-        raise NotImplementedError(f"this commit has no {needs} in sinkwindow.lab.{module}")
-    return found
+        return None
 
 
 @functools.cache
@@ -121,7 +126,7 @@ def model_for(device: str, dtype: str | None = None, shape: str | None = None) -
     torch.set_num_threads(1)  # more stable than two threads that wait for each other
     usual_shape, usual_dtype = MODELS[device]
     kind = getattr(torch, dtype or usual_dtype)
-    return lab("shapes").random_model(shape or usual_shape, device=device, dtype=kind)
+    return lab("inputs.shapes").random_model(shape or usual_shape, device=device, dtype=kind)
 
 
 @functools.cache
@@ -138,14 +143,14 @@ def checked_configuration(name: str) -> Any:
         LabError: if its logits or its attention differ from the definition.
     """
     torch = importlib.import_module("torch")
-    configuration = lab("configurations").parse(name)
+    configuration = lab("ways.configurations").parse(name)
     tiny = model_for("cpu", shape="tiny")
     tokens = LIMITS[name] + EVICTION_PERIOD + 10  # past the first eviction
-    lab("micro").check_logits(configuration, tiny, tokens)
+    lab("measure.micro").check_logits(configuration, tiny, tokens)
     if configuration.kind == "static":  # not checked on attention alone: the mask is the model's
         torch.compiler.reset()  # otherwise the tiny model's graph would be generalized to all shapes
     else:
-        lab("micro").check(configuration, tiny, tokens)
+        lab("measure.micro").check(configuration, tiny, tokens)
     return configuration
 
 
@@ -164,7 +169,7 @@ def filled(name: str, device: str, streamed: int, batch: int = 1, dtype: str | N
         The lab's `AttentionSteps`.
     """
     configuration = checked_configuration(name)
-    steps = lab("micro").AttentionSteps(configuration, model_for(device, dtype), batch=batch)
+    steps = lab("measure.micro").AttentionSteps(configuration, model_for(device, dtype), batch=batch)
     steps.fill(streamed * LIMITS[name])
     for _ in range(WARM_UP):
         steps.step()
@@ -186,6 +191,6 @@ def per_token_clock(tokens: int, device: str) -> Callable[[], float]:
     Returns:
         The timer; differences of its values are [s/token].
     """
-    timing, torch = lab("timing"), importlib.import_module("torch")
+    timing, torch = lab("measure.timing"), importlib.import_module("torch")
     clock = timing.HostClock(wait=timing.waiter(torch.device(device)))
     return lambda: clock.mark() / tokens

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sinkwindow.lab import marked
+from sinkwindow_lab.render import marked
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENT: Final = Path("docs", "benchmarks.md")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sinkwindow.attention.rotation import Rotary
-from sinkwindow.lab.micro import AttentionSteps, BareAttention, geometry
+from sinkwindow_lab.measure.micro import AttentionSteps, BareAttention, geometry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

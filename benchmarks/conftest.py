@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import torch
 
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.micro import AttentionSteps, check
-from sinkwindow.lab.shapes import random_model
-from sinkwindow.lab.timing import waiter
+from sinkwindow_lab.inputs.shapes import random_model
+from sinkwindow_lab.measure.micro import AttentionSteps, check
+from sinkwindow_lab.measure.timing import waiter
+from sinkwindow_lab.ways.configurations import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

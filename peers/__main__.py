@@ -19,10 +19,11 @@ from peers.environments import HOME, BuildError, interpreter
 from peers.plan import FULL, PEERS, QUICK, Plan
 from peers.run import failed_row, left_out, measure, say, skipped_row
 from peers.table import bars, markdown, verdicts
-from sinkwindow.lab import machine, marked
-from sinkwindow.lab.corpora import load_corpus
-from sinkwindow.lab.files import output_folder, write_text
-from sinkwindow.lab.models import EMBEDDED, embedded_folder
+from sinkwindow_lab.files import output_folder, write_text
+from sinkwindow_lab.inputs import machine
+from sinkwindow_lab.inputs.corpora import load_corpus
+from sinkwindow_lab.inputs.models import EMBEDDED, embedded_folder
+from sinkwindow_lab.render import marked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from peers.plan import PEERS
-from sinkwindow.lab.page import markdown_table
+from sinkwindow_lab.render.page import markdown_table
 
 SUBJECT: Final = "ours"
 BASE: Final = "dynamic"

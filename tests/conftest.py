@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OURS: Final = ("sinkwindow", "sinkwindow_reference")
+OURS: Final = ("sinkwindow", "sinkwindow_reference", "sinkwindow_lab")
 UNINITIALIZED: Final = (
     (torch, "empty"),
     (torch, "empty_like"),

@@ -9,11 +9,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sinkwindow.lab import records
-from sinkwindow.lab.bench import Bench
-from sinkwindow.lab.corpora import Corpus
-from sinkwindow.lab.models import LoadedModel, describe
-from sinkwindow.lab.store import Store
+from sinkwindow_lab import records
+from sinkwindow_lab.inputs.corpora import Corpus
+from sinkwindow_lab.inputs.models import LoadedModel, describe
+from sinkwindow_lab.reports.bench import Bench
+from sinkwindow_lab.store import Store
 
 if TYPE_CHECKING:
     from pathlib import Path

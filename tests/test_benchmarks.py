@@ -30,10 +30,10 @@ from asv_benches import (
 )
 
 from sinkwindow.attention.rotation import Rotary
-from sinkwindow.lab import micro, timing
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.shapes import random_model
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.inputs.shapes import random_model
+from sinkwindow_lab.measure import micro, timing
+from sinkwindow_lab.ways.configurations import parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,7 +198,7 @@ def test_peak_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     suite.model = common.model_for("cpu")
     cache = common.filled("streaming_4_60", "cpu", 1).session.cache_bytes
     assert cache < suite.track_peak() == suite.track_peak() < 300 * cache
-    monkeypatch.delattr("sinkwindow.lab.memory.generation_peaks")
+    monkeypatch.delattr("sinkwindow_lab.measure.memory.generation_peaks")
     with pytest.raises(NotImplementedError, match="no generation_peaks"):
         suite.setup("streaming_4_60", "cpu")
 

@@ -9,20 +9,22 @@ import pytest
 import torch
 
 from lab_tiny import loaded_tiny, tiny_bench, tiny_model
-from sinkwindow.lab import experiments, models, store
-from sinkwindow.lab.bench import Bench, model_digest
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.sessions import Session
-from sinkwindow.lab.studies import plans, recall
+from sinkwindow_lab import store
+from sinkwindow_lab.inputs import models
+from sinkwindow_lab.reports import experiments
+from sinkwindow_lab.reports.bench import Bench, model_digest
+from sinkwindow_lab.reports.studies import plans, recall
+from sinkwindow_lab.ways.configurations import parse
+from sinkwindow_lab.ways.sessions import Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from sinkwindow.lab.configurations import Configuration
-    from sinkwindow.lab.corpora import Corpus
-    from sinkwindow.lab.perplexity import Perplexity
-    from sinkwindow.lab.tokens import TokenText
+    from sinkwindow_lab.inputs.corpora import Corpus
+    from sinkwindow_lab.inputs.tokens import TokenText
+    from sinkwindow_lab.measure.perplexity import Perplexity
+    from sinkwindow_lab.ways.configurations import Configuration
 
 # -- stored -----------------------------------------------------------------------------------------------------------
 
@@ -39,8 +41,8 @@ def test_another_key_is_another_measurement(tmp_path: Path) -> None:
     again.losses("x", parse("baseline"), one.text(one.corpora[0], 41))
     again.losses("x", parse("streaming_2_6_3"), text)
     assert keeper.reused == 1
-    key = {"a": 1, "code": store.code_version("perplexity")}
-    assert store.code_version("perplexity") != store.code_version("perplexity", "sessions")
+    key = {"a": 1, "code": store.code_version("measure.perplexity")}
+    assert store.code_version("measure.perplexity") != store.code_version("measure.perplexity", "ways.sessions")
     assert keeper._path("x", key, "json") != keeper._path("x", {**key, "a": 2}, "json")
 
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from lab_tiny import random_text, save_tiny, tiny_model
-from sinkwindow.lab import corpora, experiments, hub, models, records, tables
-from sinkwindow.lab.cli import main
-from sinkwindow.lab.configurations import parse, parse_list, streaming
-from sinkwindow.lab.errors import LabError, require
-from sinkwindow.lab.mechanics import log
-from sinkwindow.lab.report import Report
+from sinkwindow_lab import records
+from sinkwindow_lab.cli import main
+from sinkwindow_lab.errors import LabError, require
+from sinkwindow_lab.inputs import corpora, hub, models
+from sinkwindow_lab.measure.mechanics import log
+from sinkwindow_lab.render import tables
+from sinkwindow_lab.reports import experiments
+from sinkwindow_lab.reports.report import Report
+from sinkwindow_lab.ways.configurations import parse, parse_list, streaming
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -300,7 +303,7 @@ def test_a_missing_module_names_the_extra() -> None:
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without typer the command line fails, but without a traceback."""
-    monkeypatch.delitem(sys.modules, "sinkwindow.lab.commands", raising=False)
+    monkeypatch.delitem(sys.modules, "sinkwindow_lab.commands", raising=False)
     monkeypatch.setitem(sys.modules, "typer", None)
     status, _, err = run(capsys, "mechanics")
     assert status == 2
@@ -311,8 +314,8 @@ def test_the_core_does_not_import_the_lab() -> None:
     """`import sinkwindow` works without any of the lab's dependencies."""
     program = (
         "import sys, sinkwindow; "
-        "bad = [m for m in ('sinkwindow.lab', 'typer', 'pydantic', 'datasets', 'psutil') if m in sys.modules]; "
-        "sys.exit(repr(bad) if 'sinkwindow.lab' in bad else 0)"
+        "bad = [m for m in ('sinkwindow_lab', 'typer', 'pydantic', 'datasets', 'psutil') if m in sys.modules]; "
+        "sys.exit(repr(bad) if 'sinkwindow_lab' in bad else 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sinkwindow.attention.rotation import Rotary
-from sinkwindow.lab.pace import gpu, gpu_collect, gpu_page, laws
-from sinkwindow.lab.pace.gpu_records import GpuReport, LawRecord
-from sinkwindow.lab.shapes import random_model
+from sinkwindow_lab.inputs.shapes import random_model
+from sinkwindow_lab.reports.pace import gpu, gpu_collect, gpu_page, laws
+from sinkwindow_lab.reports.pace.gpu_records import GpuReport, LawRecord
 from test_lab_cli import run
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sinkwindow.lab import marked
-from sinkwindow.lab.errors import LabError
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.render import marked
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lab_tiny import random_ids, tiny_model
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.sessions import Session, open_session
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.ways.configurations import parse
+from sinkwindow_lab.ways.sessions import Session, open_session
 from sinkwindow_reference import reference_logits
 
 NAMES = (

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from lab_tiny import machine_record, tiny_model
-from sinkwindow.lab import marked
-from sinkwindow.lab.configurations import parse, streaming
-from sinkwindow.lab.pace import collect, decode, floors, plans, speed_page, texts, tricks
-from sinkwindow.lab.pace.records import BandwidthRecord, Comparison, FloorRecord, Series, SpeedReport
-from sinkwindow.lab.pace.sampling import Side, in_turns
-from sinkwindow.lab.sessions import DenseSession
-from sinkwindow.lab.shapes import random_model
-from sinkwindow.lab.timing import HostClock
+from sinkwindow_lab.inputs.shapes import random_model
+from sinkwindow_lab.measure.timing import HostClock
+from sinkwindow_lab.render import marked
+from sinkwindow_lab.reports.pace import collect, decode, floors, plans, speed_page, texts, tricks
+from sinkwindow_lab.reports.pace.records import BandwidthRecord, Comparison, FloorRecord, Series, SpeedReport
+from sinkwindow_lab.reports.pace.sampling import Side, in_turns
+from sinkwindow_lab.ways.configurations import parse, streaming
+from sinkwindow_lab.ways.sessions import DenseSession
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sinkwindow.lab.pace.records import Ratio
+    from sinkwindow_lab.reports.pace.records import Ratio
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from lab_tiny import score
-from sinkwindow.lab import canvas, figures, page, study_tables, tables
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.study_records import (
+from sinkwindow_lab.render import canvas, figures, page, study_tables, tables
+from sinkwindow_lab.reports.study_records import (
     AlongStudy,
     Curve,
     DistanceBin,
@@ -24,6 +23,7 @@ from sinkwindow.lab.study_records import (
     WhereCurve,
     WhereStudy,
 )
+from sinkwindow_lab.ways.configurations import parse
 from test_lab_tables import make_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

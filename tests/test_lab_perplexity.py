@@ -13,14 +13,15 @@ import torch
 from safetensors import safe_open
 
 from lab_tiny import loaded_tiny, random_ids, random_text, save_tiny, tiny_model, tiny_tokenizer
-from sinkwindow.lab import corpora, methods, perplexity, pieces, tokens
-from sinkwindow.lab.cli import main
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.corpora import Corpus
-from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.progress import Silent
-from sinkwindow.lab.records import PerplexityRecord
-from sinkwindow.lab.sessions import Session, open_session
+from sinkwindow_lab.cli import main
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.inputs import corpora, pieces, tokens
+from sinkwindow_lab.inputs.corpora import Corpus
+from sinkwindow_lab.measure import methods, perplexity
+from sinkwindow_lab.progress import Silent
+from sinkwindow_lab.records import PerplexityRecord
+from sinkwindow_lab.ways.configurations import parse
+from sinkwindow_lab.ways.sessions import Session, open_session
 
 if TYPE_CHECKING:
     from pathlib import Path

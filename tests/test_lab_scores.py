@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lab_tiny import random_ids, random_text, tiny_model, tiny_tokenizer
-from sinkwindow.lab import perplexity, tokens
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.corpora import Corpus
-from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.sessions import open_session
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.inputs import tokens
+from sinkwindow_lab.inputs.corpora import Corpus
+from sinkwindow_lab.measure import perplexity
+from sinkwindow_lab.ways.configurations import parse
+from sinkwindow_lab.ways.sessions import open_session
 
 NAMES = (
     "baseline",

@@ -11,12 +11,12 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lab_tiny import generation, random_ids, tiny_model
-from sinkwindow.lab import attention_time, memory, speed
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.records import SpeedRecord
-from sinkwindow.lab.sessions import Session, open_session
-from sinkwindow.lab.timing import HostClock, spread
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.measure import attention_time, memory, speed
+from sinkwindow_lab.measure.timing import HostClock, spread
+from sinkwindow_lab.records import SpeedRecord
+from sinkwindow_lab.ways.configurations import parse
+from sinkwindow_lab.ways.sessions import Session, open_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable

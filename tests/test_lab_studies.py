@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from lab_tiny import save_tiny, text_of_lines, tiny_bench, tiny_tokenizer
-from sinkwindow.lab import experiments, store, study_tables
-from sinkwindow.lab.bench import Bench
-from sinkwindow.lab.cli import main
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.report import Report
-from sinkwindow.lab.sessions import Session
-from sinkwindow.lab.studies import collect, lines, plans, recall, scores, steps, where
+from sinkwindow_lab import store
+from sinkwindow_lab.cli import main
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.render import study_tables
+from sinkwindow_lab.reports import experiments
+from sinkwindow_lab.reports.bench import Bench
+from sinkwindow_lab.reports.report import Report
+from sinkwindow_lab.reports.studies import collect, lines, plans, recall, scores, steps, where
+from sinkwindow_lab.ways.configurations import parse
+from sinkwindow_lab.ways.sessions import Session
 
 if TYPE_CHECKING:
     from pathlib import Path

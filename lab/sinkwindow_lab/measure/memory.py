@@ -1,0 +1,140 @@
+"""Peak memory of a piece of work, counted in its tensors: exact, and the same in every run.
+
+A GPU's allocator records its own peak. For a CPU, torch's profiler records every tensor that is allocated or freed; it
+slows the work down, so nothing is timed then. What the process holds besides its tensors is not counted: its resident
+set varies by tens of megabytes between runs, more than a small model's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import math
+import operator
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow_lab.records import MemoryRecord
+from sinkwindow_lab.ways.configurations import Configuration
+from sinkwindow_lab.ways.sessions import Session, open_session
+
+COUNTED = ("cpu", "cuda")  # devices that report their memory
+PIECE = "sinkwindow: piece {}"  # name of a piece of work in the profiler
+FEED = 256  # tokens of a call between the watched steps [tokens]
+
+
+def tensor_peak(device: torch.device, work: Callable[[], object]) -> int:
+    """Run `work` and return the peak of its live tensors above what was allocated before [bytes].
+
+    On a CPU the profiler makes the work slow: do not time it.
+    """
+    return tensor_peaks(device, [work])[0]
+
+
+def tensor_peaks(device: torch.device, pieces: Sequence[Callable[[], object]]) -> list[int]:
+    """Run pieces of work in order and return the peak of each above what was allocated before the first [bytes].
+
+    All are watched together, since a piece may free what another one allocated.
+    """
+    gc.collect()  # otherwise it would be freed, and subtracted, later
+    return _allocator_peaks(device, pieces) if device.type == "cuda" else _profiled_peaks(pieces)
+
+
+def _allocator_peaks(device: torch.device, pieces: Sequence[Callable[[], object]]) -> list[int]:
+    torch.cuda.synchronize()
+    before, peaks = torch.cuda.memory_allocated(device), []
+    for piece in pieces:
+        torch.cuda.reset_peak_memory_stats(device)
+        piece()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    return peaks
+
+
+def _profiled_peaks(pieces: Sequence[Callable[[], object]]) -> list[int]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports its start and stop on the terminal
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for number, piece in enumerate(pieces):
+            with torch.profiler.record_function(PIECE.format(number)):
+                piece()
+    events = cast("Any", profiler).profiler.kineto_results.events()
+    changes = [(one.start_ns(), int(one.nbytes())) for one in events if one.name() == "[memory]"]
+    changes.sort(key=operator.itemgetter(0))
+    begun = {one.name(): one.start_ns() for one in events}
+    starts = [begun[PIECE.format(number)] for number in range(len(pieces))]
+    peaks, live = [0] * len(pieces), 0
+    for number, (start, end) in enumerate(itertools.pairwise([*starts, math.inf])):
+        own = [count for time, count in changes if start <= time < end]
+        sums = list(itertools.accumulate(own, initial=live))
+        peaks[number], live = max(sums), sums[-1]
+    return peaks
+
+
+def generation_peaks(
+    configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor, stages: Sequence[int]
+) -> list[MemoryRecord | None]:
+    """Return the peaks of a generation up to each number of tokens; None on a device that does not report them.
+
+    The prompt and the last steps of each stage are watched; between them the session is fed in long calls, which leave
+    the cache as single tokens would. `prompt` ([1, tokens], on the model's device) is fed repeatedly.
+    """
+    if prompt.device.type not in COUNTED:
+        return [None] * len(stages)
+    session, seen = open_session(configuration, model), prompt.shape[1]
+    pieces: list[Callable[[], object]] = [partial(session.feed, prompt, last_only=True)]
+    for stage in stages:
+        end = prompt.shape[1] + stage - 1  # the last token is not fed
+        steps = min(_cycle(configuration), end - seen)
+        pieces += [partial(_read_on, session, prompt, end - steps - seen), partial(_take, session, prompt, steps)]
+        seen = end
+    try:
+        first, *peaks = tensor_peaks(prompt.device, pieces)
+    finally:
+        session.close()
+    highest = itertools.accumulate([first, *peaks[1::2]], max)  # the long calls are not part of the generation
+    return [MemoryRecord(weight_bytes=weight_bytes(model), tensor_bytes=peak) for peak in list(highest)[1:]]
+
+
+def _cycle(configuration: Configuration) -> int:
+    """Return a number of steps that covers an eviction, the longest list, and a move of the window to the first slots.
+
+    A list is longest once in B + 1 steps. The free slots, a sixteenth of it but at least eight, last as many more.
+    """
+    if configuration.kind in ("baseline", "recompute"):
+        return 1
+    sinks, window, buffer = configuration.limits
+    return buffer + 1 + max(8, (sinks + window + buffer) // 16) + 1
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the size of a model's parameters [bytes]."""
+    return sum(one.numel() * one.element_size() for one in model.parameters())
+
+
+def give_back() -> None:
+    """Free garbage, and return it to the operating system if the C library can (glibc)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _read_on(session: Session, text: torch.Tensor, count: int) -> None:
+    """Feed some more tokens in long calls."""
+    step = min(FEED, text.shape[1])
+    for start in range(0, count, step):
+        session.read(text[:, : min(step, count - start)])
+
+
+def _take(session: Session, text: torch.Tensor, steps: int) -> None:
+    """Feed single tokens."""
+    for _ in range(steps):
+        session.feed(text[:, :1], last_only=True)

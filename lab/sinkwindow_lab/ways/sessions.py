@@ -1,0 +1,238 @@
+"""Sessions: a model with one configuration's memory. Feed token ids, get logits.
+
+Every measurement uses a session and never the cache below it, so that all configurations see the same tokens in the
+same order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from sinkwindow_lab.errors import LabError
+
+if TYPE_CHECKING:
+    from sinkwindow_lab.ways.configurations import Configuration
+
+
+class Session(ABC):
+    """A conversation with a model: one row, no padding."""
+
+    cache: Any = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Store the model and inspect the signature of its `forward`."""
+        self.model = model
+        self._cache_keyword = cache_keyword(model)
+        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.evictions = 0
+
+    @torch.inference_mode()
+    def feed(self, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
+        """Run the model over new tokens [1, tokens] and return logits [1, tokens, vocab].
+
+        With `last_only` it returns the last token's logits, [1, 1, vocab] (a prefill needs no others).
+        """
+        return self._feed(ids, last_only=last_only)
+
+    def read(self, ids: torch.Tensor) -> None:
+        """Feed tokens [1, tokens] without returning logits."""
+        self.feed(ids, last_only=True)
+
+    @abstractmethod
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        """Do the work of `feed`, inside inference mode."""
+
+    @property
+    @abstractmethod
+    def kept_tokens(self) -> int:
+        """Tokens that the next query can see in addition to itself [tokens]."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the stored keys and values [bytes]."""
+        return _stored_bytes(self.cache)
+
+    def close(self) -> None:  # noqa: B027 - most sessions leave nothing behind
+        """Restore the model to its state before the session."""
+
+    def _forward(self, ids: torch.Tensor, *, last_only: bool, **kwargs: Any) -> torch.Tensor:
+        if self.cache is None:
+            kwargs["use_cache"] = False
+        else:
+            kwargs[self._cache_keyword] = self.cache
+        if last_only and self._slices_logits:
+            kwargs["logits_to_keep"] = 1
+        logits: torch.Tensor = self.model(input_ids=ids, **kwargs).logits
+        return logits[:, -1:] if last_only else logits
+
+
+class DenseSession(Session):
+    """Keeps everything: the stock `DynamicCache` of the model's own configuration."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Create the cache."""
+        super().__init__(model)
+        self.cache = DynamicCache(config=model.config)
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        return self._forward(ids, last_only=last_only)
+
+    @property
+    def kept_tokens(self) -> int:
+        """All tokens so far [tokens]."""
+        return int(self.cache.get_seq_length())
+
+
+class StreamingSession(Session):
+    """The product: `sinkwindow.StreamingCache`."""
+
+    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int, **options: Any) -> None:
+        """Create the cache; `options` are further arguments of `StreamingCache`, such as `evict="call"`.
+
+        Raises:
+            LabError: if the cache refuses the model or the numbers; its own message is kept.
+        """
+        super().__init__(model)
+        # Imported here: everything else in the lab works while the core is being changed.
+        from sinkwindow import StreamingCache
+
+        try:
+            self.cache = StreamingCache(model, num_sinks=num_sinks, window=window, buffer=buffer, **options)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise LabError(str(error)) from error
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        logits = self._forward(ids, last_only=last_only)
+        self.evictions = self.cache.num_evictions
+        return logits
+
+    @property
+    def kept_tokens(self) -> int:
+        """Length of the retained list [tokens]."""
+        return sum(map(len, self.cache.retained_tokens))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Everything that the cache has allocated [bytes]."""
+        return int(self.cache.nbytes)
+
+    def close(self) -> None:
+        """Remove the cache's hooks from the model."""
+        self.cache.detach()
+
+
+class StaticSession(StreamingSession):
+    """The product with `static=True`: one compiled graph for every token after the prompt."""
+
+    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
+        """Create the cache; nothing is compiled before the first step.
+
+        Raises:
+            LabError: if the cache refuses the model or the numbers; its own message is kept.
+        """
+        super().__init__(model, num_sinks, window, buffer, static=True)
+        self.compile_with(**({"mode": "reduce-overhead"} if model.device.type == "cuda" else {}))
+
+    def compile_with(self, **options: Any) -> None:
+        """Set the options of `torch.compile` for the steps."""
+        self._compiled = torch.compile(self.model, fullgraph=True, **options)
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        if ids.shape[1] > 1 or self.cache.batch_size < 1:
+            return super()._feed(ids, last_only=last_only)
+        logits: torch.Tensor = self._compiled(input_ids=ids, **{self._cache_keyword: self.cache}).logits
+        return logits
+
+
+class RecomputeSession(Session):
+    """Sliding window with re-computation: no cache at all, only the last W token ids are kept."""
+
+    rows_at_once = 4  # windows per forward while scoring; decoding has one window anyway
+
+    def __init__(self, model: PreTrainedModel, window: int) -> None:
+        """Start empty; `window` is W, the longest input of a forward [tokens]."""
+        super().__init__(model)
+        self._window = window
+        self._context = torch.empty((1, 0), dtype=torch.long)
+
+    def read(self, ids: torch.Tensor) -> None:
+        """Store the ids: there is nothing else to keep of them."""
+        self._append(ids)
+
+    def _append(self, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return the known ids followed by the new ones, and how many were known."""
+        known = self._context.shape[1]
+        text = torch.cat((self._context.to(ids.device), ids), dim=1)
+        self._context = text[:, -self._window :].clone()
+        self.evictions += max(0, text.shape[1] - max(known, self._window))
+        return text, known
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        text, known = self._append(ids)
+        if last_only:
+            return self._forward(self._context, last_only=True)
+        return self._score(text, known)
+
+    def _score(self, text: torch.Tensor, known: int) -> torch.Tensor:
+        """Return the logits of the tokens from `known` on, each from the window that ends with it."""
+        parts = []
+        if known < self._window:  # these windows start at the first token: one causal pass computes all of them
+            parts.append(self._forward(text[:, : self._window], last_only=False)[:, known:])
+        if text.shape[1] > self._window:  # windows that start later: those ending with token W and after
+            windows = text[0, 1:].unfold(0, self._window, 1)
+            groups = torch.split(windows, self.rows_at_once)
+            parts += [self._forward(rows, last_only=True).transpose(0, 1) for rows in groups]
+        return torch.cat(parts, dim=1)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens in the window [tokens]."""
+        return self._context.shape[1]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Zero: only token ids are stored."""
+        return 0
+
+
+def open_session(configuration: Configuration, model: PreTrainedModel) -> Session:
+    """Open a fresh session; call `close` when done.
+
+    Raises:
+        LabError: if the configuration does not work with this model.
+    """
+    from sinkwindow_lab.ways.ablations import AbsoluteSession, EagerEvictionSession, StaleRanksSession
+
+    if configuration.kind == "baseline":
+        return DenseSession(model)
+    if configuration.kind == "recompute":
+        return RecomputeSession(model, configuration.window or 1)
+    kinds: dict[str, Callable[..., Session]] = {
+        "stale_ranks": StaleRanksSession,
+        "eager_eviction": EagerEvictionSession,
+        "absolute": AbsoluteSession,
+        "call": partial(StreamingSession, evict="call"),
+        "static": StaticSession,
+    }
+    return kinds.get(configuration.kind, StreamingSession)(model, *configuration.limits)
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """Return the name of the cache argument of a model's forward.
+
+    It is `cache` from transformers 5.24 on, `past_key_values` before.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _stored_bytes(cache: Any) -> int:
+    """Return the bytes of the keys and values of a stock cache."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
