@@ -149,6 +149,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_history(session: nox.Session) -> None:
+    """Measure the last commits that can be built and have no numbers, and name the others: `-- 10`, `-- 5 --quick`."""
+    install_project(session, "bench")
+    session.run("python", "asv_benches/history.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def bench_html(session: nox.Session) -> None:
     """Write the measured results as pages to .asv/html and open them; `-- --no-preview` only writes them."""
     install_group(session, "bench")
@@ -192,7 +199,7 @@ def planted_regressions(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench_site(session: nox.Session) -> None:
-    """Publish the measured results and check every graph in a headless Chromium (apt install chromium-driver)."""
+    """Publish the measured results and look at their pages in a headless Chromium (needs npm and chromium)."""
     install_group(session, "bench_site")
     session.run("pytest", "--noconftest", "benchmarks/check_site.py", *session.posargs)
 

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .common import DEVICES, LIMITS, STREAMED, filled, per_token_clock, sample_tokens, shown_as, without_gpu
+from .common import DEVICES, LIMITS, STREAMED, TimedSuite, Work, filled, sample_tokens, shown_as, times
 
 
-class Attention:
+class Attention(TimedSuite):
     """Time of one token in attention, after a number of tokens."""
 
     params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252", "streaming_4_1020"], STREAMED, DEVICES]
     param_names: ClassVar = ["configuration", "streamed [limits]", "device"]
-    skip_params: ClassVar = without_gpu(params)
-    number = 1  # a call changes the cache
-    repeat = (3, 20, 3.0)
-    warmup_time = 0
-    timeout = 300
+    repeat = 20
 
-    def setup(self, configuration: str, streamed: int, device: str) -> None:
-        """Fill the cache, in the first sample only."""
-        self.steps = filled(configuration, device, streamed)
-        self.steps.rewind(streamed * LIMITS[configuration])
-        self.tokens = sample_tokens(configuration)
-        self.timer = per_token_clock(self.tokens, device)
-        self.steps.hold()
+    def setup_cache(self) -> Any:
+        """Measure all combinations."""
+        return self.measured()
+
+    def work(self, configuration: str, streamed: int, device: str) -> Work:
+        """Fill the cache."""
+        steps, tokens = filled(configuration, device, streamed), sample_tokens(configuration)
+
+        def ready() -> None:
+            steps.rewind(streamed * LIMITS[configuration])
+            steps.hold()
+
+        runs = {"attention": times(tokens, steps.attention_alone), "attention_and_update": times(tokens, steps.step)}
+        return Work(tokens, runs, ready)
 
     @shown_as("Attention alone, per token")
     def time_attention(self, *_: object) -> None:
-        """Time attention over what the cache returns."""
-        for _token in range(self.tokens):
-            self.steps.attention_alone()
+        """Attention over what the cache returns."""
+        self.replay("attention")
 
     @shown_as("Attention and cache update, per token")
     def time_attention_and_update(self, *_: object) -> None:
-        """Time cache update, eviction and attention."""
-        for _token in range(self.tokens):
-            self.steps.step()
+        """Cache update, eviction and attention."""
+        self.replay("attention_and_update")

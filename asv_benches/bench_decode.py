@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, ClassVar
 
 from .common import (
@@ -9,134 +10,147 @@ from .common import (
     LIMITS,
     STREAMED,
     WARM_UP,
+    Fresh,
+    Suite,
+    TimedSuite,
+    Work,
     checked_configuration,
     filled,
-    lab,
     model_for,
     needs_compiler,
-    per_token_clock,
     sample_tokens,
     shown_as,
-    without_gpu,
+    token_ids,
 )
 
-
-def token_ids(model: Any, columns: int, rows: int = 1) -> Any:
-    """Return random token ids `[rows, columns]` on the model's device."""
-    import torch  # noqa: PLC0415 - `bench_import` and skipped combinations must not import it
-
-    random = torch.Generator().manual_seed(columns)
-    return torch.randint(0, model.config.vocab_size, (rows, columns), generator=random).to(model.device)
+SAME_LENGTH = {"streaming_4_252": 1, "streaming_4_1020": 4}  # when the dense cache has as many tokens [its limits]
 
 
-class Decode:
-    """Base of the benchmarks of time per output token."""
+def decoding(configuration: str, device: str, streamed: int, batch: int = 1, dtype: str | None = None) -> Work:
+    """Return the work of generating tokens by greedy search from a filled cache."""
+    steps, tokens = filled(configuration, device, streamed, batch, dtype), sample_tokens(configuration)
+    session, first = steps.session, token_ids(model_for(device, dtype), 1, batch)
 
-    number = 1  # a call changes the cache
-    repeat = (3, 10, 5.0)
-    warmup_time = 0
-    timeout = 300
+    def ready() -> None:
+        steps.rewind(streamed * LIMITS[configuration])
+        session.feed(first, last_only=True)
 
-    def open(self, configuration: str, device: str, streamed: int, batch: int = 1, dtype: str | None = None) -> None:
-        """Fill the cache, in the first sample only, and feed a token that warms up model and device."""
-        self.steps = filled(configuration, device, streamed, batch, dtype)
-        self.steps.rewind(streamed * LIMITS[configuration])
-        self.session = self.steps.session
-        self.tokens = sample_tokens(configuration)
-        self.timer = per_token_clock(self.tokens, device)
-        self.token = token_ids(self.session.model, 1, batch)
-        self.session.feed(self.token, last_only=True)
+    def generate() -> None:
+        token = first
+        for _ in range(tokens):
+            token = session.feed(token, last_only=True).argmax(dim=-1)
 
-    def generate(self) -> None:
-        """Generate the tokens of one sample with greedy search, as `lab.speed` does."""
-        token = self.token
-        for _ in range(self.tokens):
-            token = self.session.feed(token, last_only=True).argmax(dim=-1)
+    return Work(tokens, {"token": generate}, ready)
 
 
-class OutputToken(Decode):
+class OutputToken(TimedSuite):
     """Time per output token, after a number of tokens."""
 
     params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252", "streaming_4_1020"], STREAMED, DEVICES]
     param_names: ClassVar = ["configuration", "streamed [limits]", "device"]
-    skip_params: ClassVar = without_gpu(params)
 
-    def setup(self, configuration: str, streamed: int, device: str) -> None:
+    def setup_cache(self) -> Any:
+        """Measure all combinations, and the dense cache where it is as long as the others."""
+        more = {("baseline", limits, device) for limits in SAME_LENGTH.values() for device in DEVICES}
+        suite = OutputToken()  # `self` may be an OverDynamicCache
+        return suite.measured(sorted(more.difference(suite.combinations())))
+
+    def work(self, configuration: str, streamed: int, device: str) -> Work:
         """Fill the cache."""
-        self.open(configuration, device, streamed)
+        return decoding(configuration, device, streamed)
 
     @shown_as("Time per output token (TPOT)")
     def time_token(self, *_: object) -> None:
-        """Time decode steps."""
-        self.generate()
+        """Decode steps."""
+        self.replay("token")
 
 
-class BatchedOutputToken(Decode):
+class OverDynamicCache(Suite):
+    """TPOT over that of a dense cache with as many tokens: both in turns, so it does not drift with the machine."""
+
+    params: ClassVar[list[list[Any]]] = [list(SAME_LENGTH), STREAMED[1:], DEVICES]
+    param_names: ClassVar = ["configuration", "streamed [limits]", "device"]
+    setup_cache = OutputToken.setup_cache  # asv calls it once for both classes
+
+    def setup(self, found: dict[Any, Any], *combination: Any) -> None:
+        """Keep what was found for both sides."""
+        configuration, _, device = combination
+        super().setup(found, "baseline", SAME_LENGTH[configuration], device)
+        self.dense = self.found
+        super().setup(found, *combination)
+
+    @shown_as("TPOT over a DynamicCache of the same length", unit="x")
+    def track_token(self, *_: object) -> dict[str, Any]:
+        """Return the ratios of all turns: asv takes their median and their spread, as for times."""
+        sides = zip(self.found["token"], self.dense["token"], strict=True)
+        return {"samples": [ours / dense for ours, dense in sides], "number": 1}
+
+
+class BatchedOutputToken(TimedSuite):
     """Time per output token of all rows together, by batch size and dtype."""
 
     params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252"], [1, 8], ["float32", "bfloat16"], DEVICES]
     param_names: ClassVar = ["configuration", "batch [rows]", "dtype", "device"]
-    skip_params: ClassVar = without_gpu(params)
+    apart = (1, 2, 3)
 
-    def setup(self, configuration: str, batch: int, dtype: str, device: str) -> None:
+    def setup_cache(self) -> Any:
+        """Measure all combinations."""
+        return self.measured()
+
+    def work(self, configuration: str, batch: int, dtype: str, device: str) -> Work:
         """Fill the cache to ten limits."""
-        self.open(configuration, device, 10, batch, dtype)
+        return decoding(configuration, device, 10, batch, dtype)
 
     @shown_as("Time per output token (TPOT), by batch and dtype")
     def time_token(self, *_: object) -> None:
-        """Time decode steps."""
-        self.generate()
+        """Decode steps."""
+        self.replay("token")
 
 
-class CompiledOutputToken(Decode):
+class CompiledOutputToken(TimedSuite):
     """Time per output token of all rows together at fixed shapes: one compiled graph runs every step."""
 
     params: ClassVar[list[list[Any]]] = [["static_4_252"], [1, 8], DEVICES]
     param_names: ClassVar = ["configuration", "batch [rows]", "device"]
-    skip_params: ClassVar = without_gpu(params)
-    timeout = 600  # includes the minutes that compiling takes, which are part of no sample
+    apart = (1, 2)
 
-    def setup(self, configuration: str, batch: int, device: str) -> None:
+    def setup_cache(self) -> Any:
+        """Measure all combinations."""
+        return self.measured()
+
+    def work(self, configuration: str, batch: int, device: str) -> Work:
         """Fill the cache to ten limits; the first tokens compile the step and, on a GPU, record the graph."""
         needs_compiler()
-        self.open(configuration, device, 10, batch)
-        for _ in range(WARM_UP):
-            self.session.feed(self.token, last_only=True)
+        checked_configuration(configuration)
+        importlib.import_module("torch").compiler.reset()  # the graph of another batch would be generalized
+        work = decoding(configuration, device, 10, batch)
+        for _ in range(1 + WARM_UP):
+            work.ready()
+        return work
 
     @shown_as("Time per output token (TPOT), compiled")
     def time_token(self, *_: object) -> None:
-        """Time decode steps."""
-        self.generate()
+        """Decode steps."""
+        self.replay("token")
 
 
-class FirstToken:
+class FirstToken(TimedSuite):
     """Time to the first token: a prompt in one call, during which a streaming cache evicts."""
 
     params: ClassVar[list[list[Any]]] = [["baseline", "streaming_4_252", "streaming_4_1020"], [64, 1536], DEVICES]
     param_names: ClassVar = ["configuration", "prompt [tokens]", "device"]
-    skip_params: ClassVar = without_gpu(params)
-    number = 1  # a session has one first token
-    repeat = (3, 10, 5.0)
-    warmup_time = 0
-    timeout = 300
 
-    def setup(self, configuration: str, prompt: int, device: str) -> None:
-        """Open a fresh session for every sample, after one that warms up model and device."""
+    def setup_cache(self) -> Any:
+        """Measure all combinations."""
+        return self.measured()
+
+    def work(self, configuration: str, prompt: int, device: str) -> Work:
+        """Prepare a fresh session for each sample."""
         model = model_for(device)
-        checked = checked_configuration(configuration)
-        self.ids = token_ids(model, prompt)
-        self.timer = per_token_clock(1, device)
-        warm_up = lab("ways.sessions").open_session(checked, model)
-        warm_up.feed(self.ids, last_only=True)
-        warm_up.close()
-        self.session = lab("ways.sessions").open_session(checked, model)
-
-    def teardown(self, *_: object) -> None:
-        """Detach the cache from the model."""
-        if hasattr(self, "session"):
-            self.session.close()
+        ids, fresh = token_ids(model, prompt), Fresh(configuration, model)
+        return Work(1, {"first": lambda: fresh.session.feed(ids, last_only=True).argmax(dim=-1)}, fresh.ready)
 
     @shown_as("Time to the first token (TTFT)")
     def time_first_token(self, *_: object) -> None:
-        """Time the prefill and one argmax."""
-        self.session.feed(self.ids, last_only=True).argmax(dim=-1)
+        """Prefill and one argmax."""
+        self.replay("first")

@@ -17,8 +17,8 @@ class Import:
 
     params: ClassVar = [list(STATEMENTS)]
     param_names: ClassVar = ["what"]
-    number = 1
-    repeat = 3
+    number = rounds = 1
+    repeat = 5
     timeout = 300
 
     @shown_as("Import time")

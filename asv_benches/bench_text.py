@@ -2,76 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .bench_decode import token_ids
-from .common import DEVICES, LIMITS, checked_configuration, lab, model_for, per_token_clock, shown_as, without_gpu
+from .common import DEVICES, LIMITS, Fresh, TimedSuite, Work, lab, model_for, shown_as, token_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STREAMING = "streaming_4_60"
 TOKENS = 10 * LIMITS[STREAMING]
 BLOCK = 256  # tokens per call; the reference reads the text in one call [tokens]
 
 
-class Text:
-    """Base: a fresh session reads the text once."""
+def reading(fresh: Fresh, ids: Any) -> Callable[[], None]:
+    """Return a function that reads a text block by block."""
 
-    number = 1
-    repeat = (3, 10, 4.0)
-    warmup_time = 0
-    timeout = 300
-    session: Any = None
+    def read() -> None:
+        for block in ids.split(BLOCK, dim=1):
+            fresh.session.feed(block)
 
-    def open(self, configuration: str, device: str, shape: str | None) -> None:
-        """Build the model, the text and a session."""
-        self.model = model_for(device, shape=shape)
-        self.ids = token_ids(self.model, TOKENS)
-        self.timer = per_token_clock(TOKENS, device)
-        self.session = lab("ways.sessions").open_session(checked_configuration(configuration), self.model)
-
-    def teardown(self, *_: object) -> None:
-        """Detach the cache from the model."""
-        if self.session is not None:
-            self.session.close()
-
-    def read(self) -> None:
-        """Feed the text block by block."""
-        for block in self.ids.split(BLOCK, dim=1):
-            self.session.feed(block)
+    return read
 
 
-class WholeText(Text):
+class WholeText(TimedSuite):
     """Time per token to score a text."""
 
-    params: ClassVar = [["baseline", STREAMING], DEVICES]
+    params: ClassVar[list[list[Any]]] = [["baseline", STREAMING], DEVICES]
     param_names: ClassVar = ["configuration", "device"]
-    skip_params: ClassVar = without_gpu(params)
 
-    def setup(self, configuration: str, device: str) -> None:
-        """Open a session."""
-        self.open(configuration, device, None)
+    def setup_cache(self) -> Any:
+        """Measure all combinations."""
+        return self.measured()
+
+    def work(self, configuration: str, device: str) -> Work:
+        """Prepare a fresh session for each sample."""
+        model = model_for(device)
+        fresh = Fresh(configuration, model)
+        return Work(TOKENS, {"text": reading(fresh, token_ids(model, TOKENS))}, fresh.ready)
 
     @shown_as("Logits of a whole text, per token")
     def time_logits(self, *_: object) -> None:
-        """Time feeding the text in blocks."""
-        self.read()
+        """Feed the text in blocks."""
+        self.replay("text")
 
 
-class WholeTextByReference(Text):
+class WholeTextByReference(TimedSuite):
     """The same on a tiny model, for which the reference is fast enough."""
 
-    params: ClassVar = [["optimized", "reference"]]
+    params: ClassVar[list[list[Any]]] = [["optimized", "reference"]]
     param_names: ClassVar = ["implementation"]
+    apart = ()
 
-    def setup(self, implementation: str) -> None:
-        """Open a session; the reference does not need it."""
-        self.open(STREAMING, "cpu", "tiny")
-        self.reads = {"optimized": self.read, "reference": self.read_by_reference}[implementation]
+    def setup_cache(self) -> Any:
+        """Measure both."""
+        return self.measured()
 
-    def read_by_reference(self) -> None:
-        """Read the text with the reference."""
-        lab("measure.micro").reference_pass(lab("ways.configurations").parse(STREAMING), self.model, self.ids)
+    def work(self, implementation: str) -> Work:
+        """Prepare a fresh session for each sample; the reference does not use it."""
+        model = model_for("cpu", shape="tiny")
+        ids, fresh = token_ids(model, TOKENS), Fresh(STREAMING, model)
+        configuration, reference_pass = lab("ways.configurations").parse(STREAMING), lab("measure.micro").reference_pass
+        reads = {"optimized": reading(fresh, ids), "reference": lambda: reference_pass(configuration, model, ids)}
+        return Work(TOKENS, {"text": reads[implementation]}, fresh.ready)
 
     @shown_as("Logits of a whole text by the reference, tiny model, per token")
     def time_logits(self, *_: object) -> None:
-        """Time either implementation."""
-        self.reads()
+        """Either implementation."""
+        self.replay("text")

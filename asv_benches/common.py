@@ -1,24 +1,35 @@
-"""Shared by the benchmarks: devices, the lab of the measured commit, timers that count per token."""
+"""Shared by the benchmarks: the lab of the measured commit, checked caches, and samples taken in turns.
+
+asv starts a process for each benchmark and combination of parameters. Here, `setup_cache` of a class measures all of
+its combinations in one process, a sample of each after the other, so that a slow minute affects all of them. asv's
+processes then only read the numbers: the benchmark's timer advances by one sample per call.
+"""
 
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
+import importlib.util
 import itertools
 import os
 import shutil
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 F = TypeVar("F")
+Combination = tuple[Any, ...]
 
-DEVICES: Final = ["cpu", "cuda"]
+DEVICES = ["cpu", "cuda"]
 # Models whose step takes milliseconds on their device; weights are random, so that nothing is loaded.
-MODELS: Final = {"cpu": ("medium", "float32"), "cuda": ("pythia-2.8b", "float16")}
-STREAMED: Final = [0, 1, 10, 100]  # tokens already streamed, in limits
-LIMITS: Final = {
+MODELS = {"cpu": ("medium", "float32"), "cuda": ("pythia-2.8b", "float16")}
+STREAMED = [0, 1, 10, 100]  # tokens already streamed, in limits
+LIMITS = {
     "baseline": 256,
     "streaming_4_60": 64,
     "streaming_4_60_0": 64,
@@ -27,21 +38,14 @@ LIMITS: Final = {
     "static_4_252": 256,
 }
 # One eviction in each sample, so that all samples do the same work: B + 1 tokens, where the buffer B is 64.
-EVICTION_PERIOD: Final = 65
-WARM_UP: Final = 3  # steps before anything is timed, for choosing kernels and touching memory
-DENSE_SAMPLE: Final = 8  # a growing cache has no period; few tokens, since each makes the next one slower
+EVICTION_PERIOD = 65
+WARM_UP = 3  # steps before anything is timed, for choosing kernels and touching memory
+DENSE_SAMPLE = 8  # a growing cache has no period; few tokens, since each makes the next one slower
+CLOCK = Path(__file__).resolve().parent.parent / "lab" / "sinkwindow_lab" / "measure" / "clock.py"
 
 
 def shown_as(name: str, **attributes: Any) -> Callable[[F], F]:
-    """Set the title and the version of a benchmark; raise the version when its numbers stop being comparable.
-
-    Args:
-        name: the title above its graph.
-        **attributes: other attributes of a benchmark that asv reads, such as `unit`.
-
-    Returns:
-        A decorator.
-    """
+    """Set the title and the version of a benchmark; raise the version when its numbers stop being comparable."""
 
     def mark(function: F) -> F:
         for key, value in {"pretty_name": name, "version": "1", **attributes}.items():
@@ -51,54 +55,18 @@ def shown_as(name: str, **attributes: Any) -> Callable[[F], F]:
     return mark
 
 
-def has_cuda() -> bool:
-    """Return whether there is a GPU; without `nvidia-smi`, do not spend seconds on importing torch to find out."""
-    return shutil.which("nvidia-smi") is not None and bool(importlib.import_module("torch").cuda.is_available())
-
-
-def without_gpu(params: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Return the combinations that this machine cannot run: those on `cuda` if it has no GPU.
-
-    Args:
-        params: static lists of a benchmark.
-
-    Returns:
-        Combinations to skip, for the benchmark's `skip_params`.
-    """
-    return [] if has_cuda() else [combination for combination in itertools.product(*params) if "cuda" in combination]
-
-
-def needs_compiler() -> None:
-    """Check that there is a C++ compiler for `torch.compile`.
+def lab(*modules: str, needs: str | None = None) -> Any:
+    """Import the first module below `sinkwindow_lab` that the measured commit has, and that defines a name.
 
     Raises:
-        NotImplementedError: if there is none, so that asv skips the benchmark.
+        NotImplementedError: If it has none, so that asv skips the benchmark.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise NotImplementedError(
-            f"no C++ compiler {compiler!r}, which torch.compile needs: install it, or name another one in CXX"
-        )
-
-
-def lab(module: str, needs: str | None = None) -> Any:
-    """Import a module of the lab, as it is in the measured commit.
-
-    Args:
-        module: name below `sinkwindow_lab`.
-        needs: a name that the module must define.
-
-    Returns:
-        The module.
-
-    Raises:
-        NotImplementedError: if the commit has no such module or name, so that asv skips the benchmark.
-    """
-    old = f"sinkwindow.lab.{module.rpartition('.')[2]}"  # where the lab of earlier commits is
-    found = _imported(f"sinkwindow_lab.{module}") or _imported(old)
-    if found is None or (needs is not None and not hasattr(found, needs)):
-        raise NotImplementedError(f"this commit has no {needs or 'module'} in sinkwindow_lab.{module} or {old}")
-    return found
+    # Below sinkwindow.lab, without rooms, is the lab of earlier commits.
+    names = [name for one in modules for name in (f"sinkwindow_lab.{one}", f"sinkwindow.lab.{one.rpartition('.')[2]}")]
+    for found in map(_imported, names):
+        if found is not None and (needs is None or hasattr(found, needs)):
+            return found
+    raise NotImplementedError(f"this commit has no {needs or 'module'} in {' or '.join(names)}")
 
 
 def _imported(name: str) -> Any:
@@ -111,18 +79,26 @@ def _imported(name: str) -> Any:
 
 
 @functools.cache
+def clock() -> Any:
+    """Load the lab's timer from this checkout, so that all commits are measured with the same one."""
+    spec = importlib.util.spec_from_file_location("asv_clock", CLOCK)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {CLOCK}")
+    module = sys.modules["asv_clock"] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
 def model_for(device: str, dtype: str | None = None, shape: str | None = None) -> Any:
-    """Build a model with random weights, once per process.
+    """Build a model with random weights; shape and dtype are those of `MODELS` by default.
 
-    Args:
-        device: one of `DEVICES`.
-        dtype: of the weights; by default as in `MODELS`.
-        shape: a shape of the lab; by default as in `MODELS`.
-
-    Returns:
-        The model.
+    Raises:
+        NotImplementedError: If there is no such device, so that asv skips the benchmark.
     """
     torch = importlib.import_module("torch")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NotImplementedError("this machine has no GPU")
     torch.set_num_threads(1)  # more stable than two threads that wait for each other
     usual_shape, usual_dtype = MODELS[device]
     kind = getattr(torch, dtype or usual_dtype)
@@ -133,14 +109,8 @@ def model_for(device: str, dtype: str | None = None, shape: str | None = None) -
 def checked_configuration(name: str) -> Any:
     """Parse a configuration and check its output.
 
-    Args:
-        name: as in the lab's registry.
-
-    Returns:
-        The configuration.
-
     Raises:
-        LabError: if its logits or its attention differ from the definition.
+        LabError: If its logits or its attention differ from the definition.
     """
     torch = importlib.import_module("torch")
     configuration = lab("ways.configurations").parse(name)
@@ -154,20 +124,8 @@ def checked_configuration(name: str) -> Any:
     return configuration
 
 
-@functools.cache
 def filled(name: str, device: str, streamed: int, batch: int = 1, dtype: str | None = None) -> Any:
-    """Open the cache of a checked configuration and fill it to a number of tokens, once per process.
-
-    Args:
-        name: the configuration.
-        device: one of `DEVICES`.
-        streamed: tokens to stream, in limits.
-        batch: rows.
-        dtype: of weights and cache; by default as in `MODELS`.
-
-    Returns:
-        The lab's `AttentionSteps`.
-    """
+    """Return the lab's `AttentionSteps` of a checked configuration after a number of tokens, in limits."""
     configuration = checked_configuration(name)
     steps = lab("measure.micro").AttentionSteps(configuration, model_for(device, dtype), batch=batch)
     steps.fill(streamed * LIMITS[name])
@@ -176,21 +134,160 @@ def filled(name: str, device: str, streamed: int, batch: int = 1, dtype: str | N
     return steps
 
 
+def open_session(name: str, model: Any) -> Any:
+    """Open an empty session of a checked configuration."""
+    opens = lab("ways.sessions", "ways.configurations", needs="open_session")
+    return opens.open_session(checked_configuration(name), model)
+
+
+class Fresh:
+    """A session that `ready` replaces by an empty one, before each sample."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.open = functools.partial(open_session, name, model)
+        self.session = self.open()
+
+    def ready(self) -> None:
+        """Open a session that has seen nothing."""
+        self.session.close()
+        self.session = self.open()
+
+
+def token_ids(model: Any, columns: int, rows: int = 1) -> Any:
+    """Return random token ids `[rows, columns]` on the model's device."""
+    torch = importlib.import_module("torch")
+    random = torch.Generator().manual_seed(columns)
+    return torch.randint(0, model.config.vocab_size, (rows, columns), generator=random).to(model.device)
+
+
 def sample_tokens(name: str) -> int:
-    """Return how many tokens one sample of a configuration has [tokens]."""
+    """Return how many tokens one sample of a configuration has."""
     return DENSE_SAMPLE if name == "baseline" else EVICTION_PERIOD
 
 
-def per_token_clock(tokens: int, device: str) -> Callable[[], float]:
-    """Return a timer for asv that counts seconds per token and waits for the device.
+def times(count: int, function: Callable[[], object]) -> Callable[[], None]:
+    """Return a function that calls another one several times."""
 
-    Args:
-        tokens: tokens of a sample.
-        device: one of `DEVICES`.
+    def run() -> None:
+        for _ in range(count):
+            function()
 
-    Returns:
-        The timer; differences of its values are [s/token].
+    return run
+
+
+class Work(NamedTuple):
+    """What is timed of one combination.
+
+    Attributes:
+        tokens: Of a sample; times are per token.
+        runs: What a sample runs, by the name of the benchmark that reads it.
+        ready: Done before each sample.
     """
-    timing, torch = lab("measure.timing"), importlib.import_module("torch")
-    clock = timing.HostClock(wait=timing.waiter(torch.device(device)))
-    return lambda: clock.mark() / tokens
+
+    tokens: int
+    runs: Mapping[str, Callable[[], object]]
+    ready: Callable[[], object]
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns, or the error that the benchmark of this combination, and no other, will raise."""
+    try:
+        return function(*arguments)
+    except NotImplementedError as error:
+        return error
+    except Exception:  # noqa: BLE001 - the traceback is shown where the number would be
+        return RuntimeError(traceback.format_exc())
+
+
+def in_turns(works: Mapping[Combination, Callable[[], Work]], samples: int, device: str) -> dict[Combination, Any]:
+    """Time combinations in turns; return for each its samples [s/token] by benchmark, or its error."""
+    found: dict[Combination, Any] = {combination: attempt(work) for combination, work in works.items()}
+
+    def guarded(combination: Combination, function: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            if isinstance(found[combination], Work):
+                result = attempt(function)
+                if isinstance(result, Exception):
+                    found[combination] = result
+
+        return run
+
+    sides = {
+        (combination, name): clock().Side(guarded(combination, run), guarded(combination, work.ready))
+        for combination, work in found.items()
+        if isinstance(work, Work)
+        for name, run in work.runs.items()
+    }
+    on = importlib.import_module("torch").device(device)
+    timed = clock().interleave(sides, samples, on, warm_up=1) if sides else {}
+    for combination, work in found.items():
+        if isinstance(work, Work):
+            seconds = {name: [one / work.tokens / 1e3 for one in timed[combination, name].ms] for name in work.runs}
+            found[combination] = seconds
+    return found
+
+
+class Suite:
+    """Base of benchmarks whose `setup_cache` returns what was found for each combination: numbers, or an error.
+
+    Each class defines `setup_cache` itself, since asv names what it returns by the line of its definition.
+    """
+
+    params: ClassVar[list[list[Any]]]
+    timeout = 900  # of `setup_cache`, which measures, and of each process that reads a number
+
+    def combinations(self) -> list[Combination]:
+        """Return all combinations of parameters."""
+        return list(itertools.product(*self.params))
+
+    def setup(self, found: dict[Combination, Any], *combination: Any) -> None:
+        """Keep what was found for one combination; asv skips a benchmark that raises NotImplementedError."""
+        self.found = found[combination]
+        if isinstance(self.found, Exception):
+            raise self.found
+
+
+class TimedSuite(Suite):
+    """Base of benchmarks of time: `work` prepares a combination, `setup_cache` returns `measured()`."""
+
+    apart: ClassVar[Sequence[int]] = (-1,)  # indices of parameters whose values are not compared: they need own models
+    number = rounds = 1
+    repeat = 10
+    warmup_time = 0
+    now = 0.0
+    taken = 0
+
+    def work(self, *combination: Any) -> Work:
+        """Prepare what is timed."""
+        raise NotImplementedError
+
+    def measured(self, more: Sequence[Combination] = ()) -> dict[Combination, Any]:
+        """Time all combinations, and `more`, in turns."""
+        groups: dict[Combination, list[Combination]] = {}
+        for one in (*self.combinations(), *more):
+            groups.setdefault(tuple(one[index] for index in self.apart), []).append(one)
+        found: dict[Combination, Any] = {}
+        for group in groups.values():
+            device = group[0][-1] if group[0][-1] in DEVICES else "cpu"
+            found |= in_turns({one: functools.partial(self.work, *one) for one in group}, self.repeat, device)
+            model_for.cache_clear()
+            gc.collect()  # models and their caches refer to each other
+        return found
+
+    def timer(self) -> float:
+        """Return the time for asv, which only `replay` advances."""
+        return self.now
+
+    def replay(self, name: str) -> None:
+        """Let the next sample of a benchmark pass."""
+        self.now += self.found[name][self.taken]
+        self.taken += 1
+
+
+def needs_compiler() -> None:
+    """Raise NotImplementedError, so that asv skips the benchmark, if `torch.compile` finds no C++ compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise NotImplementedError(
+            f"no C++ compiler {compiler!r}, which torch.compile needs: install it, or name another one in CXX"
+        )

@@ -20,49 +20,27 @@ except ModuleNotFoundError:
 
 EXACT = "Perplexity|CacheBytes"
 EXACT_FACTOR = 1.0001  # one in the fifth digit; six digits are deterministic
+ROUNDS = ("--attribute", "rounds=2")  # of each commit; within a round, `setup_cache` measures in turns
 SLOWER = 1
 
 
 def passes(base: str, head: str, factor: float, bench: str | None) -> list[list[str]]:
-    """Return the two commands, exact figures first.
-
-    Args:
-        base: commit to compare with.
-        head: commit to test.
-        factor: largest allowed growth of a time.
-        bench: regular expression that selects the timed benchmarks.
-    """
+    """Return the two commands, exact figures first."""
     command = ["asv", "continuous", "--show-stderr", "--interleave-rounds"]
     return [
         [*command, "--factor", str(EXACT_FACTOR), "--bench", EXACT, base, head],
-        [*command, "--factor", str(factor), "--bench", bench or f"^(?!.*({EXACT}))", base, head],
+        [*command, *ROUNDS, "--factor", str(factor), "--bench", bench or f"^(?!.*({EXACT}))", base, head],
     ]
 
 
 def comparison(command: list[str]) -> list[str]:
-    """Return the command that compares what did run: `asv continuous` compares nothing if a benchmark failed.
-
-    Args:
-        command: one of `passes`.
-    """
+    """Return the command that compares what did run: `asv continuous` compares nothing if a benchmark failed."""
     factor, commits = command[command.index("--factor") + 1], command[-2:]
     return ["asv", "compare", "--only-changed", "--factor", factor, *commits]
 
 
 def compare(base: str, head: str, *, factor: float, bench: str | None, gpu: bool, root: Path) -> int:
-    """Run both passes, the second one even if the first one fails.
-
-    Args:
-        base: commit to compare with.
-        head: commit to test.
-        factor: largest allowed growth of a time.
-        bench: regular expression that selects the timed benchmarks; everything by default.
-        gpu: whether there is a GPU.
-        root: the repository.
-
-    Returns:
-        0 if nothing got worse, `SLOWER` if something did, else one of the gate's codes.
-    """
+    """Run both passes; return 0 if nothing got worse, `SLOWER` if something did, else one of the gate's codes."""
     judged = subprocess.run(["git", "rev-parse", head], cwd=root, check=True, capture_output=True, text=True)
     stamp = root / ".asv" / "started"
     stamp.parent.mkdir(exist_ok=True)

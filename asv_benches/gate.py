@@ -54,14 +54,9 @@ def combinations(params: list[list[str]]) -> list[tuple[str, ...]]:
 
 
 def inspect(benchmarks: dict[str, Any], results: dict[str, Any], *, gpu: bool, history: bool, into: Findings) -> None:
-    """Count the numbers of one run as measured, skipped, failed or missing.
+    """Count the numbers of one run of asv as measured, skipped, failed or missing.
 
-    Args:
-        benchmarks: asv's `benchmarks.json`.
-        results: one of asv's result files.
-        gpu: whether the machine has a GPU; without one, combinations on it may be skipped.
-        history: whether the commit may be older than its benchmarks, so that anything may be skipped.
-        into: the findings to add to.
+    Without a GPU, combinations on it may be skipped; a commit of the `history` may be older than its benchmarks.
     """
     columns: list[str] = results["result_columns"]
     commit = str(results.get("commit_hash", ""))[:8]
@@ -98,18 +93,7 @@ def result_files(folder: Path, stamp: Path | None) -> list[Path]:
 def judge(
     folder: Path, stamp: Path | None, *, gpu: bool = False, complete: str | None = None, selected: str = ""
 ) -> Findings:
-    """Check all results written since the stamp.
-
-    Args:
-        folder: asv's results.
-        stamp: a file touched before the run; None takes all results.
-        gpu: see `inspect`.
-        complete: the only commit whose benchmarks must all have run; others are history. None: all commits.
-        selected: expect only benchmarks whose name matches this pattern.
-
-    Returns:
-        The findings.
-    """
+    """Check what was written since a file was touched; commit `complete`, or all, must have all that is selected."""
     findings = Findings()
     index = folder / "benchmarks.json"
     files = result_files(folder, stamp)

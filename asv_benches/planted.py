@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sinkwindow_lab.render import marked
+from sinkwindow_lab.render import markdown, marked
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENT: Final = Path("docs", "benchmarks.md")
@@ -104,16 +104,7 @@ def git(clone: Path, *arguments: str) -> str:
 
 
 def plant_commit(clone: Path, plant: Plant, number: int) -> str:
-    """Commit a planted regression to a new branch from the base.
-
-    Args:
-        clone: the scratch clone.
-        plant: the change.
-        number: for the branch's name.
-
-    Returns:
-        The hash of the commit.
-    """
+    """Commit a planted regression to a new branch from the base; return its hash."""
     git(clone, "checkout", "-q", "-B", f"planted-{number}", "base")
     file = clone / PLANTED_IN
     file.write_text(file.read_text(encoding="utf-8") + f"\n{plant.code}\n", encoding="utf-8")
@@ -139,17 +130,13 @@ def cell(text: str) -> str:
 
 def table(outcomes: list[Outcome], commit: str) -> str:
     """Render the outcomes, with up to three worse figures each."""
-    lines = [
-        f"Written by `nox -s planted_regressions` at commit {commit[:8]}, factor {FACTOR} for times.",
-        "",
-        "| planted | exit status | reported as worse |",
-        "|---|---|---|",
-    ]
+    rows = []
     for one in outcomes:
         first = sorted(one.worse, key=lambda row: re.search(one.plant.seen_in or "$", row) is None)[:3]
         more = f"; {len(one.worse) - 3} more" if len(one.worse) > len(first) else ""
-        lines.append(f"| {one.plant.name} | {one.code} | {'; '.join(map(cell, first)) or 'nothing'}{more} |")
-    return "\n".join(lines)
+        rows.append((one.plant.name, str(one.code), f"{'; '.join(map(cell, first)) or 'nothing'}{more}"))
+    origin = f"Written by `nox -s planted_regressions` at commit {commit[:8]}, factor {FACTOR} for times."
+    return f"{origin}\n\n{markdown.table(('planted', 'exit status', 'reported as worse'), rows, words=True)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,94 +1,100 @@
-"""Time the parts of a decode step, for all layers of one token, with a cache of 1,024 tokens.
+"""Time parts of a step that asv does not time alone, for all layers, with a cache of 1,024 tokens.
 
-`nox -s microbench` saves each run and compares it with the previous one.
+The sides of a group are measured in turns by the lab's timer; pytest-benchmark then reads their samples, saves them and
+compares them with those of the previous `nox -s microbench`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+import functools
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
 
 from sinkwindow.attention.rotation import Rotary
-from sinkwindow_lab.measure.micro import AttentionSteps, BareAttention, geometry
+from sinkwindow_lab.inputs.shapes import random_model
+from sinkwindow_lab.measure.clock import Side, interleave
+from sinkwindow_lab.measure.micro import AttentionSteps, check, geometry, relocation
+from sinkwindow_lab.ways.configurations import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
+DEVICES: Final = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LENGTH: Final = 1024  # [tokens]
 FULL: Final = 4 * LENGTH  # streamed first, so that the cache evicts [tokens]
-PROMPT: Final = 512  # a call that crosses several evictions [tokens]
-NAMES: Final = {"streaming": "streaming_4_1020", "dynamic_cache": "baseline"}
+CALL: Final = 512  # a call that crosses several evictions [tokens]
+torch.set_num_threads(1)
 
 
-@pytest.mark.benchmark(group="attention and update, one token")
-def test_step_bare_sdpa(timed: Callable[..., None], model: PreTrainedModel) -> None:
-    """The lower bound: ready-made contiguous keys and values, no cache."""
-    timed(BareAttention(model, LENGTH).step)
+def rebase(model: PreTrainedModel, *, stay: bool) -> Side:
+    """Return a rebase: window keys are rotated back to their ranks in their slots, or moved to the front as well."""
+    return Side(relocation(parse("streaming_4_1020"), model, stay=stay))
 
 
-@pytest.mark.benchmark(group="attention and update, one token")
-@pytest.mark.parametrize("name", NAMES)
-def test_step(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps], name: str) -> None:
-    """Update and attention of a cache."""
-    seen = FULL if name == "streaming" else LENGTH - 1
-    steps = full_cache(NAMES[name], seen)
-    timed(steps.step, lambda: steps.rewind(seen))
-
-
-@pytest.mark.benchmark(group="update, one token")
-@pytest.mark.parametrize("name", NAMES)
-def test_update(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps], name: str) -> None:
-    """Update of a cache, without attention."""
-    seen = FULL if name == "streaming" else LENGTH - 1
-    steps = full_cache(NAMES[name], seen)
-    timed(steps.update, lambda: steps.rewind(seen))
-
-
-@pytest.mark.benchmark(group="update, one token")
-def test_update_with_eviction(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps]) -> None:
-    """Without a buffer every token evicts, so sinks are rotated and placed in each round."""
-    timed(full_cache("streaming_4_1020_0", FULL).update)
-
-
-@pytest.mark.benchmark(group="rebase")
-@pytest.mark.parametrize("stay", [True, False])
-def test_rebase(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps], *, stay: bool) -> None:
-    """A rebase: the window keys are rotated back to ranks, either in their slots or moved to the front as well."""
-    stream = full_cache("streaming_4_1020", FULL).cache._stream  # noqa: SLF001 - to time a part of it
-    (pool,), (slots,) = stream.pools, stream.state.pools
-    lanes = [type(lane)(lane.seen, row.evicted) for lane, row in zip(stream.state.lanes, slots.lanes, strict=True)]
-    full = replace(slots, end=slots.banks[0].slots.keys.shape[3])
-    timed(lambda: pool.relocation(full, lanes, stay=stay)[0].finish())  # noqa: PLW0108 - each round plans anew
-
-
-@pytest.mark.benchmark(group="rotation")
-@pytest.mark.parametrize("tokens", [4, LENGTH])
-def test_rotation(timed: Callable[..., None], model: PreTrainedModel, tokens: int) -> None:
-    """Rotation of the keys of all layers by some positions: of the sinks only, and of a whole window."""
+def rotation(model: PreTrainedModel, tokens: int) -> Side:
+    """Return the rotation of the keys of all layers by some positions."""
     sizes = geometry(model)
     frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
     shape = (sizes.layers, 1, sizes.kv_heads, tokens, sizes.head_dim)
     keys = torch.randn(shape, device=model.device, dtype=model.dtype)
-    timed(lambda: Rotary(frequencies).rotate_by(keys, 65))
+    return Side(lambda: Rotary(frequencies).rotate_by(keys, 65))
 
 
-@pytest.mark.benchmark(group="attention of a 512-token call")
-def test_exact_attention(
-    timed: Callable[..., None], model: PreTrainedModel, full_cache: Callable[[str, int], AttentionSteps]
-) -> None:
-    """The model's attention under our mask, across evictions, including the cache's work."""
-    steps = full_cache("streaming_4_1020", FULL)
-    timed(lambda: steps.long_call(PROMPT), rounds=5)
-    assert geometry(model).layers == steps.sizes.layers
+def long_call(model: PreTrainedModel, name: str, seen: int) -> Side:
+    """Return the model's attention under a checked cache's mask, the cache's work included."""
+    configuration = parse(name)
+    check(configuration, random_model("tiny"), 2 * 320)
+    steps = AttentionSteps(configuration, model)
+    steps.fill(seen)
+    return Side(lambda: steps.long_call(CALL), ready=lambda: steps.rewind(seen), samples=5)
 
 
-@pytest.mark.benchmark(group="attention of a 512-token call")
-def test_dense_attention(timed: Callable[..., None], full_cache: Callable[[str, int], AttentionSteps]) -> None:
-    """The same call with causal SDPA on a `DynamicCache` of the same length."""
-    steps = full_cache("baseline", LENGTH)
-    timed(lambda: steps.long_call(PROMPT), lambda: steps.rewind(LENGTH), rounds=5)
+GROUPS: Final[dict[str, dict[str, Callable[[PreTrainedModel], Side]]]] = {
+    "rebase": {"in place": partial(rebase, stay=True), "moved to the front": partial(rebase, stay=False)},
+    "rotation": {"of the sinks": partial(rotation, tokens=4), "of a window": partial(rotation, tokens=LENGTH)},
+    "attention of a 512-token call": {
+        "streaming, across evictions": partial(long_call, name="streaming_4_1020", seen=FULL),
+        "DynamicCache of the same length": partial(long_call, name="baseline", seen=LENGTH),
+    },
+}
+
+
+@functools.cache
+def samples(group: str, device: str) -> dict[str, list[float]]:
+    """Measure a group's sides in turns; return their samples [s]."""
+    shape, dtype = {"cpu": ("smollm2-135m-heads", torch.float32), "cuda": ("pythia-2.8b", torch.float16)}[device]
+    model = random_model(shape, device=device, dtype=dtype)
+    sides = {name: side(model) for name, side in GROUPS[group].items()}
+    timed = interleave(sides, 30, model.device, warm_up=3)
+    return {name: [ms / 1e3 for ms in one.ms] for name, one in timed.items()}
+
+
+class Replay:
+    """A timer that advances by one sample per call of `next`."""
+
+    passed = 0.0
+
+    @classmethod
+    def now(cls) -> float:
+        """Return the time for pytest-benchmark [s]."""
+        return cls.passed
+
+    @classmethod
+    def next(cls, seconds: Iterator[float]) -> None:
+        """Let one sample pass."""
+        cls.passed += next(seconds)
+
+
+@pytest.mark.benchmark(timer=Replay.now)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, sides in GROUPS.items() for name in sides])
+def test_step(benchmark: Any, group: str, name: str, device: str) -> None:
+    """Report the samples of one side of a group."""
+    benchmark.group = f"{group}, {device}"
+    seconds = samples(group, device)[name]
+    benchmark.pedantic(Replay.next, args=(iter(seconds),), rounds=len(seconds))

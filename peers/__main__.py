@@ -40,14 +40,7 @@ THREADS: Final = 2
 
 
 def export(folder: Path) -> tuple[Path, int]:
-    """Write the embedded model so that every version of transformers reads the same weights, and the token ids.
-
-    Args:
-        folder: folder to write to.
-
-    Returns:
-        The file of the token ids, and the size of the weights [bytes].
-    """
+    """Write the embedded model as every transformers reads it; return the file of token ids and the weights [bytes]."""
     source, _ = embedded_folder()
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
@@ -67,16 +60,7 @@ def readable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(key: str, model: Path, ids: Path) -> tuple[Client | None, dict[str, Any]]:
-    """Start a peer.
-
-    Args:
-        key: of the peer.
-        model: folder of the weights.
-        ids: file of the token ids.
-
-    Returns:
-        The running peer, or None if it does not run, and its row for the record, with the reason.
-    """
+    """Start a peer, or return None, and its row for the record, with the reason."""
     try:
         python = interpreter(key)
     except BuildError as error:
@@ -93,15 +77,7 @@ def start(key: str, model: Path, ids: Path) -> tuple[Client | None, dict[str, An
 
 
 def collect(plan: Plan, *, quick: bool) -> dict[str, Any]:
-    """Start and measure all peers.
-
-    Args:
-        plan: how much to measure.
-        quick: whether to skip slow peers.
-
-    Returns:
-        The record, as in results/peers.json.
-    """
+    """Start and measure all peers; return the record, as in results/peers.json."""
     HOME.mkdir(exist_ok=True)
     model = (HOME / "model").resolve()
     ids, weight_bytes = export(model)

@@ -53,11 +53,7 @@ class Adapter(ABC):
     batch_prompt: ClassVar[int] = 12
 
     def __init__(self, folder: str) -> None:
-        """Load the model.
-
-        Args:
-            folder: folder with weights in float32 and a configuration.
-        """
+        """Load the model from a folder with weights in float32 and a configuration."""
         self.model = self.load(folder)
         self.model.eval()
         self.size = Size(4, 1020)
@@ -77,15 +73,7 @@ class Adapter(ABC):
         """Return an empty cache of the current size."""
 
     def feed(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Run the model on new tokens.
-
-        Args:
-            ids: [batch, tokens].
-            mask: 1 for all real tokens so far, 0 for padding [batch, tokens so far].
-
-        Returns:
-            Logits [batch, tokens, vocab].
-        """
+        """Return the logits of new tokens, [batch, tokens, vocab]; `mask` is of all tokens so far, 0 for padding."""
         options = {} if mask is None else {"attention_mask": mask}
         output = self.model(input_ids=ids, use_cache=True, **{self.keyword: self.memory}, **options)
         logits: torch.Tensor = output.logits
@@ -97,12 +85,7 @@ class Adapter(ABC):
         return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     def fill(self, ids: torch.Tensor, steps: int) -> None:
-        """Feed tokens until the cache is full.
-
-        Args:
-            ids: [1, tokens], at least as many as the limit.
-            steps: largest number of single tokens that will follow.
-        """
+        """Feed tokens until the cache is full; at most `steps` single tokens will follow."""
         del steps
         for chunk in torch.split(ids[:, : self.size.limit], CHUNK, dim=1):
             self.feed(chunk)

@@ -24,13 +24,7 @@ class BuildError(Exception):
 
 
 def interpreter(name: str) -> str:
-    """Return the Python interpreter of a peer's environment, which is built if it is missing or outdated.
-
-    Args:
-        name: a key of `REQUIREMENTS`; any other name means the current environment.
-
-    Returns:
-        Path of the interpreter.
+    """Return the Python interpreter of a peer's environment, built if missing or outdated; others use ours.
 
     Raises:
         BuildError: if the environment cannot be built.

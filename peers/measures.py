@@ -30,27 +30,13 @@ class Bench:
     """An adapter, its text, and the measurements."""
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor) -> None:
-        """Store both.
-
-        Args:
-            adapter: the peer.
-            ids: [1, tokens], the text.
-        """
+        """Store both; `ids` is the text, [1, tokens]."""
         self.adapter = adapter
         self.ids = ids
         self._next = 0
 
     def fill(self, sinks: int, window: int, steps: int) -> dict[str, float]:
-        """Fill the cache and warm up, and measure the memory that this needs.
-
-        Args:
-            sinks: S [tokens].
-            window: W [tokens].
-            steps: largest number of steps that will follow.
-
-        Returns:
-            Size of the cache, and peak growth of the process's memory [bytes].
-        """
+        """Fill the cache and warm up; return its size, and how much the process grew at most meanwhile [bytes]."""
         size = Size(sinks, window)
         self.adapter.start(size)
         self.adapter.begin(self.ids)
@@ -166,13 +152,7 @@ class Bench:
 
 @contextmanager
 def attention_watched(adapter: Adapter) -> Iterator[list[float]]:
-    """Time attention during the `with` block: the modules named `self_attn`, without their projections.
-
-    Args:
-        adapter: a started peer.
-
-    Yields:
-        Seconds, to be summed after the block; those of the projections are negative.
+    """Yield a list of seconds to be summed after the block: those of `self_attn` modules, less their projections.
 
     Raises:
         RefusalError: if the model has no such modules.
@@ -198,16 +178,7 @@ def attention_watched(adapter: Adapter) -> Iterator[list[float]]:
 
 
 def timed(function: Callable[..., Any], seconds: list[float], sign: float) -> Callable[..., Any]:
-    """Return a function that does the same as another one and records its time.
-
-    Args:
-        function: any function.
-        seconds: list to which the time is appended.
-        sign: 1, or -1 for time to subtract.
-
-    Returns:
-        The timed function.
-    """
+    """Return a function that does the same as another one and records its time, times `sign`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()

@@ -76,14 +76,6 @@ class KVPress(Adapter):
     def prompt(self, ids: torch.Tensor, kept: int, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Read a prompt in one call and compress it.
 
-        Args:
-            ids: [batch, tokens].
-            kept: number of tokens to keep [tokens].
-            mask: 1 for real tokens [batch, tokens].
-
-        Returns:
-            Logits [batch, tokens, vocab] of the prompt, each token attending to all earlier ones.
-
         Raises:
             RefusalError: if another number of tokens was kept.
         """

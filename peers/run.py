@@ -1,14 +1,18 @@
-"""Measure all peers; times are measured interleaved, so that a slow minute affects all peers equally."""
+"""Measure all peers; times are measured in turns, so that a slow minute affects all peers equally."""
 
 from __future__ import annotations
 
+import statistics
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from peers.plan import LEFT_OUT, PEERS
+from sinkwindow_lab.measure.clock import HostClock, Side, interleave
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Protocol
 
     from peers.plan import Plan
@@ -29,15 +33,7 @@ def say(text: str) -> None:
 
 
 def measure(clients: Mapping[str, Askable], plan: Plan) -> dict[str, Answers]:
-    """Request all measurements of all peers.
-
-    Args:
-        clients: running peers by key.
-        plan: how much to measure.
-
-    Returns:
-        For each peer the answers by name, each `{"result"}`, `{"refused"}` or `{"error"}`.
-    """
+    """Request all measurements of all peers; return each peer's answers by name, as `Askable` gives them."""
     answers: dict[str, Answers] = {key: {} for key in clients}
     for sinks, window in plan.speed:
         speed(clients, plan, (sinks, window), answers)
@@ -53,32 +49,44 @@ def measure(clients: Mapping[str, Askable], plan: Plan) -> dict[str, Answers]:
 
 
 def speed(clients: Mapping[str, Askable], plan: Plan, size: tuple[int, int], answers: dict[str, Answers]) -> None:
-    """Fill every cache, then time interleaved steps; a peer that fails is not measured again at this size."""
-    limit = sum(size)
-    running = []
+    """Fill every cache, then time steps in turns; what fails is not measured again at this size."""
+    limit, passed = sum(size), 0.0
+    failed: dict[str, dict[str, Any]] = {}
+
+    def block(client: Askable, name: str, count: int, place: str) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal passed
+            answer = failed.get(place) or client.ask(name, count=count)
+            if "result" in answer:
+                passed += statistics.median(answer["result"]["ms"]) / 1e3
+            else:
+                failed[place] = answer
+
+        return run
+
+    sides: dict[str, Side] = {}
     for key, client in clients.items():
         say(f"{key}: filling {limit} tokens")
         filled = client.ask("fill", sinks=size[0], window=size[1], steps=plan.single_steps)
         answers[key][f"fill {limit}"] = filled
-        if "result" in filled:
-            running.append(key)
-    for number in range(plan.rounds):
-        say(f"round {number + 1} of {plan.rounds} at {limit} tokens: {', '.join(running)}")
-        for key in list(running):
-            for name, count in (("steps", plan.steps), ("attention", plan.attention)):
-                answer = clients[key].ask(name, count=count)
-                _add(answers[key], f"{name} {limit}", answer)
-                if name == "steps" and "result" not in answer:
-                    running.remove(key)
-                    break
+        for name, count in (("steps", plan.steps), ("attention", plan.attention)):
+            if "result" in filled:
+                place = f"{key} {name}"
+                sides[place] = Side(block(client, name, count, place))
+    if not sides:
+        return
+    say(f"{plan.rounds} rounds at {limit} tokens: {', '.join(sides)}")
+    # The clock advances by a step's time as the worker reports it, so that requests take no time: a sample is the
+    # median of a block of steps.
+    clock = HostClock(now=lambda: passed)
+    timed = interleave(sides, plan.rounds, torch.device("cpu"), warm_up=0, clock=clock)
+    for place, one in timed.items():
+        key, name = place.split()
+        answers[key][f"{name} {limit}"] = failed.get(place) or {"result": {"ms": one.ms}}
 
 
 def longest_prompt(key: str, client: Askable, plan: Plan) -> dict[str, Any]:
-    """Try one call with several limits of tokens, the longest first.
-
-    Returns:
-        The tokens of the first call that works, or the reason why the shortest does not.
-    """
+    """Return the tokens of the longest prompt that works in one call, or why the shortest does not."""
     sinks, window = plan.prompt
     answer: dict[str, Any] = {"error": "nothing was tried"}
     for multiple in plan.multiples:
@@ -103,12 +111,3 @@ def failed_row(key: str, reason: str) -> dict[str, Any]:
 def skipped_row(key: str) -> dict[str, Any]:
     """Return the record's row of a peer that was skipped."""
     return failed_row(key, LEFT_OUT)
-
-
-def _add(answers: Answers, name: str, answer: dict[str, Any]) -> None:
-    """Add the samples of a round to the earlier ones; a failure replaces them."""
-    before = answers.get(name)
-    if before is None or "result" not in before or "result" not in answer:
-        answers[name] = answer
-    else:
-        before["result"]["ms"].extend(answer["result"]["ms"])

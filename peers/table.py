@@ -1,20 +1,22 @@
-"""The table and the targets (bars), as pure functions of the measurements."""
+"""The table and the targets, as pure functions of the measurements."""
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from peers.plan import PEERS
-from sinkwindow_lab.render.page import markdown_table
+from sinkwindow_lab.render.markdown import NOT_MEASURED, bullets, join, name, table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SUBJECT: Final = "ours"
 BASE: Final = "dynamic"
 BARS: Final = (("attention_sinks", 0.60), ("sink_cache", 0.75))
 BAR_LIMIT: Final = 2048  # the cache size of the targets [tokens]
 SAME: Final = 1e-3  # largest difference of equal logits: float32 rounding gives about 1e-4
-NOTHING: Final = "-"
 TITLES: Final = {peer.key: peer.title for peer in PEERS}
 
 
@@ -38,16 +40,16 @@ class Verdict:
         return f"{bar}; this run: {found}, {'met' if self.met else 'MISSED'}"
 
 
-def median(row: dict[str, Any], name: str) -> float | None:
+def median(row: dict[str, Any], what: str) -> float | None:
     """Return the median of a row's samples [ms], None if there are none."""
-    samples = row["answers"].get(name, {}).get("result", {}).get("ms")
+    samples = row["answers"].get(what, {}).get("result", {}).get("ms")
     return statistics.median(samples) if samples else None
 
 
 def ratio(record: dict[str, Any], key: str, base: str, limit: int) -> float | None:
     """Return the median TPOT of one peer over another's at the same limit [1]; None if a side is missing."""
     rows = {row["key"]: row for row in record["peers"]}
-    sides = [median(rows[name], f"steps {limit}") if name in rows else None for name in (key, base)]
+    sides = [median(rows[one], f"steps {limit}") if one in rows else None for one in (key, base)]
     return None if sides[0] is None or not sides[1] else sides[0] / sides[1]
 
 
@@ -56,51 +58,24 @@ def verdicts(record: dict[str, Any]) -> list[Verdict]:
     return [Verdict(peer, most, ratio(record, SUBJECT, peer, BAR_LIMIT)) for peer, most in BARS]
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """Return the whole table with its notes.
-
-    Args:
-        record: as in results/peers.json.
-
-    Returns:
-        Markdown.
-    """
-    notes = Notes()
-    limits = [sum(size) for size in record["plan"]["speed"]]
-    rows = [cells(record, row, limits, notes) for row in record["peers"]]
-    header = titles(record, limits)
-    lines = [head(record), "", markdown_table(header, rows), ""]
-    lines += [bars(record)]
-    lines += ["", explanations(record), "", *notes.lines(), "", *environments(record)]
-    return "\n".join(lines).strip() + "\n"
-
-
 def bars(record: dict[str, Any]) -> str:
-    """Return each target with the result of this run.
-
-    Args:
-        record: as in results/peers.json.
-
-    Returns:
-        Markdown bullets.
-    """
-    return "\n".join(f"- {one}." for one in verdicts(record))
+    """Return each target with the result of this run, as Markdown."""
+    return bullets([f"{one}." for one in verdicts(record)])
 
 
-class Notes:
-    """Reasons for empty cells, numbered in the order of first use."""
-
-    def __init__(self) -> None:
-        """Start without notes."""
-        self._found: dict[str, int] = {}
-
-    def mark(self, text: str) -> str:
-        """Return a dash with the number of its reason."""
-        return f"{NOTHING} [{self._found.setdefault(text, len(self._found) + 1)}]"
-
-    def lines(self) -> list[str]:
-        """Return the reasons."""
-        return [f"[{number}] {text}  " for text, number in self._found.items()]
+def markdown(record: dict[str, Any]) -> str:
+    """Return the whole table with its notes, as Markdown, from a record as in results/peers.json."""
+    notes: list[str] = []  # reasons for empty cells, numbered in the order of first use
+    limits = [sum(size) for size in record["plan"]["speed"]]
+    header = titles(record, limits)
+    rows = [cells(record, row, limits, notes, len(header)) for row in record["peers"]]
+    reasons = bullets([f"[{number}] {name(text)}" for number, text in enumerate(notes, 1)])
+    versions = [
+        f"{TITLES[row['key']]}: {name(', '.join(map(' '.join, row['versions'].items())))}"
+        for row in record["peers"]
+        if row["versions"]
+    ]
+    return join([head(record), table(header, rows), bars(record), explanations(record), reasons, bullets(versions)])
 
 
 def titles(record: dict[str, Any], limits: list[int]) -> list[str]:
@@ -115,40 +90,53 @@ def titles(record: dict[str, Any], limits: list[int]) -> list[str]:
     return ["Peer", *speed, "Cache (MB)", "Peak Mem (GB)", *more, "Chunk invariant"]
 
 
-def cells(record: dict[str, Any], row: dict[str, Any], limits: list[int], notes: Notes) -> list[str]:
+def cells(record: dict[str, Any], row: dict[str, Any], limits: list[int], notes: list[str], count: int) -> list[str]:
     """Return one row; if the peer did not run, the first cell has the reason."""
     title = TITLES[row["key"]]
     if row["failure"]:
-        return [f"{title} {notes.mark(row['failure'])}", *[NOTHING] * (len(titles(record, limits)) - 1)]
-    speed = [cell for limit in limits for cell in speed_cells(record, row, limit, notes)]
-    filled = f"fill {limits[-1]}"
+        return [f"{title} {mark(row['failure'], notes)}", *[NOT_MEASURED] * (count - 1)]
+
+    def shown(what: str, write: Callable[[Any], str]) -> str:
+        answer = row["answers"].get(what, {})
+        return write(answer["result"]) if "result" in answer else mark(reason(answer), notes)
+
+    def same(answer: dict[str, float]) -> str:
+        return f"{'yes' if answer['difference'] <= SAME else 'no'} ({answer['difference']:.1e})"
+
+    def longest(answer: dict[str, int]) -> str:
+        most = ", the most tried" if answer["multiple"] == max(record["plan"]["multiples"]) else ""
+        return f"{answer['tokens']:,} ({answer['multiple']}x{most})"
+
+    filled, weights = f"fill {limits[-1]}", record["weight_bytes"]
     return [
         title,
-        *speed,
-        shown(row, filled, lambda one: f"{one['cache_bytes'] / 1e6:.1f}", notes),
-        shown(row, filled, lambda one: f"{(record['weight_bytes'] + one['growth_bytes']) / 1e9:.2f}", notes),
-        shown(row, "perplexity", lambda one: f"{one['perplexity']:.3f}", notes),
-        shown(row, "prompt", lambda one: longest(record, one), notes),
-        shown(row, "batch", lambda one: same(one["difference"]), notes),
-        shown(row, "chunks", lambda one: same(one["difference"]), notes),
+        *(cell for limit in limits for cell in speed_cells(record, row, limit, notes)),
+        shown(filled, lambda one: f"{one['cache_bytes'] / 1e6:.1f}"),
+        shown(filled, lambda one: f"{(weights + one['growth_bytes']) / 1e9:.2f}"),
+        shown("perplexity", lambda one: f"{one['perplexity']:.3f}"),
+        shown("prompt", longest),
+        shown("batch", same),
+        shown("chunks", same),
     ]
 
 
-def speed_cells(record: dict[str, Any], row: dict[str, Any], limit: int, notes: Notes) -> list[str]:
+def speed_cells(record: dict[str, Any], row: dict[str, Any], limit: int, notes: list[str]) -> list[str]:
     """Return TPOT, both ratios and the attention time at one limit."""
-    steps, attention = median(row, f"steps {limit}"), median(row, f"attention {limit}")
+    answers, steps, attention = row["answers"], median(row, f"steps {limit}"), median(row, f"attention {limit}")
     if steps is None:
-        why = row["answers"].get(f"steps {limit}") or row["answers"].get(f"fill {limit}") or {}
-        return [notes.mark(reason(why)), NOTHING, NOTHING, NOTHING]
+        why = answers.get(f"steps {limit}") or answers.get(f"fill {limit}") or {}
+        return [mark(reason(why), notes), *[NOT_MEASURED] * 3]
     ratios = [ratio(record, row["key"], base, limit) for base in (BASE, SUBJECT)]
-    last = shown(row, f"attention {limit}", lambda _: f"{attention:.1f}", notes)
-    return [f"{steps:.1f}", *(NOTHING if one is None else f"{one:.2f}" for one in ratios), last]
+    why = answers.get(f"attention {limit}", {})
+    last = mark(reason(why), notes) if attention is None else f"{attention:.1f}"
+    return [f"{steps:.1f}", *(NOT_MEASURED if one is None else f"{one:.2f}" for one in ratios), last]
 
 
-def shown(row: dict[str, Any], name: str, write: Any, notes: Notes) -> str:
-    """Return a cell for an answer, or a dash with the reason."""
-    answer = row["answers"].get(name, {})
-    return str(write(answer["result"])) if "result" in answer else notes.mark(reason(answer))
+def mark(text: str, notes: list[str]) -> str:
+    """Return a dash with the number of its reason."""
+    if text not in notes:
+        notes.append(text)
+    return f"{NOT_MEASURED} [{notes.index(text) + 1}]"
 
 
 def reason(answer: dict[str, Any]) -> str:
@@ -158,26 +146,15 @@ def reason(answer: dict[str, Any]) -> str:
     return f"failed: {answer['error']}" if "error" in answer else "not measured"
 
 
-def same(difference: float) -> str:
-    """Return yes or no, with the largest difference of logits."""
-    return f"{'yes' if difference <= SAME else 'no'} ({difference:.1e})"
-
-
-def longest(record: dict[str, Any], answer: dict[str, Any]) -> str:
-    """Return the tokens of the longest prompt, and whether it was the longest that was tried."""
-    most = max(record["plan"]["multiples"])
-    return f"{answer['tokens']:,} ({answer['multiple']}x{', the most tried' if answer['multiple'] == most else ''})"
-
-
 def head(record: dict[str, Any]) -> str:
     """Return what ran, where and when."""
     machine, plan = record["machine"], record["plan"]
     commit = (machine["commit"] or "no checkout")[:8] + (" with changes" if machine["dirty"] else "")
     quick = " with `--quick`" if record["quick"] else ""
+    what = f"{machine['cpu']}, {record['threads']} threads, {record['model']} in float32, text: {record['corpus']}"
     return (
-        f"Written by `nox -s peers`{quick} at commit {commit}, {machine['date']}, {machine['cpu']}, "
-        f"{record['threads']} threads, {record['model']} in float32, text: {record['corpus']}. "
-        f"{plan['rounds']} interleaved rounds, {plan['steps']} timed steps each; medians."
+        f"Written by `nox -s peers`{quick} at commit {commit}, {machine['date']}, {name(what)}. "
+        f"{plan['rounds']} rounds in turns, {plan['steps']} timed steps each; medians."
     )
 
 
@@ -193,9 +170,3 @@ def explanations(record: dict[str, Any]) -> str:
         "The last column shows whether they are correct. Invariant: the largest difference of logits is at most "
         f"{SAME:g}, with a cache of 4+12, over several evictions."
     )
-
-
-def environments(record: dict[str, Any]) -> list[str]:
-    """Return the versions in each environment."""
-    rows = [row for row in record["peers"] if row["versions"]]
-    return [f"- {TITLES[row['key']]}: {', '.join(f'{k} {v}' for k, v in row['versions'].items())}" for row in rows]

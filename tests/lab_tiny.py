@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from sinkwindow_lab import records
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.models import LoadedModel, describe
-from sinkwindow_lab.reports.bench import Bench
+from sinkwindow_lab.reports.tables.bench import Bench
+from sinkwindow_lab.reports.tables.plan import Experiment, Plan, Readings, sink_ways, size_ways
 from sinkwindow_lab.store import Store
 
 if TYPE_CHECKING:
@@ -86,6 +87,28 @@ def tiny_bench(store: Store | None = None) -> Bench:
     return Bench(loaded_tiny(), [Corpus("words", (text_of_lines(60),), "test")], store=store or Store())
 
 
+TINY = Plan(
+    experiments=(Experiment("experiment 1", 40, 12, 6), Experiment("experiment 2", 60, 12, 15)),
+    probes=2,
+    recompute_tokens=4,
+    mistakes=Readings(("baseline", "streaming_2_6_3", "stale_ranks_2_6_3", "call_2_6"), 50),
+    sinks=Readings(sink_ways((0, 1, 4), 8), 40),
+    sizes=Readings(size_ways((8, 16)), 60),
+    along=Readings(("baseline", "streaming_4_12_0"), 121),
+    along_bin=25,
+    where=Readings(("streaming_4_12_0",), 60),
+    places=(20, 40),
+    step_cache=12,
+    step_sizes=(8, 12),
+    step_repeats=2,
+    recompute_repeats=1,
+    recall=("baseline", "streaming_4_12_0"),
+    recall_seeds=(0, 1),
+    recall_lines=(1, 3),
+    quick=True,
+)
+
+
 def machine_record() -> records.MachineRecord:
     """Return the record of a machine whose checkout has local changes."""
     return records.MachineRecord(
@@ -100,39 +123,4 @@ def machine_record() -> records.MachineRecord:
         packages={"torch": "2.13.0"},
         commit="abc123",
         dirty=True,
-    )
-
-
-def generation(times: list[float]) -> records.GenerationRecord:
-    """Return the record of a generation with these token times [s]."""
-    return records.GenerationRecord(
-        prompt_tokens=5,
-        prompt_times_s=times[:1],
-        token_times_s=times,
-        kept_tokens=7,
-        cache_bytes=1_000_000,
-        evictions=1,
-        memory=records.MemoryRecord(weight_bytes=500_000_000, tensor_bytes=50_000_000),
-    )
-
-
-def score(configuration: str, corpus: str, perplexity: float) -> records.PerplexityRecord:
-    """Return a perplexity record with this value."""
-    return records.PerplexityRecord(
-        configuration=configuration,
-        corpus=corpus,
-        tokens=101,
-        targets=100,
-        targets_sha256="0" * 64,
-        bos="none",
-        block=256,
-        mean_nll=2.5,
-        standard_error=0.125,
-        perplexity=perplexity,
-        bits_per_byte=1.25,
-        text_bytes=400,
-        seconds=4.0,
-        evictions=3,
-        kept_tokens=64,
-        cache_bytes=4096,
     )

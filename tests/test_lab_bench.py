@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from lab_tiny import loaded_tiny, tiny_bench, tiny_model
+from lab_tiny import TINY, loaded_tiny, tiny_bench, tiny_model
 from sinkwindow_lab import store
 from sinkwindow_lab.inputs import models
-from sinkwindow_lab.reports import experiments
-from sinkwindow_lab.reports.bench import Bench, model_digest
-from sinkwindow_lab.reports.studies import plans, recall
+from sinkwindow_lab.records import Measurement, measured
+from sinkwindow_lab.reports.tables import collect
+from sinkwindow_lab.reports.tables.bench import Bench, model_digest
 from sinkwindow_lab.ways.configurations import parse
 from sinkwindow_lab.ways.sessions import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from sinkwindow_lab.inputs.corpora import Corpus
-    from sinkwindow_lab.inputs.tokens import TokenText
-    from sinkwindow_lab.measure.perplexity import Perplexity
+    from sinkwindow_lab.measure.perplexity import Score
     from sinkwindow_lab.ways.configurations import Configuration
 
 # -- stored -----------------------------------------------------------------------------------------------------------
@@ -33,13 +30,14 @@ def test_another_key_is_another_measurement(tmp_path: Path) -> None:
     """Configuration, text, model and code are all in the key."""
     keeper = store.Store(tmp_path)
     one = tiny_bench(keeper)
-    text = one.text(one.corpora[0], 40)
-    first = one.losses("x", parse("baseline"), text)
+    first = one.score(parse("baseline"), one.corpora[0], 40)
     again = tiny_bench(keeper)
-    assert torch.equal(again.losses("x", parse("baseline"), text).nll, first.nll)
+    found = again.score(parse("baseline"), one.corpora[0], 40)
+    assert torch.equal(found.nll, first.nll)
+    assert found.facts == first.facts
     assert keeper.reused == 1
-    again.losses("x", parse("baseline"), one.text(one.corpora[0], 41))
-    again.losses("x", parse("streaming_2_6_3"), text)
+    again.score(parse("baseline"), one.corpora[0], 41)
+    again.score(parse("streaming_2_6_3"), one.corpora[0], 40)
     assert keeper.reused == 1
     key = {"a": 1, "code": store.code_version("measure.perplexity")}
     assert store.code_version("measure.perplexity") != store.code_version("measure.perplexity", "ways.sessions")
@@ -48,14 +46,31 @@ def test_another_key_is_another_measurement(tmp_path: Path) -> None:
 
 def test_broken_files_are_measured_again(tmp_path: Path) -> None:
     """A truncated file, or one of another version, is not a measurement."""
+
+    def measure() -> list[Measurement]:
+        return measured("p", "s", "c", None, {"m": ("ms", [1.0])})
+
     for attempt in range(2):
         keeper = store.Store(tmp_path)
         one = tiny_bench(keeper)
-        one.losses("x", parse("baseline"), one.text(one.corpora[0], 40))
-        keeper.record("hits", {"a": 1}, recall.Hits, lambda: recall.Hits(found=[True]))
+        one.score(parse("baseline"), one.corpora[0], 40)
+        assert keeper.measurements("hits", {"a": 1}, measure) == measure()
         assert keeper.reused == 0, attempt
         for path in tmp_path.iterdir():
             path.write_bytes(b'{"value": {"old": 1}}')
+
+
+def test_a_fresh_store_measures_again_once(tmp_path: Path) -> None:
+    """What an earlier run has finished is replaced; what this run has finished is used."""
+    made: list[int] = []
+
+    def measure() -> list[Measurement]:
+        made.append(1)
+        return measured("p", "s", "c", len(made), {"m": ("ms", [1.0])})
+
+    for fresh, places in ((False, [1, 1]), (False, [1, 1]), (True, [2, 2])):
+        keeper = store.Store(tmp_path, fresh=fresh)
+        assert [keeper.measurements("x", {}, measure)[0].at for _ in range(2)] == places
 
 
 def test_models_are_distinguished_by_their_weights() -> None:
@@ -95,14 +110,15 @@ def test_lengths_that_are_announced_are_read_once(
     """Three lengths for three tables take one reading, except by the chunk-wise rule, which depends on the calls."""
     one, row = tiny_bench(store.Store(None if folder is None else tmp_path / folder)), parse(name)
     corpus = one.corpora[0]
-    one.foresee((row, corpus, count) for count in (80, 30, 50))
-    found = [one.losses("x", row, one.text(corpus, count)) for count in (30, 50, 80, 30)]
+    for count in (80, 30, 50):
+        one.announce(row, corpus, count)
+    found = [one.score(row, corpus, count) for count in (30, 50, 80, 30)]
     assert sum(fed) == read
-    for count, losses in zip((30, 50, 80, 30), found, strict=True):
+    for count, score in zip((30, 50, 80, 30), found, strict=True):
         plain = tiny_bench()
-        alone = plain.losses("x", row, plain.text(plain.corpora[0], count))
-        assert (losses.nll - alone.nll).abs().max() < 1e-9
-        assert losses.record.targets_sha256 == alone.record.targets_sha256
+        alone = plain.score(row, plain.corpora[0], count)
+        assert (score.nll - alone.nll).abs().max() < 1e-9
+        assert score.text.record() == alone.text.record()
 
 
 def test_an_interrupted_run_reads_what_is_missing(tmp_path: Path, fed: list[int]) -> None:
@@ -110,39 +126,53 @@ def test_an_interrupted_run_reads_what_is_missing(tmp_path: Path, fed: list[int]
     row, keeper = parse("baseline"), store.Store(tmp_path)
     for counts, read in (((30,), 79), ((50, 30, 80), 79), ((30,), 2 * 79), ((80,), 2 * 79)):
         one = tiny_bench(keeper)
-        one.foresee((row, one.corpora[0], count) for count in (30, 50, 80))
-        found = [one.losses("x", row, one.text(one.corpora[0], count)).record.tokens for count in counts]
+        for count in (30, 50, 80):
+            one.announce(row, one.corpora[0], count)
+        found = [len(one.score(row, one.corpora[0], count).nll) + 1 for count in counts]
         assert (found, sum(fed)) == (list(counts), read)
         if counts == (50, 30, 80):
             next(tmp_path.iterdir()).write_bytes(b"cut off")
 
 
+def test_a_reading_that_ends_early_keeps_the_lengths_it_has_reached(tmp_path: Path) -> None:
+    """Each length is stored, and its number shown, as soon as it is there."""
+    one, row, shown = tiny_bench(store.Store(tmp_path)), parse("baseline"), list[str]()
+
+    def found(words: str) -> None:
+        shown.append(words)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    one.reporter.found = found  # type: ignore[method-assign]
+    for count in (30, 50, 80):
+        one.announce(row, one.corpora[0], count)
+    with pytest.raises(KeyboardInterrupt):
+        one.score(row, one.corpora[0], 80)
+    assert [words.rpartition(" of ")[2] for words in shown] == ["30 tokens", "50 tokens"]
+    again = tiny_bench(store.Store(tmp_path))
+    assert again.score(row, again.corpora[0], 30).perplexity == pytest.approx(float(shown[0].split()[1]), abs=1e-3)
+    assert again.store.reused == 1
+
+
 def test_all_that_a_report_scores_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a text would be read again for every table."""
-    lengths = {"mistakes_tokens": 60, "sinks_tokens": 50, "sizes_tokens": 80, "along_tokens": 101, "along_bin": 25}
-    rows = {"mistakes": ("baseline", "call_2_6"), "where": ("streaming_4_12_0",), "along": ("streaming_4_12_0",)}
-    studies = replace(plans.QUICK, **lengths, **rows, sinks=(0, 2), sinks_cache=8, sizes=(8, 16))  # type: ignore[arg-type]
-    table = experiments.Experiment("experiment 1", 40, 12, 6)
-    plan = experiments.Plan((table, replace(table, perplexity_tokens=70)), 2, 2, quick=True, studies=studies)
     asked: set[tuple[str, int]] = set()
-    foreseen: set[tuple[str, int]] = set()
-    losses, foresee = Bench.losses, Bench.foresee
+    announced: set[tuple[str, int]] = set()
+    score, announce = Bench.score, Bench.announce
 
-    def noted(self: Bench, label: str, row: Configuration, text: TokenText) -> Perplexity:
-        if not row.depends_on_calls:
-            asked.add((row.name, text.ids.shape[1]))
-        return losses(self, label, row, text)
+    def noted(self: Bench, row: Configuration, corpus: Corpus, count: int) -> Score:
+        asked.add((row.name, count))
+        return score(self, row, corpus, count)
 
-    def named(self: Bench, readings: Iterable[tuple[Configuration, Corpus, int]]) -> None:
-        kept = [one for one in readings if not one[0].depends_on_calls]
-        foreseen.update((row.name, count) for row, _, count in kept)
-        foresee(self, kept)
+    def named(self: Bench, row: Configuration, corpus: Corpus, count: int) -> None:
+        announced.add((row.name, count))
+        announce(self, row, corpus, count)
 
-    monkeypatch.setattr(Bench, "losses", noted)
-    monkeypatch.setattr(Bench, "foresee", named)
+    monkeypatch.setattr(Bench, "score", noted)
+    monkeypatch.setattr(Bench, "announce", named)
     one = tiny_bench()
-    tables = [parse(name) for name in ("baseline", "recompute_8", "streaming_4_12_0")]
+    rows = [parse(name) for name in ("baseline", "recompute_8", "streaming_4_12_0")]
     parts = ("experiments", "mistakes", "sinks", "sizes", "along", "where")
-    experiments.run(one.loaded, one.corpora, tables, plan, parts=parts)
-    assert asked == foreseen
-    assert {count for name, count in asked if name == "baseline"} == {40, 50, 60, 70, 80}
+    collect.collect(one.loaded, one.corpora, rows, TINY, parts=parts)
+    assert asked == announced
+    assert {count for name, count in asked if name == "baseline"} == {40, 50, 60, 121}

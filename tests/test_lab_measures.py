@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
 from lab_tiny import random_ids, tiny_model
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.ways.configurations import parse
-from sinkwindow_lab.ways.sessions import Session, open_session
+from sinkwindow_lab.ways.configurations import open_session, parse
 from sinkwindow_reference import reference_logits
+
+if TYPE_CHECKING:
+    from sinkwindow_lab.ways.sessions import Session
 
 NAMES = (
     "baseline",

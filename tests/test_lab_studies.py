@@ -1,4 +1,4 @@
-"""Studies end to end on a tiny model, their arithmetic by hand, and finished measurements that are reused."""
+"""The tables end to end on a tiny model, their arithmetic by hand, and finished measurements that are reused."""
 
 from __future__ import annotations
 
@@ -8,43 +8,24 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from lab_tiny import save_tiny, text_of_lines, tiny_bench, tiny_tokenizer
+from lab_tiny import TINY, loaded_tiny, save_tiny, text_of_lines, tiny_bench, tiny_tokenizer
 from sinkwindow_lab import store
 from sinkwindow_lab.cli import main
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.render import study_tables
-from sinkwindow_lab.reports import experiments
-from sinkwindow_lab.reports.bench import Bench
-from sinkwindow_lab.reports.report import Report
-from sinkwindow_lab.reports.studies import collect, lines, plans, recall, scores, steps, where
-from sinkwindow_lab.ways.configurations import parse
+from sinkwindow_lab.inputs.corpora import Corpus
+from sinkwindow_lab.reports.output import as_json, read_report
+from sinkwindow_lab.reports.tables import collect, lines, plan, recall, steps, where
+from sinkwindow_lab.reports.tables.jobs import jobs
+from sinkwindow_lab.ways.configurations import parse, parse_list
 from sinkwindow_lab.ways.sessions import Session
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-TINY = plans.StudyPlan(
-    mistakes=("baseline", "streaming_2_6_3", "call_2_6", "absolute_2_6_3", "stale_ranks_2_6_3"),
-    mistakes_tokens=60,
-    sinks=(0, 2),
-    sinks_cache=8,
-    sinks_tokens=50,
-    sizes=(8, 16),
-    sizes_tokens=80,
-    where=("streaming_4_12_0",),
-    along=("baseline", "streaming_4_12_0"),
-    along_tokens=101,
-    along_bin=25,
-    places=(20, 40),
-    step_cache=12,
-    step_sizes=(8, 12),
-    step_repeats=2,
-    recompute_repeats=1,
-    recall=("baseline", "streaming_4_12_0"),
-    recall_seeds=(0, 1),
-    recall_lines=(1, 3),
-)
-STUDIES = ("mistakes", "sinks", "sizes", "along", "steps", "where", "recall")
+    from sinkwindow_lab.records import Report
+
+ROWS = "baseline,streaming_2_6_3,window_0_8,recompute_8,stale_ranks_2_6_3"
+PICTURES = ("mistakes", "sinks", "sizes", "along", "step-time", "step-memory", "step-sizes", "where", "recall")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +45,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return int(stop.value.code or 0), captured.out, captured.err
 
 
+def collected(rows: str = ROWS, parts: tuple[str, ...] = plan.PARTS, keeper: store.Store | None = None) -> Report:
+    """Return what a run of the tiny plan finds."""
+    corpora = [Corpus("words", (text_of_lines(60),), "test")]
+    return collect.collect(loaded_tiny(), corpora, parse_list(rows), TINY, parts=parts, store=keeper)
+
+
+def found(report: Report, part: str, metric: str) -> dict[tuple[str, int | None], list[float]]:
+    """Return the samples of a metric by configuration and place."""
+    chosen = [one for one in report.measurements if (one.part, one.metric) == (part, metric)]
+    return {(one.configuration, one.at): one.samples for one in chosen}
+
+
 # -- end to end -------------------------------------------------------------------------------------------------------
 
 
@@ -71,40 +64,30 @@ def test_all_parts_are_measured_rendered_and_reused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run writes all files; the next one measures nothing unless `--fresh`; `render` needs no model."""
-    table = experiments.Experiment("experiment 1", 40, 12, 6)
-    monkeypatch.setattr(experiments, "QUICK", experiments.Plan((table,), 2, 2, rounds=1, quick=True, studies=TINY))
+    monkeypatch.setattr(plan, "QUICK", TINY)
     texts = ("--corpus", folder / "long.txt", "--corpus", folder / "other.txt")
-    command = (
-        "tables",
-        "--model",
-        folder,
-        *texts,
-        "--configs",
-        "baseline,streaming_2_6_3",
-        "--quick",
-        "--out",
-        tmp_path,
-    )
+    options = ("--configs", "baseline,streaming_2_6_3", "--quick", "--out", tmp_path)
+    command = ("tables", "--model", folder, *texts, *options)
     status, out, err = run(capsys, *command)
     assert status == 0, err
+    assert "PPL " in err.splitlines()[1], "the first number is shown when it is there, not when a text has been read"
     names = {line.removeprefix("wrote ").removeprefix(f"{tmp_path}/") for line in out.splitlines()}
-    pictures = ("mistakes", "sinks", "sizes", "along", "step-time", "step-memory", "step-sizes", "where", "recall")
-    assert names == {"paper_tables.json", "paper_tables.md", "report.html", *(f"figures/{one}.svg" for one in pictures)}
+    assert names == {"paper_tables.json", "paper_tables.md", "report.html", *(f"figures/{one}.svg" for one in PICTURES)}
     before = {name: (tmp_path / name).read_text(encoding="utf-8") for name in names}
-    report = Report.model_validate_json(before["paper_tables.json"])
-    assert [name for name in STUDIES if getattr(report.studies, name) is None] == []
+    report = read_report(tmp_path / "paper_tables.json")
+    assert {one.part for one in report.measurements} == {*plan.PARTS[1:], "experiment 1", "experiment 2", "step sizes"}
+    assert {text.targets for text in report.texts} >= {39, 49, 59, 120}
 
     _, _, err = run(capsys, *command)
-    again = Report.model_validate_json((tmp_path / "paper_tables.json").read_text(encoding="utf-8"))
+    again = read_report(tmp_path / "paper_tables.json")
     assert "measurements are from an earlier run" in err
-    assert (again.studies, again.experiments) == (report.studies, report.experiments)
-    assert again.studies.steps == report.studies.steps  # times too: nothing ran
+    assert again.measurements == report.measurements  # times too: nothing ran
 
     _, _, err = run(capsys, *command, "--fresh", "--only", "steps")
-    fresh = Report.model_validate_json((tmp_path / "paper_tables.json").read_text(encoding="utf-8"))
+    fresh = read_report(tmp_path / "paper_tables.json")
     assert "from an earlier run" not in err
-    assert fresh.studies.steps != report.studies.steps
-    assert (fresh.experiments, fresh.studies.sinks) == ([], None)
+    assert found(fresh, "steps", "TPOT") != found(report, "steps", "TPOT")
+    assert {one.part for one in fresh.measurements} == {"steps", "step sizes"}
 
     (tmp_path / "old.json").write_text(before["paper_tables.json"], encoding="utf-8")
     status, _, err = run(capsys, "render", tmp_path / "old.json", "--out", tmp_path / "again")
@@ -113,53 +96,58 @@ def test_all_parts_are_measured_rendered_and_reused(
 
 
 def test_each_experiment_shows_a_generation_of_its_own_length() -> None:
-    """One generation is used for both; recomputation is cut short in both."""
-    tables = (experiments.Experiment("short", 40, 12, 6), experiments.Experiment("long", 60, 12, 15))
-    one = tiny_bench()
-    rows = [parse("baseline"), parse("recompute_8")]
-    report = experiments.run(one.loaded, one.corpora, rows, experiments.Plan(tables, 2, 4, rounds=1))
-    found = {
-        (table.name, row.configuration.name): [each.generated_tokens for each in row.speed.rounds]
-        for table in report.experiments
-        for row in table.rows
-        if row.speed is not None
-    }
-    assert found == {
-        ("short", "baseline"): [6],
-        ("short", "recompute_8"): [4],
-        ("long", "baseline"): [15],
-        ("long", "recompute_8"): [4],
-    }
+    """One generation is used for both; recomputation is cut short in both; mistakes are scored and not timed."""
+    report = collected(parts=("experiments",))
+    for part, tokens, probed in (("experiment 1", 6, {12, 19}), ("experiment 2", 15, {12, 19})):
+        steps_of = found(report, part, "TPOT")
+        assert {(way, at): len(samples) + 1 for (way, at), samples in steps_of.items()} == {
+            ("baseline", tokens): tokens,
+            ("streaming_2_6_3", tokens): tokens,
+            ("recompute_8", 4): 4,
+        }
+        assert {way for way, _ in found(report, part, "PPL")} == {*ROWS.split(",")} - {"recompute_8"}
+        places = {at for _, at in found(report, part, "attention")}
+        assert places == {place for place in probed if place < 12 + tokens}
+    short, long = (found(report, part, "TPOT") for part in ("experiment 1", "experiment 2"))
+    assert short["baseline", 6] == long["baseline", 15][:5]
 
 
-def test_mistakes_alone_are_scored_and_not_timed() -> None:
-    """An ablation alone needs no timed generation."""
-    one = tiny_bench()
-    tables = (experiments.Experiment("short", 40, 12, 6),)
-    report = experiments.run(one.loaded, one.corpora, [parse("stale_ranks_2_6_3")], experiments.Plan(tables, 2, 4))
-    (row,) = report.experiments[0].rows
-    assert (len(row.perplexities), row.speed, row.attention) == (1, None, None)
+def test_an_ablation_alone_is_scored_and_not_timed() -> None:
+    """Nothing generates."""
+    report = collected("stale_ranks_2_6_3", ("experiments",))
+    assert found(report, "experiment 1", "PPL")
+    assert not found(report, "experiment 1", "TPOT")
 
 
 def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished before Ctrl-C is not measured again."""
-    rows = [parse(name) for name in ("baseline", "window_0_8", "streaming_4_4_0")]
-    calls: list[str] = []
-    real = Bench.losses
+    feed, calls = Session.feed, list[object]()
 
-    def losses(self: Bench, label: str, configuration: object, text: object) -> object:
-        calls.append(str(getattr(configuration, "name", "")))
+    def interrupted(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
+        calls.append(self)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, label, configuration, text)  # type: ignore[arg-type]
+        return feed(self, ids, last_only=last_only)
 
-    monkeypatch.setattr(Bench, "losses", losses)
+    monkeypatch.setattr(Session, "feed", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        scores.score_study(tiny_bench(store.Store(tmp_path)), "sinks", rows, 40)
+        collected(parts=("sinks",), keeper=store.Store(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
     keeper = store.Store(tmp_path)
-    found = scores.score_study(tiny_bench(keeper), "sinks", rows, 40)
-    assert (keeper.reused, len(found.scores)) == (2, 3)
+    report = collected(parts=("sinks",), keeper=keeper)
+    assert (keeper.reused, len(found(report, "sinks", "PPL"))) == (2, 4)
+
+
+def test_the_number_of_jobs_is_known_before() -> None:
+    """The progress bars end exactly when all is measured, and every job has a name of its own."""
+    one = tiny_bench()
+    for job in jobs(one, parse_list(ROWS), TINY, plan.PARTS):
+        left = [job.steps()]
+        one.reporter.advance = lambda steps=1, left=left: left.append(left[-1] - steps)  # type: ignore[method-assign, misc]
+        assert job.run()
+        assert left[-1] == 0 or len(left) == 1, job.label
+    labels = [job.label for job in jobs(one, parse_list(ROWS), TINY, plan.PARTS)]
+    assert len(labels) == len(set(labels))
 
 
 @pytest.mark.parametrize(
@@ -193,66 +181,64 @@ def test_distance_bins_hold_every_target_once() -> None:
     """Bins are from near to far, then for targets that never occurred; empty bins are left out."""
     distances = [1, 64, 65, 1024, 1025, None, None]
     bins = where.distance_bins(torch.arange(7, dtype=torch.float64), distances)
-    assert [(one.nearest, one.farthest, one.targets) for one in bins] == [
-        (1, 64, 2),
-        (65, 256, 1),
-        (257, 1024, 1),
-        (1025, None, 1),
-        (None, None, 2),
+    assert [(nearest, values.tolist()) for _, nearest, values in bins] == [
+        (1, [0.0, 1.0]),
+        (65, [2.0]),
+        (257, [3.0]),
+        (1025, [4.0]),
+        (None, [5.0, 6.0]),
     ]
-    assert [one.mean_difference for one in bins] == [0.5, 2.0, 3.0, 4.0, 5.5]
-    assert bins[0].standard_error == pytest.approx(0.5)
-    assert [one.targets for one in where.distance_bins(torch.ones(1), [None])] == [1]
+    assert [nearest for _, nearest, _ in where.distance_bins(torch.ones(1), [None])] == [None]
 
 
 def test_before_the_first_eviction_nothing_is_lost() -> None:
     """The targets that the comparison leaves out have equal losses, the next ones do not."""
     one = tiny_bench()
-    text = one.text(one.corpora[0], 60)
-    dense, streaming = (one.losses("x", parse(name), text).nll for name in ("baseline", "streaming_4_12_0"))
-    assert (dense - streaming)[:17].abs().max() < 1e-5
-    assert (dense - streaming)[17:].abs().max() > 1e-3
-    curve = where.where(one, ["streaming_4_12_0"], 60).curves[0]
-    assert sum(cell.targets for cell in curve.bins) == 59 - 17
-    assert curve.mean_difference == pytest.approx(float((streaming - dense)[17:].mean()))
+    dense, streaming = (one.score(parse(name), one.corpora[0], 60) for name in ("baseline", "streaming_4_12_0"))
+    assert (dense.nll - streaming.nll)[:17].abs().max() < 1e-5
+    assert (dense.nll - streaming.nll)[17:].abs().max() > 1e-3
+    report = collected(parts=("where",))
+    everything = found(report, "where", "NLL minus dense, all")["streaming_4_12_0", None]
+    assert everything == [pytest.approx(float((streaming.nll - dense.nll)[17:].mean()))]
+    targets = found(report, "where", "NLL minus dense: targets")
+    assert sum(count for (count,) in targets.values()) == 59 - 17
 
 
 def test_bins_along_a_text() -> None:
-    """The last bin has the remaining targets."""
-    assert scores.bin_means(torch.tensor([1.0, 3.0, 5.0]), 2) == [2.0, 5.0]
-    with pytest.raises(LabError, match="bin_tokens=0"):
-        scores.bin_means(torch.ones(3), 0)
+    """The last bin has the remaining targets, and each bin is at its last one."""
+    report, one = collected(parts=("along",)), tiny_bench()
+    nll = one.score(parse("baseline"), one.corpora[0], 121).nll
+    bins = {at: value for (way, at), (value,) in found(report, "along", "NLL of a bin").items() if way == "baseline"}
+    assert list(bins) == [25, 50, 75, 100, 120]
+    assert bins[50] == pytest.approx(float(nll[25:50].mean()))
+    assert bins[120] == pytest.approx(float(nll[100:].mean()))
 
 
 def test_sinks_share_one_size_of_cache() -> None:
     """S + W is the same in every row; without sinks it is the plain window."""
-    study = scores.sinks(tiny_bench(), (0, 1, 4), 8, 40)
-    assert [one.name for one in study.configurations] == [
-        "baseline",
-        "window_0_8",
-        "streaming_1_7_0",
-        "streaming_4_4_0",
-    ]
+    names = ("baseline", "window_0_8", "streaming_1_7_0", "streaming_4_4_0")
+    assert plan.sink_ways((0, 1, 4), 8) == names
+    assert plan.size_ways((8, 16)) == ("baseline", "streaming_4_4_0", "streaming_4_12_0")
 
 
 def test_steps_are_timed_where_they_say() -> None:
     """Steps have the requested places and sizes, and their memory; recomputation stores nothing."""
-    study = steps.steps(tiny_bench(), places=(10, 30), cache=8, sizes=(6, 8), repeats=3, recompute_repeats=1)
-    assert [(one.configuration, one.tokens_seen, len(one.step_ms)) for one in study.along] == [
-        ("baseline", 10, 3),
-        ("baseline", 30, 3),
-        ("streaming_4_4", 10, 3),
-        ("streaming_4_4", 30, 3),
-        ("recompute_8", 10, 1),
-        ("recompute_8", 30, 1),
+    report = collected(parts=("steps",))
+    timed, cache = found(report, "steps", "TPOT"), found(report, "steps", "cache")
+    assert {key: len(samples) for key, samples in timed.items()} == {
+        (way, place): 1 if way == "recompute_12" else 2
+        for way in ("baseline", "streaming_4_8", "recompute_12")
+        for place in (20, 40)
+    }
+    assert list(found(report, "step sizes", "TPOT")) == [
+        (way, size) for size in (8, 12) for way in (f"streaming_4_{size - 4}", f"recompute_{size}")
     ]
-    assert [one.cache_tokens for one in study.sizes] == [6, 6, 8, 8]
-    assert study.along[0].cache_bytes == 2 * 2 * 2 * 4 * 8 * 14  # ten tokens, one to warm up, three timed
-    assert study.along[2].cache_bytes == study.along[3].cache_bytes
-    assert study.along[4].cache_bytes == 0
+    assert cache["baseline", 20] == [2 * 2 * 2 * 4 * 8 * 23]  # twenty tokens, one to warm up, two timed
+    assert cache["streaming_4_8", 20] == cache["streaming_4_8", 40]
+    assert cache["recompute_12", 20] == [0]
 
 
-def test_steps_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """At each place all configurations decode a token, then all another one, so that all see the same machine."""
     fed: list[str] = []
     feed = Session.feed
@@ -263,9 +249,10 @@ def test_steps_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
         return feed(self, ids, last_only=last_only)
 
     monkeypatch.setattr(Session, "feed", noted)
-    steps.steps(tiny_bench(), places=(10, 30), cache=8, sizes=(6, 8), repeats=3, recompute_repeats=1)
-    along, sizes = "DSR DSR DS DS", "SRSR SRSR SS SS"
-    assert "".join(fed) == f"{along}{along}{sizes}".replace(" ", "")
+    one, names = tiny_bench(), ("baseline", *steps.pair(8))
+    rows: list[steps.Row] = [(parse(name), (10, 30), 1 if "recompute" in name else 3) for name in names]
+    steps.measure(one, "steps", rows, one.text(one.corpora[0], 40).ids)
+    assert "".join(fed) == 2 * "DSRDSRDSDS"
 
 
 # -- recall -----------------------------------------------------------------------------------------------------------
@@ -311,14 +298,12 @@ def test_an_answer_counts_when_every_token_was_the_first_choice() -> None:
 
 def test_recall_counts_all_questions() -> None:
     """There is a point for each configuration and distance, with the questions of all texts."""
-    study = recall.recall(tiny_bench(), ("baseline", "streaming_4_12_0"), (0, 1, 2), (1, 3))
-    assert [(one.configuration, one.lines_back, one.asked) for one in study.points] == [
-        ("baseline", 1, 3),
-        ("baseline", 3, 3),
-        ("streaming_4_12_0", 1, 3),
-        ("streaming_4_12_0", 3, 3),
-    ]
-    fact, between, question = study.example.splitlines()
+    report = collected(parts=("recall",))
+    ways = ("baseline", "streaming_4_12_0")
+    asked = found(report, "recall", "answered")
+    assert {key: len(samples) for key, samples in asked.items()} == {(way, back): 2 for way in ways for back in (1, 3)}
+    assert all(set(samples) <= {0.0, 1.0} for samples in asked.values())
+    fact, between, question = report.notes["recall example"].splitlines()
     assert fact == question, "the example must show the right answer"
     assert fact.startswith("The number of the ")
     assert between == "... 3 lines of the text ...", "a report quotes no corpus"
@@ -327,29 +312,19 @@ def test_recall_counts_all_questions() -> None:
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", [plans.FULL, plans.QUICK, TINY])
-def test_plans_fit_together(plan: plans.StudyPlan) -> None:
-    """All names parse, and the caches that are studied token by token are among the sizes that are scored."""
-    assert set(collect.COLLECTORS) == set(STUDIES)
-    for name in (*plan.mistakes, *plan.along, *plan.where, *plan.recall):
+@pytest.mark.parametrize("chosen", [plan.FULL, plan.QUICK, TINY], ids=["full", "quick", "tiny"])
+def test_plans_fit_together(chosen: plan.Plan) -> None:
+    """All names parse, and what is studied token by token has been read for the sizes."""
+    readings = (chosen.mistakes, chosen.sinks, chosen.sizes, chosen.along, chosen.where)
+    for name in (*(way for one in readings for way in one.ways), *chosen.recall):
         assert parse(name).name == name
-    assert {sum(parse(name).limits[:2]) for name in plan.where} <= set(plan.sizes)
-    assert max(plan.sizes) < plan.sizes_tokens
+    assert set(chosen.where.ways) <= set(chosen.sizes.ways)
+    assert chosen.where.tokens == chosen.sizes.tokens > max(sum(parse(way).limits) for way in chosen.sizes.ways[1:])
+    assert [chosen.quick, json.loads(as_json(collected(parts=())))["measurements"]] == [chosen is not plan.FULL, []]
 
 
 def test_the_full_plan_is_the_required_one() -> None:
     """It has the paper's numbers of sinks and sizes, and more than 16,000 tokens along a text."""
-    assert plans.FULL.sinks == plans.QUICK.sinks == (0, 1, 2, 4, 8)
-    assert (min(plans.FULL.sizes), max(plans.FULL.sizes)) == (256, 2048)
-    assert plans.FULL.along_tokens > 16_000
-
-
-def test_the_number_of_measurements_is_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The progress bar ends exactly when all measurements are done."""
-    begun: list[str] = []
-    one = tiny_bench()
-    monkeypatch.setattr(one.reporter, "begin", lambda label, _: begun.append(label))
-    found = collect.collect(one, TINY, STUDIES)
-    assert len(begun) == collect.count_measurements(TINY, STUDIES, 1)
-    assert json.loads(found.model_dump_json())["recall"]["seeds"] == [0, 1]
-    assert study_tables.study_blocks(found, ["words"])
+    assert plan.FULL.sinks.ways == plan.QUICK.sinks.ways == plan.sink_ways((0, 1, 2, 4, 8), 264)
+    assert plan.FULL.sizes.ways == plan.size_ways((256, 512, 1024, 2048))
+    assert plan.FULL.along.tokens > 16_000

@@ -1,56 +1,64 @@
-"""Tables are functions of records, and files are written whole or not at all."""
+"""The page of the tables is a function of its measurements, and files are written whole or not at all."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
-from lab_tiny import generation, machine_record, score
+from lab_tiny import TINY, machine_record
 from sinkwindow_lab import files, records
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.measure.timing import spread
-from sinkwindow_lab.render import tables
-from sinkwindow_lab.reports import experiments
-from sinkwindow_lab.reports.report import Report
+from sinkwindow_lab.records import Measurement, Report, measured
+from sinkwindow_lab.render import chart
+from sinkwindow_lab.reports import output
+from sinkwindow_lab.reports.tables import plan, studies_page
+from sinkwindow_lab.reports.tables.page import page
 from sinkwindow_lab.ways.configurations import parse
 
-
-def make_report(*, quick: bool = False, plays: float = 20.125) -> Report:
-    """Return a report of three rows: measured in full, cut short, and an ablation."""
-    rows = [
-        _row("baseline", plays, [1.0, 1.25, 1.5], attention=2.5),
-        _row("recompute_8", None, [1.0, 1.5], attention=None),
-        _row("stale_ranks_2_6", 177.5, None, attention=None),
-    ]
-    return Report(
-        quick=quick,
-        bos="none",
-        machine=machine_record(),
-        model=records.ModelRecord(
-            name="a-model",
-            source="folder",
-            revision=None,
-            sha256="d" * 64,
-            model_type="llama",
-            parameters=1_500_000,
-            weight_bytes=6_000_000,
-            dtype="float32",
-            device="cpu",
-            max_positions=512,
-            attention="sdpa",
-        ),
-        corpora=[_corpus("plays"), _corpus("docs")],
-        experiments=[
-            records.ExperimentRecord(
-                name="experiment 1", perplexity_tokens=101, prompt_tokens=5, generated_tokens=3, rows=rows
-            )
-        ],
-    )
+EXPERIMENTS = (plan.Experiment("experiment 1", 101, 5, 3),)
+STUDIES = ("mistakes", "sinks", "sizes", "along", "steps", "where", "recall")
+PICTURES = ("mistakes", "sinks", "sizes", "along", "step-time", "step-memory", "step-sizes", "where", "recall")
 
 
-def _corpus(name: str) -> records.CorpusRecord:
+def score(part: str, configuration: str, text: str, perplexity: float, nll: float = 2.5) -> list[Measurement]:
+    """Return the measurements of a reading."""
+    figures: dict[str, tuple[str, list[float]]] = {
+        "PPL": ("", [perplexity]),
+        "NLL": ("nat", [nll]),
+        "standard error": ("nat", [0.125]),
+        "bits per byte": ("bit", [1.25]),
+        "targets": ("tokens", [100]),
+        "seconds": ("s", [4.0]),
+        "evictions": ("", [3]),
+        "kept": ("tokens", [64]),
+        "cache": ("bytes", [4096]),
+    }
+    return measured(part, text, configuration, 101, figures)
+
+
+def generation(configuration: str, steps: list[float]) -> list[Measurement]:
+    """Return the measurements of a generation whose prompt took a second in the median."""
+    total = 1.0 + sum(steps) / 1e3
+    figures: dict[str, tuple[str, list[float]]] = {
+        "TTFT": ("s", [0.5, 1.0, 1.5]),
+        "TPOT": ("ms", steps),
+        "total": ("s", [total]),
+        "throughput": ("tok/s", [(len(steps) + 1) / total]),
+        "kept": ("tokens", [7]),
+        "cache": ("bytes", [1_000_000]),
+        "evictions": ("", [1]),
+        "peak memory": ("bytes", [550_000_000]),
+    }
+    return measured("experiment 1", "a-model", configuration, len(steps) + 1, figures)
+
+
+def corpus(name: str) -> records.CorpusRecord:
+    """Return the record of a text."""
     return records.CorpusRecord(
         name=name,
         source="a source",
@@ -64,31 +72,112 @@ def _corpus(name: str) -> records.CorpusRecord:
     )
 
 
-def _row(
-    name: str, perplexity: float | None, times: list[float] | None, *, attention: float | None
-) -> records.RowRecord:
-    probes = [records.AttentionProbe(tokens_seen=5, step_ms=[attention])] if attention else []
-    return records.RowRecord(
-        configuration=parse(name).record(),
-        perplexities=[] if perplexity is None else [score(name, "plays", perplexity), score(name, "docs", 9.5)],
-        speed=records.SpeedRecord(configuration=name, rounds=[generation(times)]) if times else None,
-        attention=records.AttentionRecord(
-            configuration=name, prompt_tokens=5, generated_tokens=3, layers=2, probes=probes
-        )
-        if probes
-        else None,
+def report(
+    measurements: list[Measurement], parts: tuple[str, ...], *, quick: bool = False, texts: tuple[str, ...] = ()
+) -> Report:
+    """Return a report of these measurements."""
+    lengths = dataclasses.asdict(dataclasses.replace(TINY, experiments=EXPERIMENTS))
+    return Report(
+        kind="tables",
+        quick=quick,
+        plan=json.loads(json.dumps({**lengths, "parts": parts})),
+        machine=machine_record(),
+        models=[
+            records.ModelRecord(
+                name="a-model",
+                source="folder",
+                revision=None,
+                sha256="d" * 64,
+                model_type="llama",
+                parameters=1_500_000,
+                weight_bytes=6_000_000,
+                dtype="float32",
+                device="cpu",
+                max_positions=64,
+                attention="sdpa",
+            )
+        ],
+        corpora=[corpus(name) for name in texts or ("plays", "docs")],
+        configurations=[parse(name).record() for name in dict.fromkeys(one.configuration for one in measurements)],
+        measurements=measurements,
+        notes={"bos": "none", "recall example": "The number of the <bell> is 123.", "recall tokens": "101"},
+        seconds=1.0,
     )
+
+
+def experiments(*, quick: bool = False, plays: float = 20.125) -> Report:
+    """Return a report of three rows: measured in full, cut short, and an ablation."""
+    attention = [
+        one.model_copy(update={"at": place, "samples": [value]})
+        for one in measured("experiment 1", "a-model", "baseline", 5, {"attention": ("ms", [0.0])})
+        for place, value in ((5, 2.0), (6, 3.0))
+    ]
+    found = score("experiment 1", "baseline", "plays", plays) + score("experiment 1", "baseline", "docs", 9.5)
+    found += generation("baseline", [250.0, 250.0]) + attention + generation("recompute_8", [500.0])
+    found += score("experiment 1", "stale_ranks_2_6", "plays", 177.5)
+    found += score("experiment 1", "stale_ranks_2_6", "docs", 9.5)
+    return report(found, ("experiments",), quick=quick)
+
+
+def steps() -> list[Measurement]:
+    """Return times and memory of single tokens."""
+    found: list[Measurement] = []
+    for seen in (10, 100):
+        figures = {"TPOT": ("ms", [2.0, 9.0, 1.0]), "cache": ("bytes", [seen * 1e5])}
+        found += measured("steps", "a-model", "baseline", seen, figures)
+    for size, factor in ((8, 1.0), (16, 2.0)):
+        for way, took in ((f"streaming_4_{size - 4}", 4.0), (f"recompute_{size}", 10.0 * factor)):
+            found += measured("step sizes", "a-model", way, size, {"TPOT": ("ms", [took]), "cache": ("bytes", [1.0])})
+    return found
+
+
+def where() -> list[Measurement]:
+    """Return the loss by distance."""
+    found: list[Measurement] = []
+    for metric, nearest, mean, error, targets in (
+        ("NLL minus dense, all", None, 0.3125, 0.1, 12),
+        ("NLL minus dense", 1, 0.5, 0.125, 9),
+        ("NLL minus dense", None, -0.25, 0.0625, 3),
+    ):
+        figures = {metric: ("nat", [mean]), f"{metric}: standard error": ("nat", [error])}
+        figures[f"{metric}: targets"] = ("tokens", [targets])
+        found += measured("where", "plays", "streaming_4_12_0", nearest, figures)
+    return found
+
+
+def studies() -> Report:
+    """Return a report with one study of each kind."""
+    ways = ("baseline", "window_0_8", "streaming_4_12_0", "stale_ranks_2_6")
+    pair = ("baseline", "streaming_4_12_0")
+    found: list[Measurement] = []
+    for part in ("mistakes", "sinks", "sizes"):
+        for text in ("plays", "docs"):
+            for index, way in enumerate(ways):
+                found += score(part, way, text, 10.0 + index)
+    for way in pair:
+        found += score("along", way, "plays", 12.5)
+        for end, nll in ((25, 2.0), (50, 2.5), (60, 9.0)):
+            found += measured("along", "plays", way, end, {"NLL of a bin": ("nat", [nll])})
+    found += steps() + where()
+    for way in pair:
+        for back in (1, 8):
+            hits = {"answered": ("", [1.0, 0.0, 1.0, 1.0]), "tokens back": ("tokens", [back, back + 2.0])}
+            found += measured("recall", "plays", way, back, hits)
+    return report(found, STUDIES)
 
 
 def cells(page: str, start: str) -> list[str]:
     """Return the cells of the first table line that starts with this text."""
     line = next(line for line in page.splitlines() if line.startswith(f"| {start} |"))
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    return [cell.strip().replace("\N{NO-BREAK SPACE}", " ") for cell in line.strip("|").split("|")]
+
+
+# -- experiments ------------------------------------------------------------------------------------------------------
 
 
 def test_columns_are_those_of_the_original_reproduction() -> None:
     """Names, units and order are the same, with one PPL column per corpus."""
-    assert cells(tables.render(make_report()), "Configuration") == [
+    assert cells(page(experiments()).markdown, "Configuration") == [
         "Configuration",
         "PPL plays",
         "PPL docs",
@@ -101,111 +190,147 @@ def test_columns_are_those_of_the_original_reproduction() -> None:
     ]
 
 
-def test_cells_come_from_records() -> None:
-    """Every figure of a complete row is that of its record."""
-    row = cells(tables.render(make_report()), "baseline")
-    assert row == ["baseline", "20.125", "9.500", "1.50", "2.500", "1.000", "250.00", "2.00", "0.550"]
+def test_cells_come_from_measurements() -> None:
+    """Every figure of a complete row is that of its measurements, with the spread of what has samples."""
+    row = cells(page(experiments()).markdown, "baseline")
+    times = ["1.50", "2.500", "1.000 [0.750, 1.250]", "250.00 [250.00, 250.00]", "2.00", "0.550"]
+    assert row == ["baseline", "20.125", "9.500", *times]
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
     """A shorter generation has a TPOT but no total time; an ablation has a PPL and no speed."""
-    page = tables.render(make_report())
-    assert cells(page, "recompute_8") == ["recompute_8", "-", "-", "-", "-", "1.000", "500.00", "-", "0.550"]
-    assert "recompute_8 generated 2 tokens only" in page
-    assert cells(page, "stale_ranks_2_6 (ablation)")[1:] == ["177.500", "9.500", *["-"] * 6]
+    text = page(experiments()).markdown
+    assert cells(text, "recompute_8")[1:] == [*["-"] * 4, "1.000 [0.750, 1.250]", "500.00", "-", "0.550"]
+    assert "recompute_8 generated 2 tokens only" in text
+    assert cells(text, "stale_ranks_2_6 (ablation)")[1:] == ["177.500", "9.500", *["-"] * 6]
+    bare = experiments()
+    kept = [one for one in bare.measurements if one.metric != "peak memory"]
+    assert cells(page(bare.model_copy(update={"measurements": kept})).markdown, "baseline")[-1] == "-"
+
+
+def test_the_tables_behind_have_the_details() -> None:
+    """Losses with their error and speed, and the samples of each generation."""
+    behind = page(experiments()).markdown.partition("## Behind the tables")[2]
+    losses = ["2.5000", "0.1250", "1.2500", "25.0", "3", "64"]
+    assert cells(behind, "baseline | plays") == ["baseline", "plays", "101", "100", *losses]
+    generated = behind.partition("| Configuration | Prompts")[2]
+    assert cells(generated, "baseline") == ["baseline", "3", "2", "250.00", "1.00", "7", "1"]
 
 
 def test_no_number_is_typed_by_hand() -> None:
     """Another number in the record is another number in the table, and every number of a table is in a record."""
-    first, second = tables.render(make_report()), tables.render(make_report(plays=31.75))
+    first, second = page(experiments()).markdown, page(experiments(plays=31.75)).markdown
     assert "20.125" in first
     assert "20.125" not in second
     assert "31.750" in second
-    measured = set(re.findall(r"\d+\.\d{2,}", "\n".join(line for line in first.splitlines() if line.startswith("|"))))
-    known = {f"{value:.{digits}f}" for value in _numbers(make_report()) for digits in (2, 3, 4)}
-    known |= {"3.11", "2.13"}  # versions of Python and torch
-    assert measured <= known, "a table shows a number that is in no record"
-
-
-def _numbers(report: Report) -> list[float]:
-    """Return all measured numbers of a report, including derived ones."""
-    rows = [row for one in report.experiments for row in one.rows]
-    found = [getattr(one, name) for row in rows for one in row.perplexities for name in type(one).model_fields]
-    rounds = [one for row in rows if row.speed for one in row.speed.rounds]
-    found += [one.memory.peak_gb for one in rounds if one.memory] + [
-        value for one in rounds for value in (*one.step_ms, one.ttft_s)
-    ]
-    found += [getattr(one, name) for one in rounds for name in ("tpot_ms", "total_s", "throughput")]
-    found += [one.cache_bytes / 1e6 for one in rounds]
-    found += [value for one in rounds for value in (spread(one.step_ms).lower, spread(one.step_ms).upper)]
-    found += [one.tokens_per_second for row in rows for one in row.perplexities]
-    found += [row.attention.milliseconds for row in rows if row.attention]
-    found += [report.model.weight_bytes / 1e9]
-    return [float(one) for one in found if isinstance(one, int | float)]
+    shown = set(re.findall(r"\d+\.\d{2,}", "\n".join(line for line in first.splitlines() if line.startswith("|"))))
+    values = [value for one in experiments().measurements for value in (*one.samples, one.median)]
+    values += [0.75, 1.25, 2.5, 0.55, 6e6 / 1e9, 1.0]  # quartiles, the mean of attention, gigabytes and megabytes
+    known = {f"{value:.{digits}f}" for value in values for digits in (2, 3, 4)} | {"3.11", "2.13"}  # and versions
+    assert shown <= known, "a table shows a number that is in no measurement"
 
 
 def test_head_names_what_ran() -> None:
     """The head has model, texts with digests, machine, versions, commit with local changes, and date."""
-    page = tables.render(make_report())
+    text = page(experiments()).markdown
     for fact in ("a-model", "sha256 " + "d" * 16, "plays: a source", "sha256 " + "c" * 16, "1,234 characters"):
-        assert fact in page
+        assert fact in text
     for fact in ("a CPU, 2 core(s)", "torch 2.13.0; 1 thread(s)", "abc123 with local changes", "2026-01-02T03:04:05"):
-        assert fact in page
-    assert "Evicted text is gone" in page
-    assert "Targets scored, the same in every row: 100 of docs, 100 of plays." in page
+        assert fact in text
+    assert "Evicted text is gone" in text
+    assert "Targets scored, the same in every row: 100 of docs, 100 of plays." in text
+    assert "A quick run" not in text
+    assert "A quick run" in page(experiments(quick=True)).markdown
 
 
-def test_quick_runs_say_so() -> None:
-    """A reader must not mistake a quick run for a full one."""
-    assert "A quick run" in tables.render(make_report(quick=True))
-    assert "A quick run" not in tables.render(make_report())
+# -- studies ----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_explained_or_not_measured() -> None:
-    """0.55 GB are 0.50 of weights and 0.05 of other tensors; without a measurement there is no number."""
-    report = make_report()
-    page = tables.render(report)
-    assert "**Peak Mem**: weights plus" in page
-    assert cells(page, "baseline")[-1] == "0.550"
-    content = report.model_dump()
-    for generated in content["experiments"][0]["rows"][0]["speed"]["rounds"]:
-        generated["memory"] = None
-    assert cells(tables.render(Report.model_validate(content)), "baseline")[-1] == "-"
+def test_every_study_has_a_table_a_picture_and_its_numbers() -> None:
+    """All are rendered from the measurements, with published numbers in a table of their own."""
+    made = page(studies())
+    for fact in (
+        "| stale_ranks_2_6 (ablation) | 13.000 (1.30x) | 2.5000 | 0.1250 |",
+        "| streaming_4_12_0 | 7.389 | 12.182 | 12.500 | 3 | 64 |",
+        "| baseline | 100 | 2.00 | 10.00 |",
+        "| 16 | 4.00 | 20.00 | 5.0x |",
+        "| Configuration, text | All | 1-64 | never |",
+        "| streaming_4_12_0, plays | +0.3125 | +0.500 ± 0.125 (9) | -0.250 ± 0.062 (3) |",
+        "| 8 | 8-10 | 75% (3/4) | 75% (3/4) |",
+        "| MPT-7B | 460.29 | 14.99 | 15.00 | 14.99 | 14.98 |",
+        "The number of the <bell> is 123.",
+        "![PPL along the text.](figures/along.svg)",
+    ):
+        assert fact in made.markdown, fact
+    assert tuple(made.figures) == PICTURES
+    assert page(report([], ())).figures == {}
 
 
-def test_records_are_unchanged_by_json() -> None:
-    """A page can be rendered again, identically, from its JSON file."""
-    report = make_report()
-    again = Report.model_validate_json(report.model_dump_json())
-    assert again == report
-    assert tables.render(again) == tables.render(report)
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_take_the_color_of_the_page(name: str) -> None:
+    """A picture follows the reader's setting, can be parsed, and has nothing random or dated."""
+    svg = page(studies()).figures[name]
+    ET.fromstring(svg)  # noqa: S314 - we wrote it
+    assert "currentColor" in svg
+    assert chart.INK not in svg
+    assert "prefers-color-scheme: dark" in svg
+    assert "metadata" not in svg
 
 
-def test_tables_refuse_ragged_rows() -> None:
-    """A missing cell would move a number under another title."""
-    with pytest.raises(ValueError, match="2 cells"):
-        tables.markdown_table(("a", "b"), [("1",)])
+def test_pages_and_pictures_are_the_same_every_time() -> None:
+    """They have no date, no random id and no path."""
+    assert page(studies()) == page(studies())
 
 
-def test_plans_count_their_measurements() -> None:
-    """Recomputation is not scored, ablations are not timed; all others generate together and are probed together."""
-    rows = [parse(name) for name in ("baseline", "recompute_8", "stale_ranks_2_6", "window_0_8")]
-    tables, scored, corpora = 2, 3, 2
-    assert (
-        experiments.count_measurements(experiments.QUICK, rows, corpora, ("experiments",))
-        == tables * scored * corpora + 2
-    )
-    mistakes = rows[2:]
-    assert (
-        experiments.count_measurements(experiments.QUICK, mistakes, corpora, ("experiments",)) == tables * 2 * corpora
-    )
+def test_distances_have_names() -> None:
+    """The names are those in the tables."""
+    assert [studies_page.distance_name(one) for one in (1, 257, 1025, float("nan"))] == [
+        "1-64",
+        "257-1,024",
+        "> 1,024",
+        "never",
+    ]
+
+
+def test_the_page_says_what_caused_the_published_jump() -> None:
+    """With the same tokens kept, the loss from evictions and from stale positions is separate, for each text."""
+    losses = {"baseline": 2.0, "streaming_2_6": 2.25, "stale_ranks_2_6": 4.0, "streaming_2_12": 2.125}
+    found = [one for way, nll in losses.items() for one in score("mistakes", way, "plays", 8.0, nll)]
+    text = page(report(found, ("mistakes",))).markdown
+    assert "A jump from 7.97 to 71.67 (9.0x)" in text
+    assert "repaired, 1.56x was left" in text
+    assert [line for line in text.splitlines() if line.startswith("- **plays**")] == [
+        (
+            "- **plays**: PPL 7.389 dense, 9.488 with streaming_2_6 (+0.250 nats a token: what was evicted), "
+            "54.598 with stale ranks (+1.750 more: their positions)."
+        )
+    ]
+    without = [one for one in found if one.configuration != "stale_ranks_2_6"]
+    assert "What went wrong" not in page(report(without, ("mistakes",))).markdown
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_unchanged_by_its_json(tmp_path: Path) -> None:
+    """A page can be rendered again, identically, from its JSON file, which has a line per measurement."""
+    made = studies()
+    for path in output.write_report(made, tmp_path):
+        assert path.is_file()
+    again = output.read_report(tmp_path / "paper_tables.json")
+    assert again == made
+    assert page(again) == page(made)
+    lines = (tmp_path / "paper_tables.json").read_text(encoding="utf-8").splitlines()
+    assert sum('"metric"' in line for line in lines) == len(made.measurements)
+    nothing = report([], ())
+    assert Report.model_validate_json(output.as_json(nothing)) == nothing
 
 
 def test_quick_and_full_are_the_experiments_of_the_original_reproduction() -> None:
     """PPL over 1,000 and 2,000 tokens, prompt 500, generation 1,000 and 2,000; quick has the same rows and prompts."""
-    lengths = [(one.perplexity_tokens, one.prompt_tokens, one.generated_tokens) for one in experiments.FULL.experiments]
+    lengths = [(one.perplexity_tokens, one.prompt_tokens, one.generated_tokens) for one in plan.FULL.experiments]
     assert lengths == [(1000, 500, 1000), (2000, 500, 2000)]
-    assert all(one.prompt_tokens == 500 for one in experiments.QUICK.experiments)
+    assert all(one.prompt_tokens == 500 for one in plan.QUICK.experiments)
 
 
 def test_writing_replaces_in_one_step(tmp_path: Path) -> None:

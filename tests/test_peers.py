@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -122,13 +123,26 @@ def test_failures_stay_visible() -> None:
     assert "batch" in clients["kvpress"].asked
 
 
-def test_samples_of_all_rounds_are_kept() -> None:
-    """All samples of all rounds are kept, and a peer that fails in a round is not measured again."""
-    clients = {"dynamic": Fake(1.0), "static": Fake(1.0, "steps")}
+def test_peers_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample is the median of a block of steps as the worker timed them; what fails is not measured again."""
+    order: list[Fake] = []
+
+    def ask(self: Fake, do: str, **arguments: Any) -> dict[str, Any]:
+        answer = real(self, do, **arguments)
+        if do == "steps" and "result" in answer:
+            order.append(self)
+            answer["result"]["ms"] = [50.0, self.milliseconds, 0.0]
+        return answer
+
+    real = Fake.ask
+    monkeypatch.setattr(Fake, "ask", ask)
+    clients = {"dynamic": Fake(1.0), "static": Fake(1.0, "steps"), "ours": Fake(2.0)}
     answers = measure(clients, PLAN)
-    assert len(answers["dynamic"]["steps 16"]["result"]["ms"]) == PLAN.rounds * PLAN.steps
+    assert order == [clients["dynamic"], clients["ours"]] * PLAN.rounds * len(PLAN.speed)
+    assert answers["dynamic"]["steps 16"]["result"]["ms"] == [1.0] * PLAN.rounds
+    assert answers["ours"]["steps 16"]["result"]["ms"] == [2.0] * PLAN.rounds
     assert clients["static"].asked.count("steps") == len(PLAN.speed)
-    assert "error" in answers["static"]["steps 16"]
+    assert answers["static"]["steps 16"] == {"error": "RuntimeError: no steps"}
 
 
 def test_longest_prompt_is_searched_from_the_top() -> None:
@@ -158,16 +172,28 @@ def test_protocol() -> None:
         raise RefusalError("cannot")
 
     calls: dict[str, Callable[..., Any]] = {"add": lambda a, b: a + b, "refuse": refuse}
-    answers: list[dict[str, Any]] = []
-    requests = [{"do": "add", "a": 1, "b": 2}, {"do": "refuse"}, {"do": "nonsense"}, {"do": "add", "a": 1}]
-    serve(map(json.dumps, requests), answers.append, calls)
+    ours, theirs = multiprocessing.Pipe()
+    for request in ({"do": "add", "a": 1, "b": 2}, {"do": "refuse"}, {"do": "nonsense"}, {"do": "add", "a": 1}):
+        ours.send(request)
+    with ours, theirs:
+        asked = threading.Thread(target=serve, args=(theirs, calls))
+        asked.start()
+        answers = [ours.recv() for _ in range(4)]
+        ours.close()
+        asked.join()
     assert answers[0] == {"result": 3}
     assert answers[1] == {"refused": "cannot"}
     assert answers[2]["error"].startswith("KeyError")
     assert answers[3]["error"].startswith("TypeError")
 
 
-ECHO = "import sys\nfor line in sys.stdin: print(line.strip().replace('do', 'result'), flush=True)"
+ECHO = """
+import sys
+from multiprocessing.connection import Connection
+print("libraries print")
+with Connection(int(sys.argv[1])) as pipe:
+    pipe.send({"result": pipe.recv()["do"]})
+"""
 FAILS = "import sys\nsys.exit('ImportError: no such thing')"
 SLEEPS = "import time\ntime.sleep(60)"
 

@@ -198,43 +198,54 @@ def test_readme_warns_before_it_shows() -> None:
     assert 0 < readme.index("Evicted text is gone") < readme.index("```")
 
 
-# The floors of the core, from the ground up; a module imports from its own floor and those below it.
-FLOORS = (
-    ("retention", "lanes"),
-    ("attention",),
-    ("storage",),
-    ("stream",),
-    ("model",),
-    ("fit",),
-    ("cache", "__init__"),
-)
+# The floors of the core and of the lab, from the ground up; a module imports from its own floor and those below it.
+FLOORS: Final = {
+    "optimized/sinkwindow": (
+        ("retention", "lanes"),
+        ("attention",),
+        ("storage",),
+        ("stream",),
+        ("model",),
+        ("fit",),
+        ("cache", "__init__"),
+    ),
+    "lab/sinkwindow_lab": (
+        ("records", "errors", "files", "progress", "store", "__init__"),
+        ("inputs",),
+        ("ways",),
+        ("measure",),
+        ("render",),
+        ("reports",),
+        ("commands", "speed_commands"),
+        ("cli",),
+        ("__main__",),
+    ),
+}
 
 
-def _core_imports() -> dict[str, set[str]]:
-    """Return for every module of the core those that it imports, for types alone too."""
-    core = ROOT / "optimized" / "sinkwindow"
-    modules = {
-        ".".join(("sinkwindow", *path.relative_to(core).with_suffix("").parts)): path for path in core.rglob("*.py")
-    }
-    pattern = re.compile(r"^\s*from (sinkwindow[\w.]*) import (\w+)", re.MULTILINE)
-    return {
-        module: {
-            f"{source}.{name}" if f"{source}.{name}" in modules else source
-            for source, name in pattern.findall(path.read_text("utf-8"))
-        }
-        for module, path in modules.items()
-    }
+def _imports(folder: str) -> dict[str, set[str]]:
+    """Return for every module of a package those of it that it imports, for types alone too."""
+    root = ROOT / folder
+    paths = {".".join((root.name, *path.relative_to(root).with_suffix("").parts)): path for path in root.rglob("*.py")}
+    pattern = re.compile(rf"^\s*from ({root.name}[\w.]*) import (\(.*?\)|[^\n]*)", re.MULTILINE | re.DOTALL)
+    found: dict[str, set[str]] = {module: set() for module in paths}
+    for module, path in paths.items():
+        for source, names in pattern.findall(path.read_text("utf-8")):
+            wanted = {f"{source}.{name}" for name in re.findall(r"\w+", names)}
+            found[module] |= (wanted & paths.keys()) or {source}
+    return found
 
 
-def test_the_core_has_floors_and_no_circles() -> None:
+@pytest.mark.parametrize("folder", FLOORS)
+def test_packages_have_floors_and_no_circles(folder: str) -> None:
     """No module imports one of a floor above it, and none imports itself by a detour."""
-    imports = _core_imports()
-    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    imports = _imports(folder)
+    floor = {room: number for number, rooms in enumerate(FLOORS[folder]) for room in rooms}
     upwards = [
         (module, other)
         for module, others in imports.items()
         for other in others
-        if floor[module.split(".")[1]] < floor[other.split(".")[1]]
+        if "." in other and floor[module.split(".")[1]] < floor[other.split(".")[1]]
     ]
     assert upwards == []
     assert len(list(graphlib.TopologicalSorter(imports).static_order())) >= len(imports) > 20

@@ -75,6 +75,18 @@ def test_own_machines_run_on_request_only() -> None:
     assert not any(BY_PULL_REQUEST.search(path.read_text("utf-8")) for path in others)
 
 
+def test_results_reach_the_pages() -> None:
+    """A workflow that starts after others names existing ones, and reads an artifact that each of them saves."""
+    texts = {path.stem: path.read_text("utf-8") for path in WORKFLOWS}
+    started = {name: re.findall(r"workflow_run:.*\n    workflows: \[(.*)\]", text) for name, text in texts.items()}
+    assert started["docs"] == ["save-results"]
+    assert started["save-results"] == ["nightly, gpu-nightly"]
+    for name, (before,) in ((name, found) for name, found in started.items() if found):
+        read = set(re.findall(r"download-artifact@.*\n +with:\n +name: (\S+)", texts[name]))
+        for other in before.split(", "):
+            assert read <= set(re.findall(r"upload-artifact@.*\n +with:\n +name: (\S+)", texts[other]))
+
+
 def test_no_failure_is_hidden() -> None:
     """A check that cannot fail checks nothing."""
     for path in WORKFLOWS:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sinkwindow_lab import speed_commands
 from sinkwindow_lab.errors import LabError
-
-if TYPE_CHECKING:
-    from sinkwindow_lab.measure.methods import Scores
-    from sinkwindow_lab.records import BosPolicy, Documents, PerplexityRecord, SpeedRecord
-    from sinkwindow_lab.ways.configurations import Configuration
+from sinkwindow_lab.records import BosPolicy, Documents
 
 app = typer.Typer(
     help="Measures attention sinks with a sliding window: perplexity, speed, memory.",
@@ -27,13 +23,14 @@ Model = Annotated[str | None, typer.Option(help="Hub id or folder of a causal LM
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, ...")]
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the records as JSON.")]
-Bos = Annotated[str, typer.Option(help="none, or add: put the tokenizer's BOS in front of the text.")]
+Bos = Annotated[BosPolicy, typer.Option(help="Whether to put the tokenizer's BOS in front of the text.")]
 Sinks = Annotated[int, typer.Option(help="S, first tokens to keep.")]
 Window = Annotated[int, typer.Option(help="W, most recent tokens to keep in an eviction.")]
 Buffer = Annotated[int, typer.Option(help="B, tokens above S + W before an eviction.")]
 Config = Annotated[str | None, typer.Option(help="A configuration by name, such as baseline; instead of S, W and B.")]
 PARTS = "experiments, mistakes, sinks, sizes, along, steps, where, recall"
 CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a text, jsonl or parquet file"
+METHODS = {"token": ("token",), "blocks": ("blocks",), "both": ("token", "blocks")}
 
 
 @app.command()
@@ -54,24 +51,24 @@ def tables(
     from sinkwindow_lab import files
     from sinkwindow_lab.inputs import corpora, models
     from sinkwindow_lab.progress import Bars
-    from sinkwindow_lab.render import output
-    from sinkwindow_lab.reports import experiments
-    from sinkwindow_lab.reports.studies.collect import chosen_parts
+    from sinkwindow_lab.reports.output import write_report
+    from sinkwindow_lab.reports.tables import collect, plan
     from sinkwindow_lab.store import Store
-    from sinkwindow_lab.ways import configurations
+    from sinkwindow_lab.ways.configurations import parse_list
 
-    parts = chosen_parts(only)
-    rows = configurations.parse_list(configs or experiments.DEFAULT_CONFIGURATIONS)
-    policy = _bos(bos)
+    parts = plan.chosen_parts(only)
+    rows = parse_list(configs or plan.DEFAULT_CONFIGURATIONS)
     folder = files.output_folder(out)
-    texts = [corpora.load_corpus(name) for name in corpus or experiments.DEFAULT_CORPORA]
-    _check_names([text.name for text in texts])
+    texts = [corpora.load_corpus(name) for name in corpus or plan.DEFAULT_CORPORA]
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:  # columns are named by corpus
+            raise LabError(f"corpus {name!r} is given twice; give each text once, and files different names")
     loaded = models.load_model(model, device=device, dtype=dtype)
-    plan = experiments.QUICK if quick else experiments.FULL
     store = Store(folder / "measurements", fresh=fresh)
-    with Bars(experiments.count_measurements(plan, rows, len(texts), parts)) as bars:
-        report = experiments.run(loaded, texts, rows, plan, bos=policy, reporter=bars, parts=parts, store=store)
-    for path in output.write_report(report, folder):
+    chosen = plan.QUICK if quick else plan.FULL
+    report = collect.collect(loaded, texts, rows, chosen, parts=parts, bos=bos, store=store, progress=Bars)
+    for path in write_report(report, folder):
         typer.echo(f"wrote {path}")
     if store.reused:
         typer.echo(f"note: {store.reused} measurements are from an earlier run; --fresh measures again", err=True)
@@ -79,15 +76,15 @@ def tables(
 
 @app.command()
 def render(
-    source: Annotated[Path, typer.Argument(help="A paper_tables.json.")],
+    source: Annotated[Path, typer.Argument(help="A paper_tables.json, speed.json or gpu_report.json.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pages; the file's own by default.")] = None,
 ) -> None:
     """Write the pages of an earlier run again, from its JSON."""
     from sinkwindow_lab import files
-    from sinkwindow_lab.render import output
+    from sinkwindow_lab.reports.output import read_report, write_report
 
-    report = output.read_report(source)
-    for path in output.write_report(report, files.output_folder(out or source.parent)):
+    report = read_report(source)
+    for path in write_report(report, files.output_folder(out or source.parent)):
         typer.echo(f"wrote {path}")
 
 
@@ -99,10 +96,12 @@ def perplexity(
     window: Window = 1020,
     buffer: Buffer = 64,
     config: Config = None,
-    method: Annotated[str, typer.Option(help="token: one per call; blocks: long calls; both: and compare.")] = "blocks",
+    method: Annotated[
+        Literal["token", "blocks", "both"], typer.Option(help="One token per call, long calls, or both compared.")
+    ] = "blocks",
     block: Annotated[int, typer.Option(help="Tokens per call; streaming gives the same for any.")] = 256,
     bos: Bos = "none",
-    documents: Annotated[str, typer.Option(help="concat: as one text; apart: each from a fresh start.")] = "concat",
+    documents: Annotated[Documents, typer.Option(help="As one text, or each from a fresh start.")] = "concat",
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -112,26 +111,45 @@ def perplexity(
 ) -> None:
     """Score one configuration on one text, each target once."""
     from sinkwindow_lab import files
-    from sinkwindow_lab.inputs import corpora, machine, models
+    from sinkwindow_lab.inputs import corpora, models
     from sinkwindow_lab.inputs.tokens import encode
-    from sinkwindow_lab.measure import methods
+    from sinkwindow_lab.measure.perplexity import measure
     from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.ways import configurations
 
-    chosen, ways = _configuration(config, sinks, window, buffer), methods.methods(method)
-    policy, reading = _bos(bos), _documents(documents)
+    numbers = (sinks, window, buffer)
+    chosen = configurations.streaming(*numbers) if config is None else configurations.parse(config)
     target = None if save_nll is None else files.output_file("--save-nll", save_nll)
     text = corpora.load_corpus(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype)
-    ids = encode(text, loaded.tokenizer, tokens=tokens, bos=policy, documents=reading)
+    ids = encode(text, loaded.tokenizer, tokens=tokens, bos=bos, documents=documents)
     if ids.ids.shape[1] < tokens:
         typer.echo(f"note: corpus {text.name!r} has {ids.ids.shape[1]} tokens, {tokens} were requested", err=True)
-    with Bars(len(ways)) as bars:
-        scores = methods.score(chosen, loaded, ids, ways, block=block, reporter=bars)
-    origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
-    shown = _scores_json(scores, **origin)
+    found = {}
+    with Bars(len(METHODS[method])) as bars:
+        for way in METHODS[method]:
+            bars.begin(f"PPL {chosen.name}, {text.name}, {way}", len(ids.targets))
+            count = 1 if way == "token" else block
+            found[way] = measure(chosen, loaded.model, ids, block=count, on_block=bars.advance)
+    *_, main = found.values()
+    content: dict[str, Any] = {"result": main.figures_by_name(), "text": ids.record().model_dump()}
+    lines = [str(one) for one in found.values()]
+    if method == "both":
+        single = found["token"]
+        ratio = single.facts["seconds"] / main.facts["seconds"]
+        difference = float((single.nll - main.nll).abs().max())
+        content |= {"token_by_token": single.figures_by_name(), "speed_ratio": ratio}
+        content |= {"largest_nll_difference": difference}
+        lines.append(
+            f"blocks of {block} are {ratio:.1f} times as fast as token by token; "
+            f"largest difference of a loss {difference:.1e}"
+        )
+    shown = _as_json(content, text, loaded)
     if target is not None:
-        methods.save_losses(target, scores, ids, records=shown)
-    typer.echo(shown if as_json else _scores_lines(scores))
+        from sinkwindow_lab.measure.perplexity import loss_file
+
+        files.write_bytes(target, loss_file(found, ids, records=shown))
+    typer.echo(shown if as_json else "\n".join(lines))
 
 
 @app.command()
@@ -140,7 +158,7 @@ def speed(
     prompt: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 500,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
     configs: Annotated[str, typer.Option(help="Configurations, separated by commas.")] = "baseline,streaming_8_256",
-    rounds: Annotated[int, typer.Option(help="How often all generate, interleaved; medians are shown.")] = 1,
+    rounds: Annotated[int, typer.Option(help="How often all generate, in turns; medians are shown.")] = 1,
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -148,28 +166,37 @@ def speed(
     as_json: Json = False,
 ) -> None:
     """Time greedy generation: TTFT, TPOT, throughput, peak memory."""
-    from sinkwindow_lab.inputs import corpora, machine, models
+    from sinkwindow_lab.inputs import corpora, models
     from sinkwindow_lab.inputs.tokens import encode
-    from sinkwindow_lab.measure import speed as timing
+    from sinkwindow_lab.measure.generation import generate, rounds_of
     from sinkwindow_lab.progress import Bars
-    from sinkwindow_lab.ways import configurations
+    from sinkwindow_lab.render.markdown import numbers
+    from sinkwindow_lab.ways.configurations import parse_list
 
-    rows = configurations.parse_list(configs)
+    rows = parse_list(configs)
+    if rounds < 1:
+        raise LabError(f"rounds={rounds} must be 1 or more")
     text = corpora.load_corpus(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype)
-    ids = encode(text, loaded.tokenizer, tokens=prompt)
-    with Bars(max(rounds, 1)) as bars:
-        records = timing.measure(
-            rows,
-            loaded.model,
-            ids.ids,
-            tokens,
-            rounds=rounds,
-            on_round=lambda _: bars.begin("speed, interleaved", tokens * len(rows)),
-            on_token=lambda _: bars.advance(),
+    ids = encode(text, loaded.tokenizer, tokens=prompt).ids
+    made = []
+    with Bars(rounds) as bars:
+        for _ in range(rounds):
+            bars.begin("speed, in turns", (tokens - 1) * len(rows))
+            stages = [[tokens]] * len(rows)
+            made.append(generate(rows, loaded.model, ids, stages, on_token=lambda _: bars.advance()))
+    found = [rounds_of([one[row][0] for one in made]) for row in range(len(rows))]
+    if as_json:
+        measurements = [one.model_dump() for own in found for one in own]
+        typer.echo(_as_json({"result": measurements}, text, loaded))
+        return
+    for own in found:
+        shown = {one.metric: one.samples for one in own}
+        peak = f"  {max(shown['peak memory']) / 1e9:.3f} GB" if "peak memory" in shown else ""
+        typer.echo(
+            f"{own[0].configuration}: TTFT {numbers(shown['TTFT'], 3)} s  TPOT {numbers(shown['TPOT'], 2)} ms  "
+            f"total {numbers(shown['total'], 2)} s  {numbers(shown['throughput'], 2)} tok/s{peak}"
         )
-    origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
-    typer.echo(_as_json(records, **origin) if as_json else "\n".join(map(_speed_line, records)))
 
 
 @app.command()
@@ -201,71 +228,9 @@ app.command()(speed_commands.speed_report)
 app.command()(speed_commands.gpu_report)
 
 
-def _configuration(name: str | None, sinks: int, window: int, buffer: int) -> Configuration:
-    from sinkwindow_lab.ways import configurations
+def _as_json(content: dict[str, Any], text: Any, loaded: Any) -> str:
+    """Return results as JSON, with the text, the model and the machine beside them."""
+    from sinkwindow_lab.inputs import machine
 
-    return configurations.streaming(sinks, window, buffer) if name is None else configurations.parse(name)
-
-
-def _bos(policy: str) -> BosPolicy:
-    if policy == "none":
-        return "none"
-    if policy == "add":
-        return "add"
-    raise LabError(f"--bos {policy} is unknown; choose none or add")
-
-
-def _documents(name: str) -> Documents:
-    if name == "concat":
-        return "concat"
-    if name == "apart":
-        return "apart"
-    raise LabError(f"--documents {name} is unknown; choose concat or apart")
-
-
-def _check_names(names: list[str]) -> None:
-    """Refuse two texts of one name: they could not be told apart, since columns are named by corpus."""
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise LabError(f"corpus {repeated[0]!r} is given twice; give each text once, and files different names")
-
-
-def _as_json(result: Any, **records: Any) -> str:
-    content = [one.model_dump() for one in result] if isinstance(result, list) else result.model_dump()
-    return json.dumps({"result": content, **{name: one.model_dump() for name, one in records.items()}}, indent=1)
-
-
-def _scores_json(scores: Scores, **records: Any) -> str:
-    content: dict[str, Any] = {"result": scores.main.record.model_dump()}
-    if scores.speed_ratio is not None:
-        content["token_by_token"] = scores.found["token"].record.model_dump()
-        content["speed_ratio"] = scores.speed_ratio
-        content["largest_nll_difference"] = scores.largest_difference
-    return json.dumps({**content, **{name: one.model_dump() for name, one in records.items()}}, indent=1)
-
-
-def _scores_lines(scores: Scores) -> str:
-    lines = [_perplexity_line(one.record) for one in scores.found.values()]
-    if scores.speed_ratio is not None:
-        lines.append(
-            f"blocks of {scores.main.record.block} are {scores.speed_ratio:.1f} times as fast as token by token; "
-            f"largest difference of a loss {scores.largest_difference:.1e}"
-        )
-    return "\n".join(lines)
-
-
-def _perplexity_line(record: PerplexityRecord) -> str:
-    return (
-        f"PPL {record.perplexity:.4f}  NLL {record.mean_nll:.5f} +- {record.standard_error:.5f}  "
-        f"{record.bits_per_byte:.4f} bits/byte  {record.targets:,} targets  {record.evictions} evictions  "
-        f"{record.tokens_per_second:.1f} tok/s  ({record.configuration}, {record.corpus}, "
-        f"{record.block} tok/call)"
-    )
-
-
-def _speed_line(record: SpeedRecord) -> str:
-    return (
-        f"{record.configuration}: TTFT {record.median('ttft_s'):.3f} s  TPOT {record.median('tpot_ms'):.2f} ms  "
-        f"total {record.median('total_s'):.2f} s  {record.median('throughput'):.2f} tok/s"
-        + ("" if record.peak_gb is None else f"  {record.peak_gb:.3f} GB")
-    )
+    origin = {"corpus": text.record(), "model": loaded.record, "machine": machine.describe(loaded.model.device)}
+    return json.dumps({**content, **{name: one.model_dump() for name, one in origin.items()}}, indent=1)

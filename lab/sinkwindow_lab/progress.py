@@ -20,6 +20,9 @@ class Reporter(Protocol):
     def advance(self, steps: int = 1) -> None:
         """Count steps as done."""
 
+    def found(self, words: str) -> None:
+        """Show a number that is finished."""
+
 
 class Silent:
     """Reports nothing."""
@@ -28,6 +31,9 @@ class Silent:
         """Do nothing."""
 
     def advance(self, steps: int = 1) -> None:
+        """Do nothing."""
+
+    def found(self, words: str) -> None:
         """Do nothing."""
 
 
@@ -66,3 +72,10 @@ class Bars:
         """Count steps as done."""
         if self._current is not None:
             self._progress.advance(self._current, steps)
+
+    def found(self, words: str) -> None:
+        """Show a number that is finished, above the bars."""
+        if self._console.is_terminal:
+            self._progress.console.print(f"  {words}", markup=False, highlight=False)
+        else:
+            print(f"  {words}", file=sys.stderr, flush=True)  # noqa: T201

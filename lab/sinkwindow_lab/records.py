@@ -1,16 +1,18 @@
-"""What the lab measures, as records: every number in a table is read from one of these.
+"""What the lab writes: measurements in one long format, and beside them what they were measured on.
 
-Raw samples are kept; medians and ratios are properties, so that a table can be rendered again from its JSON.
-Units are in the names: `_s` seconds, `_ms` milliseconds, `_bytes` bytes, `_gb` 10^9 bytes.
+A measurement is one quantity of one way of remembering at one place, with all its samples. Medians, ratios, targets and
+pictures are made from these when a page is written, so that a page can be written again from its JSON.
 """
 
 from __future__ import annotations
 
 import statistics
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+SCHEMA = 4
 BosPolicy = Literal["none", "add"]
 Documents = Literal["concat", "apart"]
 
@@ -18,7 +20,7 @@ Documents = Literal["concat", "apart"]
 class Record(BaseModel):
     """Immutable, and strict about its fields: a record of another version fails loudly."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class ModelRecord(Record):
@@ -59,6 +61,20 @@ class CorpusRecord(Record):
     sha256: str
 
 
+class TextRecord(Record):
+    """The tokens that were scored; `sha256` is of the token ids, so equal digests mean the same targets."""
+
+    corpus: str
+    tokens: int
+    targets: int
+    sha256: str
+    bos: BosPolicy
+    documents: Documents
+    texts: int
+    target_bytes: int
+    tokenizer: TokenizerRecord | None
+
+
 class MachineRecord(Record):
     """The machine and software of a measurement."""
 
@@ -76,7 +92,7 @@ class MachineRecord(Record):
 
 
 class ConfigurationRecord(Record):
-    """One row's way of remembering (see `configurations.py`)."""
+    """One row's way of remembering (see `ways/configurations.py`)."""
 
     name: str
     kind: str
@@ -87,155 +103,65 @@ class ConfigurationRecord(Record):
     meaning: str
 
 
-class PerplexityRecord(Record):
-    """Stateful perplexity: all tokens but the first of each text, each scored once, in natural logarithms.
+class Measurement(Record):
+    """One quantity with its samples.
 
-    `perplexity` is exp of the mean over all targets, never a mean of means. `block` is the number of tokens per call.
+    Attributes:
+        part: The part of a report that it belongs to, such as `experiment 1`.
+        subject: What it was measured on: a text or a model.
+        configuration: The way of remembering, or what is measured in the place of one.
+        at: Where on the axis of its part, such as tokens read or tokens streamed; None for a part without an axis.
+        metric: The quantity, such as `TPOT`.
+        unit: Of the samples.
+        samples: All of them, in the order in which they were taken.
     """
 
+    part: str
+    subject: str
     configuration: str
-    corpus: str
-    tokens: int
-    targets: int
-    targets_sha256: str
-    bos: BosPolicy
-    block: int
-    mean_nll: float
-    standard_error: float
-    perplexity: float
-    bits_per_byte: float
-    text_bytes: int
+    at: int | None
+    metric: str
+    unit: str
+    samples: list[float] = Field(min_length=1)
+
+    @property
+    def median(self) -> float:
+        """Median of the samples."""
+        return float(statistics.median(self.samples))
+
+
+def measured(
+    part: str, subject: str, configuration: str, at: int | None, figures: Mapping[str, tuple[str, Sequence[float]]]
+) -> list[Measurement]:
+    """Return measurements of one place; `figures` has unit and samples by metric."""
+    return [
+        Measurement(
+            part=part,
+            subject=subject,
+            configuration=configuration,
+            at=at,
+            metric=metric,
+            unit=unit,
+            samples=list(samples),
+        )
+        for metric, (unit, samples) in figures.items()
+    ]
+
+
+class Report(Record):
+    """One run: the machine, the inputs, the plan and the results."""
+
+    schema_version: int = SCHEMA
+    kind: Literal["tables", "speed", "gpu"]
+    quick: bool
+    plan: dict[str, Any]
+    machine: MachineRecord
+    models: list[ModelRecord]
+    corpora: list[CorpusRecord] = []
+    texts: list[TextRecord] = []
+    configurations: list[ConfigurationRecord] = []
+    measurements: list[Measurement]
+    skipped: list[str] = []
+    notes: dict[str, str] = {}
     seconds: float
-    evictions: int
-    kept_tokens: int
-    cache_bytes: int
-    documents: Documents = "concat"
-    scored_texts: int = 1
-    tokenizer: TokenizerRecord | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens fed per second [tok/s], logits and losses included."""
-        return self.targets / self.seconds
-
-
-class MemoryRecord(Record):
-    """Memory of one generation: the weights, and the most that its own tensors take at once."""
-
-    weight_bytes: int
-    tensor_bytes: int
-
-    @property
-    def peak_gb(self) -> float:
-        """Both together [GB]."""
-        return (self.weight_bytes + self.tensor_bytes) / 1e9
-
-
-class GenerationRecord(Record):
-    """One greedy generation: `token_times_s[i]` is the time of token i, counted from the start of the prefill.
-
-    The prompt was read several times, `prompt_times_s`; the first token counts with their median. `memory` is None on a
-    device that does not report it.
-    """
-
-    prompt_tokens: int
-    prompt_times_s: list[float] = Field(min_length=1)
-    token_times_s: list[float] = Field(min_length=2)
-    kept_tokens: int
-    cache_bytes: int
-    evictions: int
-    memory: MemoryRecord | None
-
-    @property
-    def generated_tokens(self) -> int:
-        """Number of new tokens [tokens]."""
-        return len(self.token_times_s)
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to the first token [s]: the prefill and one argmax."""
-        return self.token_times_s[0]
-
-    @property
-    def tpot_ms(self) -> float:
-        """Time per output token after the first [ms]."""
-        return 1e3 * (self.token_times_s[-1] - self.token_times_s[0]) / (len(self.token_times_s) - 1)
-
-    @property
-    def total_s(self) -> float:
-        """Prefill and generation [s]."""
-        return self.token_times_s[-1]
-
-    @property
-    def throughput(self) -> float:
-        """New tokens per second of the total time [tok/s]."""
-        return self.generated_tokens / self.total_s
-
-    @property
-    def step_ms(self) -> list[float]:
-        """Every time between two tokens [ms]."""
-        pairs = zip(self.token_times_s, self.token_times_s[1:], strict=False)
-        return [1e3 * (after - before) for before, after in pairs]
-
-
-class SpeedRecord(Record):
-    """Several generations of one configuration; different configurations were interleaved, a token each."""
-
-    configuration: str
-    rounds: list[GenerationRecord] = Field(min_length=1)
-
-    def median(self, name: str) -> float:
-        """Return the median over the rounds of a property of `GenerationRecord` such as `tpot_ms`."""
-        return float(statistics.median(getattr(one, name) for one in self.rounds))
-
-    @property
-    def peak_gb(self) -> float | None:
-        """Largest peak of the rounds [GB], None if the device does not report it."""
-        peaks = [one.memory.peak_gb for one in self.rounds if one.memory is not None]
-        return max(peaks, default=None)
-
-
-class AttentionProbe(Record):
-    """Consecutive decode steps from one place in the generation: time in cache update and attention, all layers."""
-
-    tokens_seen: int
-    step_ms: list[float] = Field(min_length=1)
-
-
-class AttentionRecord(Record):
-    """Cache update plus attention of one token, sampled at places spread evenly over the generation."""
-
-    configuration: str
-    prompt_tokens: int
-    generated_tokens: int
-    layers: int
-    probes: list[AttentionProbe] = Field(min_length=1)
-
-    @property
-    def milliseconds(self) -> float:
-        """Mean over the places of each place's median [ms]."""
-        return statistics.fmean(statistics.median(probe.step_ms) for probe in self.probes)
-
-    def until(self, new_tokens: int) -> AttentionRecord:
-        """Return the record without the places after `new_tokens`, as of a shorter generation."""
-        probes = [one for one in self.probes if one.tokens_seen < self.prompt_tokens + new_tokens]
-        return self.model_copy(update={"generated_tokens": new_tokens, "probes": probes})
-
-
-class RowRecord(Record):
-    """One row of a table; what was not measured is None or empty and is shown as such."""
-
-    configuration: ConfigurationRecord
-    perplexities: list[PerplexityRecord]
-    speed: SpeedRecord | None
-    attention: AttentionRecord | None
-
-
-class ExperimentRecord(Record):
-    """One table."""
-
-    name: str
-    perplexity_tokens: int
-    prompt_tokens: int
-    generated_tokens: int
-    rows: list[RowRecord]
+    finished: bool = True

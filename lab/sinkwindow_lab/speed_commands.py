@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sinkwindow_lab.errors import LabError
 
-JSON, MARKDOWN = "speed.json", "speed.md"
+if TYPE_CHECKING:
+    from sinkwindow_lab.records import Report
+
 Out = Annotated[Path, typer.Option(help="Folder for the report.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny models and few samples; nothing is judged.")]
 
@@ -26,9 +29,10 @@ def floors(
     """Measure what no cache can beat here: bare attention, a step with almost no context, memory bandwidth."""
     from sinkwindow_lab.inputs import models
     from sinkwindow_lab.inputs.shapes import random_model
-    from sinkwindow_lab.render.page import markdown
-    from sinkwindow_lab.reports.pace import floors as measured
-    from sinkwindow_lab.reports.pace.speed_page import bandwidth_table, floor_table
+    from sinkwindow_lab.render.markdown import join
+    from sinkwindow_lab.reports.speed import floors as measured
+    from sinkwindow_lab.reports.speed.compare import places
+    from sinkwindow_lab.reports.speed.page import bandwidth_table, floor_table
 
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
@@ -40,8 +44,8 @@ def floors(
     else:
         chosen, title = random_model(shape, device=place, dtype=kind), f"{shape} shape"
     bandwidth = measured.bandwidth(place, megabytes=megabytes)
-    found = measured.floors(chosen, title, context, batch)
-    typer.echo(markdown([floor_table([found], bandwidth), bandwidth_table(bandwidth)]))
+    found = places([*bandwidth, *measured.floors(chosen, title, context, batch)])
+    typer.echo(join([floor_table(found), bandwidth_table(found)]))
 
 
 def speed_report(
@@ -51,30 +55,16 @@ def speed_report(
     *,
     quick: Quick = False,
 ) -> None:
-    """Measure the cache and its lower bounds; fail if a bar is missed, naming each with its number."""
-    from sinkwindow_lab import files
+    """Measure the cache and its lower bounds; fail if a target is missed, naming each with its number."""
     from sinkwindow_lab.render import marked
-    from sinkwindow_lab.reports.pace import collect, speed_page
+    from sinkwindow_lab.reports.speed import collect, compare, page
 
-    folder = files.output_folder(out)
     if docs is not None:
-        marked.check(docs, speed_page.VERDICT)
-    report = collect.collect(quick=quick, threads=threads, say=lambda what: typer.echo(what, err=True))
-    files.write_text(folder / JSON, report.model_dump_json(indent=1) + "\n")
-    rendered = speed_page.render(report)
-    files.write_text(folder / MARKDOWN, rendered)
+        marked.check(docs, page.VERDICT)
+    report = collect.speed(quick=quick, threads=threads, save=_writer(out, "speed"), say=_say)
     if docs is not None:
-        marked.fill(docs, speed_page.sections(report))
-    typer.echo(rendered)
-    typer.echo(f"wrote {folder / JSON}\nwrote {folder / MARKDOWN}", err=True)
-    _judge([] if quick else [speed_page.complaint(one) for one in report.missed])
-
-
-def _judge(complaints: list[str]) -> None:
-    for one in complaints:
-        typer.echo(f"missed: {one}", err=True)
-    if complaints:
-        raise typer.Exit(1)
+        marked.fill(docs, page.sections(report))
+    _judge([] if quick else [one.complaint() for one in compare.comparisons(report) if not one.met])
 
 
 def gpu_report(
@@ -83,18 +73,37 @@ def gpu_report(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU by default if there is one.")] = None,
 ) -> None:
     """Measure large shapes on a GPU, without network, and check the cache there; without a GPU, tiny shapes."""
-    from sinkwindow_lab import files
-    from sinkwindow_lab.reports.pace import gpu_collect, gpu_page
-    from sinkwindow_lab.reports.pace.gpu_records import GpuReport
-
-    folder = files.output_folder(out)
-
-    def save(report: GpuReport) -> None:
-        files.write_text(folder / "gpu_report.json", report.model_dump_json(indent=1) + "\n")
-        files.write_text(folder / "gpu_report.md", gpu_page.render(report))
+    from sinkwindow_lab.reports.speed import collect, page
 
     if minutes <= 0:
         raise LabError(f"--minutes {minutes} must be above 0")
-    report = gpu_collect.collect(minutes=minutes, save=save, say=lambda what: typer.echo(what, err=True), device=device)
-    typer.echo(gpu_page.render(report))
-    _judge([f"law {one.law!r}, {one.shape}, {one.dtype}: {one.error:.2e}" for one in report.laws if not one.holds])
+    report = collect.gpu(minutes=minutes, save=_writer(out, "gpu_report"), say=_say, device=device)
+    _judge(page.broken(report))
+
+
+def _say(what: str) -> None:
+    typer.echo(what, err=True)
+
+
+def _writer(out: Path, name: str) -> Callable[[Report], None]:
+    """Return a function that writes a report as JSON and as a page; the folder is made at once."""
+    from sinkwindow_lab import files
+    from sinkwindow_lab.reports.speed.page import page
+
+    folder = files.output_folder(out)
+
+    def write(report: Report) -> None:
+        files.write_text(folder / f"{name}.json", report.model_dump_json(indent=1) + "\n")
+        files.write_text(folder / f"{name}.md", page(report).markdown)
+        if report.finished:
+            typer.echo(page(report).markdown)
+            _say(f"wrote {folder / name}.json\nwrote {folder / name}.md")
+
+    return write
+
+
+def _judge(complaints: Sequence[str]) -> None:
+    for one in complaints:
+        _say(f"missed: {one}")
+    if complaints:
+        raise typer.Exit(1)

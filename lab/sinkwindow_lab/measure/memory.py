@@ -21,9 +21,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from sinkwindow_lab.records import MemoryRecord
-from sinkwindow_lab.ways.configurations import Configuration
-from sinkwindow_lab.ways.sessions import Session, open_session
+from sinkwindow_lab.ways.configurations import Configuration, open_session
 
 COUNTED = ("cpu", "cuda")  # devices that report their memory
 PIECE = "sinkwindow: piece {}"  # name of a piece of work in the profiler
@@ -79,8 +77,8 @@ def _profiled_peaks(pieces: Sequence[Callable[[], object]]) -> list[int]:
 
 def generation_peaks(
     configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor, stages: Sequence[int]
-) -> list[MemoryRecord | None]:
-    """Return the peaks of a generation up to each number of tokens; None on a device that does not report them.
+) -> list[int | None]:
+    """Return the peak of a generation's tensors up to each number of tokens [bytes]; None if the device has no count.
 
     The prompt and the last steps of each stage are watched; between them the session is fed in long calls, which leave
     the cache as single tokens would. `prompt` ([1, tokens], on the model's device) is fed repeatedly.
@@ -88,18 +86,29 @@ def generation_peaks(
     if prompt.device.type not in COUNTED:
         return [None] * len(stages)
     session, seen = open_session(configuration, model), prompt.shape[1]
+
+    def read_on(count: int) -> None:
+        step = min(FEED, prompt.shape[1])
+        for start in range(0, count, step):
+            session.read(prompt[:, : min(step, count - start)])
+
+    def take(steps: int) -> None:
+        for _ in range(steps):
+            session.feed(prompt[:, :1], last_only=True)
+
     pieces: list[Callable[[], object]] = [partial(session.feed, prompt, last_only=True)]
     for stage in stages:
         end = prompt.shape[1] + stage - 1  # the last token is not fed
         steps = min(_cycle(configuration), end - seen)
-        pieces += [partial(_read_on, session, prompt, end - steps - seen), partial(_take, session, prompt, steps)]
+        pieces += [partial(read_on, end - steps - seen), partial(take, steps)]
         seen = end
     try:
         first, *peaks = tensor_peaks(prompt.device, pieces)
     finally:
         session.close()
     highest = itertools.accumulate([first, *peaks[1::2]], max)  # the long calls are not part of the generation
-    return [MemoryRecord(weight_bytes=weight_bytes(model), tensor_bytes=peak) for peak in list(highest)[1:]]
+    found: list[int | None] = [*highest]
+    return found[1:]
 
 
 def _cycle(configuration: Configuration) -> int:
@@ -125,16 +134,3 @@ def give_back() -> None:
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _read_on(session: Session, text: torch.Tensor, count: int) -> None:
-    """Feed some more tokens in long calls."""
-    step = min(FEED, text.shape[1])
-    for start in range(0, count, step):
-        session.read(text[:, : min(step, count - start)])
-
-
-def _take(session: Session, text: torch.Tensor, steps: int) -> None:
-    """Feed single tokens."""
-    for _ in range(steps):
-        session.feed(text[:, :1], last_only=True)

@@ -18,14 +18,21 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinkwindow.cache import StreamingCache
+from sinkwindow.fit import pools_of
+from sinkwindow.lanes import Lane
+from sinkwindow.model.families import inspect_model
 from sinkwindow.model.hooks import call_by_hand
+from sinkwindow.retention import Retention
+from sinkwindow.storage.bank import KeyValue, allocate
+from sinkwindow.storage.slots import Slots
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.ways.configurations import Configuration
-from sinkwindow_lab.ways.sessions import Session, open_session
+from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.ways.sessions import Session
 
 FILL = 256  # columns of a call while a cache is being filled [tokens]
 PERIOD = 4096  # random tokens repeat after so many [tokens]
 TOLERANCE = 1e-4  # largest error that float32 explains at any length; a rank that is off by one costs 0.01 and more
+LayerWork = Callable[[int, dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
@@ -51,84 +58,69 @@ def geometry(model: PreTrainedModel) -> Geometry:
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return one token's attention over all keys given.
-
-    Shapes: `query` and the result [batch, heads, 1, head_dim], `keys` and `values` [batch, kv_heads, tokens, head_dim].
-    """
+    """Return one token's attention over all keys given, [batch, heads, 1, head_dim] as `query`."""
     grouped = query.shape[1] != keys.shape[1]
     return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
 
 
-def _causal(columns: int, keys: torch.Tensor) -> torch.Tensor:
-    """Return the last rows of a causal mask, [1, 1, columns, keys]."""
-    length = keys.shape[2]
-    return torch.ones((1, 1, columns, length), dtype=torch.bool, device=keys.device).tril(length - columns)
-
-
 class AttentionSteps:
-    """Decode steps through one configuration's cache: only update and attention, in every layer."""
+    """Decode steps through one configuration's cache: only update and attention, in every layer.
+
+    Attributes:
+        session: The session of the cache; the model itself can continue from a filled cache.
+        cache: Its cache.
+    """
 
     def __init__(self, configuration: Configuration, model: PreTrainedModel, *, batch: int = 1) -> None:
         """Open the cache and create the tensors of one token; the model gives geometry, device and dtype.
 
-        Attributes:
-            session: the session of the cache; the model itself can continue from a filled cache.
-            cache: its cache.
-
         Raises:
-            LabError: if the configuration has no cache or does not fit the model.
+            LabError: If the configuration has no cache or does not fit the model.
         """
         self.sizes = geometry(model)
-        self._model = model
-        self._batch = batch
         self.session: Session = open_session(configuration, model)
         self.cache: Any = self.session.cache
         if self.cache is None:
             raise LabError(f"configuration {configuration.name!r} has no cache: choose baseline or a streaming one")
+        self._model, self._batch = model, batch
         self._streams = isinstance(self.cache, StreamingCache)
         self._token = self._ids(1)
-        self._query, self._key, self._value = self._made_up(1)
+        self._query, self._key, self._value = self.draw(1)
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _ids(self, columns: int) -> torch.Tensor:
         return torch.zeros((self._batch, columns), dtype=torch.long, device=self._model.device)
 
-    def _made_up(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return random query, key and value of some tokens."""
+    def draw(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return random query, key and value of some tokens, [batch, heads, columns, head_dim] each."""
         sizes, model = self.sizes, self._model
         random = torch.Generator(device=model.device).manual_seed(columns)
-
-        def draw(heads: int) -> torch.Tensor:
-            shape = (self._batch, heads, columns, sizes.head_dim)
-            return torch.randn(shape, generator=random, device=model.device, dtype=model.dtype)
-
-        return draw(sizes.heads), draw(sizes.kv_heads), draw(sizes.kv_heads)
+        query, key, value = (
+            torch.randn(
+                (self._batch, heads, columns, sizes.head_dim), generator=random, device=model.device, dtype=model.dtype
+            )
+            for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+        )
+        return query, key, value
 
     @torch.inference_mode()
     def fill(self, tokens: int) -> None:
-        """Feed `tokens` more tokens to the cache, without any attention."""
+        """Feed `tokens` more tokens to the cache, the same in all layers, without any attention."""
         longest = FILL if self._streams else max(tokens, 1)  # a stock cache is copied in every call
         for start in range(0, tokens, longest):
             columns = min(longest, tokens - start)
-            _, key, value = self._made_up(columns)
-            self._feed(columns, key, value)
-
-    def _feed(self, columns: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Run a call without attention, with the same keys and values in all layers."""
-        self._call(columns, lambda layer, _: self.cache.update(key, value, layer))
+            _, key, value = self.draw(columns)
+            self.call(columns, lambda layer, _: self.cache.update(key, value, layer))  # noqa: B023 - runs at once
 
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
-        """Run cache update and attention of one token in all layers.
-
-        Returns the last layer's output, [batch, heads, 1, head_dim].
-        """
+        """Run cache update and attention of one token; return the last layer's output, [batch, heads, 1, head_dim]."""
         outputs: list[torch.Tensor] = []
 
-        def layer_work(layer: int, _: Any) -> None:
+        def layer_work(layer: int, _: dict[str, Any]) -> None:
             outputs.append(attend(self._query, *self.cache.update(self._key, self._value, layer)))
 
-        self._call(1, layer_work)
+        self.call(1, layer_work)
         return outputs[-1]
 
     @torch.inference_mode()
@@ -137,38 +129,37 @@ class AttentionSteps:
 
         Returns the last layer's output, [batch, columns, heads, head_dim].
         """
-        sizes = self.sizes
-        query, key, value = self._made_up(columns)
-        module = SimpleNamespace(num_key_value_groups=sizes.heads // sizes.kv_heads, is_causal=True, training=False)
+        query, key, value = self.draw(columns)
+        groups = self.sizes.heads // self.sizes.kv_heads
+        module = SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
+        attention = ALL_ATTENTION_FUNCTIONS[getattr(self._model.config, "_attn_implementation", "sdpa")]
         outputs: list[torch.Tensor] = []
 
         def layer_work(layer: int, arguments: dict[str, Any]) -> None:
             keys, values = self.cache.update(key, value, layer)
             module.layer_idx = layer
-            attention = ALL_ATTENTION_FUNCTIONS[self._model.config._attn_implementation]  # noqa: SLF001
-            mask = arguments["attention_mask"] if arguments else _causal(columns, keys)
+            shape = (1, 1, columns, keys.shape[2])
+            causal = torch.ones(shape, dtype=torch.bool, device=keys.device).tril(shape[3] - columns)
+            mask = arguments["attention_mask"] if arguments else causal
             outputs.append(attention(cast("torch.nn.Module", module), query, keys, values, mask)[0])
 
-        self._call(columns, layer_work)
+        self.call(columns, layer_work)
         return outputs[-1]
 
     @torch.inference_mode()
     def update(self) -> None:
         """Run the cache work of one token, evictions included, without attention."""
-        self._feed(1, self._key, self._value)
+        self.call(1, lambda layer, _: self.cache.update(self._key, self._value, layer))
 
     @torch.inference_mode()
     def hold(self) -> None:
         """Keep what the layers return for one more token, for `attention_alone`."""
         self._held = []
-        self._call(1, lambda layer, _: self._held.append(self.cache.update(self._key, self._value, layer)))
+        self.call(1, lambda layer, _: self._held.append(self.cache.update(self._key, self._value, layer)))
 
     @torch.inference_mode()
     def attention_alone(self) -> torch.Tensor:
-        """Run the attention of one token over what `hold` kept, in all layers.
-
-        Returns the last layer's output, [batch, heads, 1, head_dim].
-        """
+        """Run one token's attention over what `hold` kept; return the last layer's, [batch, heads, 1, head_dim]."""
         return [attend(self._query, keys, values) for keys, values in self._held][-1]
 
     def rewind(self, tokens: int) -> None:
@@ -185,8 +176,8 @@ class AttentionSteps:
         """Remove the cache from the model."""
         self.session.close()
 
-    def _call(self, columns: int, layer_work: Callable[[int, dict[str, Any]], object]) -> None:
-        """Do what a model's forward does to its cache; `layer_work` gets the decoder's arguments, rewritten."""
+    def call(self, columns: int, layer_work: LayerWork) -> None:
+        """Do what a model's forward does to its cache; `layer_work` gets layer and decoder's arguments, rewritten."""
         kwargs = {"input_ids": self._token if columns == 1 else self._ids(columns)}
         decoder = cast("PreTrainedModel", self._model.base_model)
         no_hooks: AbstractContextManager[dict[str, Any]] = nullcontext({})
@@ -210,11 +201,24 @@ class BareAttention:
 
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
-        """Run the attention of one token in all layers.
-
-        Returns the last layer's output, [batch, heads, 1, head_dim].
-        """
+        """Run the attention of one token in all layers; return the last one's output, [batch, heads, 1, head_dim]."""
         return [attend(self._query, keys, values) for keys, values in self._layers][-1]
+
+
+def relocation(configuration: Configuration, model: PreTrainedModel, *, stay: bool) -> Callable[[], object]:
+    """Return the work of a rebase of full slots: keys are rotated where they are, or moved to the front as well.
+
+    It acts on random keys and values of its own, in all layers of one row; each call plans it anew.
+    """
+    rule, sizes = Retention(*configuration.limits), geometry(model)
+    (pool,) = pools_of(inspect_model(model), rule, ranked=True, static=False)
+    one = torch.empty((1, sizes.kv_heads, 1, sizes.head_dim), device=model.device, dtype=model.dtype)
+    size, like = pool.size(Slots(), recording=False), dict.fromkeys(pool.layers, KeyValue(one, one))
+    (bank,) = allocate(pool.layers, like, size, rule.num_sinks, apart=False)
+    for tensor in bank.tensors:
+        tensor.normal_()
+    slots, lane = Slots((bank,), end=size), Lane(rule.num_sinks + rule.window, rule.buffer + 1)
+    return lambda: pool.relocation(slots, [lane], stay=stay)[0].finish()  # noqa: PLW0108 - planned each time
 
 
 @torch.inference_mode()
@@ -224,26 +228,19 @@ def check(configuration: Configuration, model: PreTrainedModel, tokens: int) -> 
     Returns the largest difference over all layers. `configuration` is `baseline` or a streaming one.
 
     Raises:
-        LabError: if the difference is larger than rounding explains: the cache is wrong, and its speed means nothing.
+        LabError: If the difference is larger than rounding explains.
     """
     from sinkwindow_reference import retained_lists
 
     steps = AttentionSteps(configuration, model)
     try:
-        feed = _Rotated(steps, model)
-        feed.take(tokens - 1)
-        outputs = feed.take(1)
+        outputs, definition = _rotated_steps(steps, model, tokens)
     finally:
         steps.close()
-    kept = list(range(tokens))
-    if configuration.kind != "baseline":
-        sinks, window, buffer = configuration.limits
-        kept = retained_lists(tokens, num_sinks=sinks, window=window, buffer=buffer)[-1]
-    difference = max(float((output - feed.expected(kept)).abs().max()) for output in outputs)
-    if not difference <= TOLERANCE:
-        raise LabError(
-            f"{configuration.name} is off by {difference:.3g} after {tokens} tokens: its speed means nothing"
-        )
+    sinks, window, buffer = (0, tokens, 0) if configuration.kind == "baseline" else configuration.limits
+    kept = retained_lists(tokens, num_sinks=sinks, window=window, buffer=buffer)[-1]
+    difference = max(float((output - definition(kept)).abs().max()) for output in outputs)
+    _refuse(difference, f"{configuration.name} is off by {difference:.3g} after {tokens} tokens")
     return difference
 
 
@@ -255,7 +252,7 @@ def check_logits(configuration: Configuration, model: PreTrainedModel, tokens: i
     is slow. `tokens` is at least four.
 
     Raises:
-        LabError: if the difference is larger than rounding explains: the cache is wrong, and its speed means nothing.
+        LabError: If the difference is larger than rounding explains.
     """
     random = torch.Generator().manual_seed(tokens)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=random).to(model.device)
@@ -268,11 +265,13 @@ def check_logits(configuration: Configuration, model: PreTrainedModel, tokens: i
     dense = configuration.kind == "baseline"
     right = model(input_ids=ids, use_cache=False).logits if dense else reference_pass(configuration, model, ids)
     difference = float((logits - right).abs().max() / right.abs().max())
-    if not difference <= TOLERANCE:
-        raise LabError(
-            f"{configuration.name}: logits are off by {difference:.3g} of the largest: its speed means nothing"
-        )
+    _refuse(difference, f"{configuration.name}: logits are off by {difference:.3g} of the largest")
     return difference
+
+
+def _refuse(difference: float, what: str) -> None:
+    if not difference <= TOLERANCE:  # a NaN is no agreement
+        raise LabError(f"{what}: its speed means nothing")
 
 
 def reference_pass(configuration: Configuration, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -283,47 +282,39 @@ def reference_pass(configuration: Configuration, model: PreTrainedModel, ids: to
     return reference_logits(model, ids, num_sinks=sinks, window=window, buffer=buffer)
 
 
-class _Rotated:
-    """Feeds keys rotated as a model does, and computes the expected output."""
+def _rotated_steps(
+    steps: AttentionSteps, model: PreTrainedModel, tokens: int
+) -> tuple[list[torch.Tensor], Callable[[list[int]], torch.Tensor]]:
+    """Feed keys rotated as a model does, the last token alone.
 
-    def __init__(self, steps: AttentionSteps, model: PreTrainedModel) -> None:
-        self._steps = steps
-        self._queries, self._keys, self._values = steps._made_up(PERIOD)  # noqa: SLF001 - same module
-        frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
-        self._frequencies = frequencies.to(self._keys.device)
-        self._seen = 0
+    Returns that token's output of each layer, and a function of a retained list: what the definition gives for it.
+    """
+    from sinkwindow_reference import rotate
 
-    def _turn(self, states: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        from sinkwindow_reference import rotate
+    queries, keys, values = steps.draw(PERIOD)
+    frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")).to(keys.device)
+    outputs: list[torch.Tensor] = []
 
-        return rotate(states[:, :, tokens % PERIOD], positions, self._frequencies)
+    def turn(states: torch.Tensor, places: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return rotate(states[:, :, places % PERIOD], positions, frequencies)
 
-    def take(self, columns: int) -> list[torch.Tensor]:
-        """Feed tokens in calls of at most `FILL`; return each layer's output of the last one."""
-        outputs: list[torch.Tensor] = []
-        stop = self._seen + columns
-        while self._seen < stop:
-            count = min(FILL, stop - self._seen)
-            tokens = torch.arange(self._seen, self._seen + count, device=self._keys.device)
-            outputs = self._all_layers(count, tokens)
-            self._seen += count
-        return outputs
+    def feed(start: int, stop: int) -> None:
+        places = torch.arange(start, stop, device=keys.device)
 
-    def _all_layers(self, count: int, tokens: torch.Tensor) -> list[torch.Tensor]:
-        outputs: list[torch.Tensor] = []
-        self._steps._call(count, lambda layer, at: outputs.append(self._layer(layer, tokens, at)))  # noqa: SLF001
-        return outputs
+        def layer_work(layer: int, arguments: dict[str, Any]) -> None:
+            at = arguments["position_ids"][0] if arguments else places
+            held = steps.cache.update(turn(keys, places, at), values[:, :, places % PERIOD], layer)
+            outputs.append(attend(turn(queries, places, at)[:, :, -1:], *held))
 
-    def _layer(self, layer: int, tokens: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        at = arguments["position_ids"][0] if arguments else tokens
-        key = self._turn(self._keys, tokens, at)
-        held = self._steps.cache.update(key, self._values[:, :, tokens % PERIOD], layer)
-        query = self._turn(self._queries, tokens, at)[:, :, -1:]
-        return attend(query, *held)
+        outputs.clear()
+        steps.call(stop - start, layer_work)
 
-    def expected(self, kept: list[int]) -> torch.Tensor:
-        """Return what the definition gives: every token at its rank."""
-        tokens = torch.tensor(kept, device=self._keys.device)
-        ranks = torch.arange(len(kept), device=self._keys.device)
-        query = self._turn(self._queries, tokens[-1:], ranks[-1:])
-        return attend(query, self._turn(self._keys, tokens, ranks), self._values[:, :, tokens % PERIOD])
+    def definition(kept: list[int]) -> torch.Tensor:
+        places, ranks = torch.tensor(kept, device=keys.device), torch.arange(len(kept), device=keys.device)
+        query = turn(queries, places[-1:], ranks[-1:])
+        return attend(query, turn(keys, places, ranks), values[:, :, places % PERIOD])
+
+    for start in range(0, tokens - 1, FILL):
+        feed(start, min(start + FILL, tokens - 1))
+    feed(tokens - 1, tokens)
+    return outputs, definition

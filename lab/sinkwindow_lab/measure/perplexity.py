@@ -4,49 +4,109 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.tokens import LEAST, TokenText
-from sinkwindow_lab.measure.timing import Clock, clock_for
-from sinkwindow_lab.records import PerplexityRecord
-from sinkwindow_lab.ways.configurations import Configuration
-from sinkwindow_lab.ways.sessions import Session, open_session
+from sinkwindow_lab.measure.clock import Clock, clock_for
+from sinkwindow_lab.records import Measurement, measured
+from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.ways.sessions import Session
 
 BLOCK = 256  # tokens per call: logits of a block are the largest tensor of an evaluation
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """A measurement with every token's loss.
+class Score:
+    """The losses of one configuration on one text, and what they took.
 
     Attributes:
-        record: the numbers.
+        configuration: Its name.
+        text: What was scored.
+        block: Tokens per call.
         nll: [targets], float64, natural logarithm; of one text entry i is the loss of token i + 1.
+        facts: `seconds`, `evictions`, `kept_tokens` and `cache_bytes` of the reading.
     """
 
-    record: PerplexityRecord
+    configuration: str
+    text: TokenText
+    block: int
     nll: torch.Tensor
+    facts: dict[str, float]
+
+    @property
+    def mean_nll(self) -> float:
+        """Mean over all targets, never a mean of means [nat]."""
+        return float(self.nll.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of that mean, tokens taken as independent [nat]."""
+        return float(self.nll.std() / math.sqrt(len(self.nll))) if len(self.nll) > 1 else 0.0
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean loss."""
+        return math.exp(self.mean_nll)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Sum of the losses in bits over the UTF-8 bytes of the scored text."""
+        return float(self.nll.sum()) / math.log(2) / max(self.text.text_bytes, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Targets scored per second, logits and losses included."""
+        return len(self.nll) / self.facts["seconds"]
+
+    def figures(self) -> dict[str, tuple[str, list[float]]]:
+        """Return every number as a sample with its unit."""
+        return {
+            "PPL": ("", [self.perplexity]),
+            "NLL": ("nat", [self.mean_nll]),
+            "standard error": ("nat", [self.standard_error]),
+            "bits per byte": ("bit", [self.bits_per_byte]),
+            "targets": ("tokens", [len(self.nll)]),
+            "seconds": ("s", [self.facts["seconds"]]),
+            "evictions": ("", [self.facts["evictions"]]),
+            "kept": ("tokens", [self.facts["kept_tokens"]]),
+            "cache": ("bytes", [self.facts["cache_bytes"]]),
+        }
+
+    def figures_by_name(self) -> dict[str, Any]:
+        """Return the configuration, the tokens per call and every number by name, for JSON."""
+        numbers = {metric.replace(" ", "_"): value for metric, (_, (value,)) in self.figures().items()}
+        return {"configuration": self.configuration, "block": self.block, **numbers}
+
+    def __str__(self) -> str:
+        """Return the numbers in one line."""
+        return (
+            f"PPL {self.perplexity:.4f}  NLL {self.mean_nll:.5f} +- {self.standard_error:.5f}  "
+            f"{self.bits_per_byte:.4f} bits/byte  {len(self.nll):,} targets  {self.facts['evictions']:.0f} evictions  "
+            f"{self.tokens_per_second:.1f} tok/s  ({self.configuration}, {self.text.corpus}, {self.block} tok/call)"
+        )
+
+    def measurements(self, part: str) -> list[Measurement]:
+        """Return every number as a measurement of a part, at the text's length."""
+        return measured(part, self.text.corpus, self.configuration, self.text.ids.shape[1], self.figures())
 
 
 def token_losses(
-    session: Session,
-    ids: torch.Tensor,
-    *,
-    block: int = BLOCK,
-    on_block: Callable[[int], None] | None = None,
+    session: Session, ids: torch.Tensor, *, block: int = BLOCK, on_block: Callable[[int], object] | None = None
 ) -> torch.Tensor:
     """Return the negative log likelihoods of tokens 1 .. n-1 of `ids` [1, n], as float64 on the CPU, [n - 1].
 
-    `session` is fresh. `block` is the number of tokens per call; a chunk-invariant session gives the same losses for
-    any. `on_block` gets the number of targets that each block added.
+    `session` is fresh. A chunk-invariant session gives the same losses for any `block`, the tokens per call. `on_block`
+    gets the number of targets that each block added.
 
     Raises:
-        LabError: if `block` is below 1, there is no target, or a loss is not finite.
+        LabError: If `block` is below 1, there is no target, or a loss is not finite.
     """
     if block < 1:
         raise LabError(f"block={block} must be 1 or more")
@@ -56,22 +116,22 @@ def token_losses(
     for start in range(0, len(losses), block):
         stop = min(start + block, len(losses))  # the last token is a target only: nothing follows it
         losses[start:stop] = _block_losses(session.feed(ids[:, start:stop]), ids[:, start + 1 : stop + 1])
-        _check_finite(losses, start, stop)
+        bad = (~losses[start:stop].isfinite()).nonzero()
+        if len(bad):  # one NaN would make the whole perplexity NaN
+            place = start + int(bad[0])
+            raise LabError(
+                f"the loss of target {place} is {float(losses[place])}: the model overflows; try --dtype float32"
+            )
         if on_block is not None:
             on_block(stop - start)
     return losses
 
 
-def summarise(nll: torch.Tensor, text_bytes: int) -> dict[str, float]:
-    """Return token-weighted figures of losses ([targets], float64, natural logarithm).
-
-    These are `mean_nll`, `standard_error` of that mean (tokens taken as independent), `perplexity` and `bits_per_byte`;
-    `text_bytes` counts the UTF-8 bytes of the scored text.
-    """
-    mean = float(nll.mean())
-    error = float(nll.std() / math.sqrt(len(nll))) if len(nll) > 1 else 0.0
-    bits = float(nll.sum()) / math.log(2) / max(text_bytes, 1)
-    return {"mean_nll": mean, "standard_error": error, "perplexity": math.exp(mean), "bits_per_byte": bits}
+def _block_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the losses of one block, computed in float32 at least and returned in float64 [tokens]."""
+    wide = logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(wide, targets[0].to(wide.device), reduction="none")
+    return losses.double().cpu()
 
 
 def measure(
@@ -81,27 +141,28 @@ def measure(
     *,
     block: int = BLOCK,
     clock: Clock | None = None,
-    on_block: Callable[[int], None] | None = None,
-) -> Perplexity:
-    """Measure the perplexity of one configuration on one text; return the record and every token's loss.
+    on_block: Callable[[int], object] | None = None,
+) -> Score:
+    """Score one configuration on one text; texts that are read apart have a fresh session each.
 
     Raises:
-        LabError: if the configuration does not fit the model, or an option is out of range.
+        LabError: If the configuration does not fit the model, or an option is out of range.
     """
-    device = next(model.parameters()).device
-    clock = clock or clock_for(device)
-    totals = _Totals()
+    clock = clock or clock_for(model.device)
+    facts = dict.fromkeys(("seconds", "evictions", "kept_tokens", "cache_bytes"), 0.0)
+    losses = []
     for ids in text.texts:
         session = open_session(configuration, model)
         try:
-            marks = [clock.mark()]
-            totals.nll.append(token_losses(session, ids.to(device), block=block, on_block=on_block))
-            marks.append(clock.mark())
-            totals.add(session, clock.seconds(marks)[1])
+            begin = clock.mark()
+            losses.append(token_losses(session, ids.to(model.device), block=block, on_block=on_block))
+            facts["seconds"] += clock.seconds(begin, clock.mark())
+            facts["evictions"] += session.evictions
+            facts["kept_tokens"] = max(facts["kept_tokens"], session.kept_tokens)
+            facts["cache_bytes"] = max(facts["cache_bytes"], session.cache_bytes)
         finally:
             session.close()
-    nll = torch.cat(totals.nll)
-    return Perplexity(_record(configuration, text, totals, nll, block=block), nll)
+    return Score(configuration.name, text, block, torch.cat(losses), facts)
 
 
 def measure_stages(
@@ -110,35 +171,42 @@ def measure_stages(
     texts: Sequence[TokenText],
     *,
     block: int = BLOCK,
-    on_block: Callable[[int], None] | None = None,
-) -> list[Perplexity]:
-    """Read a text once and record several lengths; a loss does not depend on what comes later.
+    on_block: Callable[[int], object] | None = None,
+) -> Iterator[Score]:
+    """Read a text once and yield the score of several lengths; a loss does not depend on what comes later.
 
-    `texts` are starts of one text, ascending; a call ends at each of their lengths, too. The losses of `configuration`
-    must not depend on where calls end. Returns for each length what `measure` finds.
+    `texts` are starts of one text, ascending; a call ends at each of their lengths, too. Yields for each what `measure`
+    finds, as soon as the reading is there.
 
     Raises:
-        LabError: if a text is not the start of the next one, or as `measure`.
+        LabError: If a text is not the start of the next one, or losses depend on where calls end, or as `measure`.
     """
     _check_starts(configuration, texts)
-    device = next(model.parameters()).device
-    clock = clock_for(device)
-    session = open_session(configuration, model)
+    clock, session = clock_for(model.device), open_session(configuration, model)
     nll, seconds = torch.empty(0, dtype=torch.float64), 0.0
-    found = []
     try:
         for text in texts:
-            marks = [clock.mark()]
-            further = text.ids[:, len(nll) :].to(device)
+            begin = clock.mark()
+            further = text.ids[:, len(nll) :].to(model.device)
             nll = torch.cat((nll, token_losses(session, further, block=block, on_block=on_block)))
-            marks.append(clock.mark())
-            seconds += clock.seconds(marks)[1]
-            totals = _Totals()
-            totals.add(session, seconds)
-            found.append(Perplexity(_record(configuration, text, totals, nll, block=block), nll))
+            seconds += clock.seconds(begin, clock.mark())
+            facts = {"seconds": seconds, "evictions": float(session.evictions)}
+            facts |= {"kept_tokens": float(session.kept_tokens), "cache_bytes": float(session.cache_bytes)}
+            yield Score(configuration.name, text, block, nll, facts)
     finally:
         session.close()
-    return found
+
+
+def loss_file(scores: Mapping[str, Score], text: TokenText, **metadata: str) -> bytes:
+    """Return a safetensors file of every target's loss.
+
+    It holds `nll_NAME` of each score, `targets` (ids) and `lengths` (tokens of each text); `metadata` are strings for
+    its header, such as the records as JSON.
+    """
+    tensors = {f"nll_{name}": one.nll for name, one in scores.items()}
+    tensors["targets"] = text.targets.contiguous()
+    tensors["lengths"] = torch.tensor([one.shape[1] for one in text.texts])
+    return save(tensors, metadata=metadata)
 
 
 def _check_starts(configuration: Configuration, texts: Sequence[TokenText]) -> None:
@@ -147,70 +215,8 @@ def _check_starts(configuration: Configuration, texts: Sequence[TokenText]) -> N
             f"{configuration.name} gives losses that depend on where calls end: measure each length separately"
         )
     for short, long in itertools.pairwise(texts):
-        count = short.ids.shape[1]
-        if (
-            short.lengths
-            or long.lengths
-            or count >= long.ids.shape[1]
-            or not torch.equal(short.ids, long.ids[:, :count])
-        ):
+        count, apart = short.ids.shape[1], bool(short.lengths or long.lengths)
+        if apart or count >= long.ids.shape[1] or not torch.equal(short.ids, long.ids[:, :count]):
             raise LabError(
                 f"{count} tokens of {short.corpus} are not the start of {long.ids.shape[1]} of {long.corpus}"
             )
-
-
-@dataclass
-class _Totals:
-    """Sums over texts that are each read by a fresh session."""
-
-    nll: list[torch.Tensor] = field(default_factory=list)
-    seconds: float = 0.0
-    evictions: int = 0
-    kept_tokens: int = 0
-    cache_bytes: int = 0
-
-    def add(self, session: Session, seconds: float) -> None:
-        self.seconds += seconds
-        self.evictions += session.evictions
-        self.kept_tokens = max(self.kept_tokens, session.kept_tokens)
-        self.cache_bytes = max(self.cache_bytes, session.cache_bytes)
-
-
-def _record(
-    configuration: Configuration, text: TokenText, totals: _Totals, nll: torch.Tensor, *, block: int
-) -> PerplexityRecord:
-    return PerplexityRecord(
-        configuration=configuration.name,
-        corpus=text.corpus,
-        tokens=text.ids.shape[1],
-        targets=len(nll),
-        targets_sha256=text.sha256,
-        bos=text.bos,
-        block=block,
-        text_bytes=text.text_bytes,
-        seconds=totals.seconds,
-        evictions=totals.evictions,
-        kept_tokens=totals.kept_tokens,
-        cache_bytes=totals.cache_bytes,
-        documents=text.documents,
-        scored_texts=len(text.texts),
-        tokenizer=text.tokenizer,
-        **summarise(nll, text.text_bytes),
-    )
-
-
-def _check_finite(losses: torch.Tensor, start: int, stop: int) -> None:
-    """Raise where a loss is not finite: one NaN would make the whole perplexity NaN."""
-    bad = (~losses[start:stop].isfinite()).nonzero()
-    if len(bad):
-        place = start + int(bad[0])
-        raise LabError(
-            f"the loss of target {place} is {float(losses[place])}: the model overflows; try --dtype float32"
-        )
-
-
-def _block_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the losses of one block, computed in float32 at least and returned in float64 [tokens]."""
-    wide = logits[0].to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(wide, targets[0].to(wide.device), reduction="none")
-    return losses.double().cpu()

@@ -20,9 +20,8 @@ class CompressedSession(Session):
     """A stock cache that is cut to the first S and some of the last tokens."""
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
-        """Create a stock cache without sliding layers."""
         super().__init__(model)
-        self.cache = DynamicCache()
+        self.cache = DynamicCache()  # no sliding layers
         self._sinks, self._window, self._buffer = num_sinks, window, buffer
 
     @property
@@ -75,11 +74,6 @@ class EagerEvictionSession(CompressedSession):
     """
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
-        """Create the cache and find the model's rotary embeddings.
-
-        Raises:
-            LabError: if a call would evict its own tokens, or the model has no rotary embedding.
-        """
         super().__init__(model, num_sinks, window, buffer)
         if buffer > window:
             raise LabError(
@@ -117,8 +111,7 @@ class AbsoluteSession(StreamingSession):
     """
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
-        """Create the cache without its warning about original positions: this session measures exactly that."""
-        with catch_warnings():
+        with catch_warnings():  # about original positions: this session measures exactly that
             filterwarnings("ignore", message=".*positions.*", category=UserWarning)
             super().__init__(model, num_sinks, window, buffer, positions="original")
 

@@ -1,107 +1,72 @@
 """Configurations as data: one registry for perplexity, speed, tables and benchmarks.
 
-| name | what it is |
-|---|---|
-| `baseline` | dense attention over everything, a growing `DynamicCache` |
-| `streaming_S_W[_B]` | `StreamingCache`: S sinks, W recent tokens, buffer B (64 by default) |
-| `static_S_W[_B]` | the same at fixed shapes: `static=True`, its steps compiled |
-| `window_0_W[_B]` | the same without sinks (B is 0 by default) |
-| `call_S_W[_B]` | the original reproduction's rule: a call attends to itself, then evicts once (B is 0 by default) |
-| `recompute_W` | sliding window with re-computation: no cache, the last W tokens run again for every token |
-| `stale_ranks_S_W[_B]` | ablation: keys keep the rotation of the rank at which they were inserted |
-| `eager_eviction_S_W[_B]` | ablation: calls of B tokens, the cache cut to S + W *before* attention |
-| `absolute_S_W[_B]` | ablation: the right tokens at their original positions, refused beyond the trained length |
-
-B is 64 by default in the ablations.
+A name is a kind and its numbers, such as `streaming_S_W` or `streaming_S_W_B`; `sinkwindow configs` lists the forms.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.records import ConfigurationRecord
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sinkwindow_lab.ways.sessions import Session
+
 Kind = Literal[
     "baseline", "streaming", "static", "window", "call", "recompute", "stale_ranks", "eager_eviction", "absolute"
 ]
+W = r"_(?P<window>\d+)"
+S_W_B = rf"_(?P<sinks>\d+){W}(?:_(?P<buffer>\d+))?"
+NO_SINKS = S_W_B.replace(r"\d+", "0", 1)
+
+
+# What each kind is: S sinks, W recent tokens, buffer B.
+MEANINGS: dict[Kind, str] = {
+    "baseline": "dense attention over the whole text, a growing cache",
+    "streaming": "the first S and the last W tokens, positions are ranks in the cache",
+    "static": "streaming at fixed shapes, its steps compiled: one graph for all of them",
+    "window": "the last W tokens, no sinks, positions are ranks in the cache",
+    "call": "the seed's chunk-wise rule: a call sees itself whole, the cache is cut to S + W after it",
+    "recompute": "sliding window with re-computation: the last W tokens run again for every token",
+    "stale_ranks": "wrong on purpose: cached keys keep the rotation of the rank at which they were inserted",
+    "eager_eviction": "wrong on purpose: in calls of B tokens the cache is cut to S + W before attention, not after it",
+    "absolute": "the tokens of streaming at their original positions, refused beyond the model's trained length",
+}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The form of the names of one kind."""
+    """The form of the names of one kind: the kind, then a pattern of numbers; `buffer` is the default of B."""
 
     kind: Kind
-    pattern: str
-    example: str
+    numbers: str
     buffer: int | None
-    meaning: str
+    example: str
     ablation: bool = False
+
+    @property
+    def meaning(self) -> str:
+        """What the kind is."""
+        return MEANINGS[self.kind]
 
 
 SHAPES = (
-    Shape("baseline", r"baseline", "baseline", None, "dense attention over the whole text, a growing cache"),
-    Shape(
-        "streaming",
-        r"streaming_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
-        "streaming_8_256_64",
-        64,
-        "the first S and the last W tokens, positions are ranks in the cache",
-    ),
-    Shape(
-        "static",
-        r"static_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
-        "static_8_256_64",
-        64,
-        "streaming at fixed shapes, its steps compiled: one graph for all of them",
-    ),
-    Shape(
-        "window",
-        r"window_(?P<sinks>0)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
-        "window_0_264",
-        0,
-        "the last W tokens, no sinks, positions are ranks in the cache",
-    ),
-    Shape(
-        "call",
-        r"call_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
-        "call_8_256",
-        0,
-        "the seed's chunk-wise rule: a call sees itself whole, the cache is cut to S + W after it",
-    ),
-    Shape(
-        "recompute",
-        r"recompute_(?P<window>\d+)",
-        "recompute_264",
-        None,
-        "sliding window with re-computation: the last W tokens run again for every token",
-    ),
-    Shape(
-        "stale_ranks",
-        r"stale_ranks_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
-        "stale_ranks_8_256",
-        64,
-        "wrong on purpose: cached keys keep the rotation of the rank at which they were inserted",
-        ablation=True,
-    ),
-    Shape(
-        "eager_eviction",
-        r"eager_eviction_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
-        "eager_eviction_8_256",
-        64,
-        "wrong on purpose: in calls of B tokens the cache is cut to S + W before attention, not after it",
-        ablation=True,
-    ),
-    Shape(
-        "absolute",
-        r"absolute_(?P<sinks>\d+)_(?P<window>\d+)(?:_(?P<buffer>\d+))?",
-        "absolute_8_256",
-        64,
-        "the tokens of streaming at their original positions: the text cannot outgrow the model's trained length",
-        ablation=True,
-    ),
+    Shape("baseline", "", None, "baseline"),
+    Shape("streaming", S_W_B, 64, "streaming_8_256_64"),
+    Shape("static", S_W_B, 64, "static_8_256_64"),
+    Shape("window", NO_SINKS, 0, "window_0_264"),
+    Shape("call", S_W_B, 0, "call_8_256"),
+    Shape("recompute", W, None, "recompute_264"),
+    Shape("stale_ranks", S_W_B, 64, "stale_ranks_8_256", ablation=True),
+    Shape("eager_eviction", S_W_B, 64, "eager_eviction_8_256", ablation=True),
+    Shape("absolute", S_W_B, 64, "absolute_8_256", ablation=True),
 )
 
 
@@ -119,11 +84,7 @@ class Configuration:
 
     @property
     def limits(self) -> tuple[int, int, int]:
-        """S, W and B of a configuration that evicts.
-
-        Raises:
-            LabError: if the kind has no such limits.
-        """
+        """S, W and B of a configuration that evicts; a `LabError` for other kinds."""
         if self.num_sinks is None or self.window is None or self.buffer is None:
             raise LabError(f"configuration {self.name!r} has no sinks, window and buffer")
         return self.num_sinks, self.window, self.buffer
@@ -135,37 +96,30 @@ class Configuration:
 
     def record(self) -> ConfigurationRecord:
         """Return the configuration as it is written with its measurements."""
-        return ConfigurationRecord(
-            name=self.name,
-            kind=self.kind,
-            num_sinks=self.num_sinks,
-            window=self.window,
-            buffer=self.buffer,
-            ablation=self.ablation,
-            meaning=self.meaning,
-        )
+        return ConfigurationRecord(**asdict(self))
 
 
 def parse(name: str) -> Configuration:
-    """Parse a configuration's name, such as `baseline` or `streaming_8_256`; see the table above.
+    """Parse a configuration's name, such as `baseline` or `streaming_8_256`; see `SHAPES`.
 
     Raises:
-        LabError: if no kind has names of this shape, or a number is out of range; the message lists the shapes.
+        LabError: If no kind has names of this shape, or a number is out of range; the message lists the shapes.
     """
     for shape in SHAPES:
-        found = re.fullmatch(shape.pattern, name)
+        found = re.fullmatch(shape.kind + shape.numbers, name)
         if found is not None:
-            return _from_match(name, shape, found.groupdict())
+            numbers = {key: int(value) for key, value in found.groupdict().items() if value is not None}
+            sinks, window = numbers.get("sinks"), numbers.get("window")
+            if window == 0:
+                raise LabError(f"configuration {name!r} has window 0: it must keep at least one recent token")
+            buffer = numbers.get("buffer", shape.buffer)
+            return Configuration(name, shape.kind, sinks, window, buffer, shape.ablation, shape.meaning)
     shapes = ", ".join(shape.example for shape in SHAPES)
     raise LabError(f"unknown configuration {name!r}; names look like {shapes}")
 
 
 def parse_list(names: str) -> list[Configuration]:
-    """Parse names separated by commas, such as `baseline,streaming_8_256`, in the given order.
-
-    Raises:
-        LabError: if a name is unknown, appears twice, or there is none.
-    """
+    """Parse distinct names separated by commas, such as `baseline,streaming_8_256`, in the given order."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise LabError(f"no configuration in {names!r}; give names such as baseline,streaming_8_256")
@@ -176,27 +130,30 @@ def parse_list(names: str) -> list[Configuration]:
 
 
 def streaming(num_sinks: int, window: int, buffer: int) -> Configuration:
-    """Return the streaming configuration with these numbers (S >= 0, W >= 1, B >= 0), under its full name.
-
-    Raises:
-        LabError: if a number is out of range.
-    """
+    """Return the streaming configuration with these numbers (S >= 0, W >= 1, B >= 0), under its full name."""
     for option, value, least in (("sinks", num_sinks, 0), ("window", window, 1), ("buffer", buffer, 0)):
         if value < least:
             raise LabError(f"{option}={value} is too small: it must be {least} or more")
     return parse(f"streaming_{num_sinks}_{window}_{buffer}")
 
 
-def _from_match(name: str, shape: Shape, groups: dict[str, str | None]) -> Configuration:
-    numbers = {key: int(value) for key, value in groups.items() if value is not None}
-    if numbers.get("window", 1) < 1:
-        raise LabError(f"configuration {name!r} has window 0: it must keep at least one recent token")
-    return Configuration(
-        name=name,
-        kind=shape.kind,
-        num_sinks=numbers.get("sinks"),
-        window=numbers.get("window"),
-        buffer=numbers.get("buffer", shape.buffer),
-        ablation=shape.ablation,
-        meaning=shape.meaning,
-    )
+def open_session(configuration: Configuration, model: PreTrainedModel) -> Session:
+    """Open a fresh session; call `close` when done.
+
+    Raises:
+        LabError: If the configuration does not work with this model.
+    """
+    from sinkwindow_lab.ways import ablations, sessions
+
+    if configuration.kind == "baseline":
+        return sessions.DenseSession(model)
+    if configuration.kind == "recompute":
+        return sessions.RecomputeSession(model, configuration.window or 1)
+    kinds: dict[str, Callable[..., Session]] = {
+        "stale_ranks": ablations.StaleRanksSession,
+        "eager_eviction": ablations.EagerEvictionSession,
+        "absolute": ablations.AbsoluteSession,
+        "call": partial(sessions.StreamingSession, evict="call"),
+        "static": sessions.StaticSession,
+    }
+    return kinds.get(configuration.kind, sessions.StreamingSession)(model, *configuration.limits)

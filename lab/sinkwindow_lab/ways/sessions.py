@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkwindow_lab.errors import LabError
-
-if TYPE_CHECKING:
-    from sinkwindow_lab.ways.configurations import Configuration
 
 
 class Session(ABC):
@@ -27,7 +22,6 @@ class Session(ABC):
     cache: Any = None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Store the model and inspect the signature of its `forward`."""
         self.model = model
         self._cache_keyword = cache_keyword(model)
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -57,7 +51,8 @@ class Session(ABC):
     @property
     def cache_bytes(self) -> int:
         """Bytes of the stored keys and values [bytes]."""
-        return _stored_bytes(self.cache)
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
 
     def close(self) -> None:  # noqa: B027 - most sessions leave nothing behind
         """Restore the model to its state before the session."""
@@ -77,7 +72,6 @@ class DenseSession(Session):
     """Keeps everything: the stock `DynamicCache` of the model's own configuration."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Create the cache."""
         super().__init__(model)
         self.cache = DynamicCache(config=model.config)
 
@@ -91,14 +85,9 @@ class DenseSession(Session):
 
 
 class StreamingSession(Session):
-    """The product: `sinkwindow.StreamingCache`."""
+    """The product: `sinkwindow.StreamingCache`; `options` are further arguments of it, such as `evict="call"`."""
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int, **options: Any) -> None:
-        """Create the cache; `options` are further arguments of `StreamingCache`, such as `evict="call"`.
-
-        Raises:
-            LabError: if the cache refuses the model or the numbers; its own message is kept.
-        """
         super().__init__(model)
         # Imported here: everything else in the lab works while the core is being changed.
         from sinkwindow import StreamingCache
@@ -132,11 +121,6 @@ class StaticSession(StreamingSession):
     """The product with `static=True`: one compiled graph for every token after the prompt."""
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
-        """Create the cache; nothing is compiled before the first step.
-
-        Raises:
-            LabError: if the cache refuses the model or the numbers; its own message is kept.
-        """
         super().__init__(model, num_sinks, window, buffer, static=True)
         self.compile_with(**({"mode": "reduce-overhead"} if model.device.type == "cuda" else {}))
 
@@ -152,12 +136,11 @@ class StaticSession(StreamingSession):
 
 
 class RecomputeSession(Session):
-    """Sliding window with re-computation: no cache at all, only the last W token ids are kept."""
+    """Sliding window with re-computation: no cache at all, only the last W token ids, the longest input, are kept."""
 
     rows_at_once = 4  # windows per forward while scoring; decoding has one window anyway
 
     def __init__(self, model: PreTrainedModel, window: int) -> None:
-        """Start empty; `window` is W, the longest input of a forward [tokens]."""
         super().__init__(model)
         self._window = window
         self._context = torch.empty((1, 0), dtype=torch.long)
@@ -178,11 +161,7 @@ class RecomputeSession(Session):
         text, known = self._append(ids)
         if last_only:
             return self._forward(self._context, last_only=True)
-        return self._score(text, known)
-
-    def _score(self, text: torch.Tensor, known: int) -> torch.Tensor:
-        """Return the logits of the tokens from `known` on, each from the window that ends with it."""
-        parts = []
+        parts = []  # the logits of each new token, from the window that ends with it
         if known < self._window:  # these windows start at the first token: one causal pass computes all of them
             parts.append(self._forward(text[:, : self._window], last_only=False)[:, known:])
         if text.shape[1] > self._window:  # windows that start later: those ending with token W and after
@@ -202,37 +181,6 @@ class RecomputeSession(Session):
         return 0
 
 
-def open_session(configuration: Configuration, model: PreTrainedModel) -> Session:
-    """Open a fresh session; call `close` when done.
-
-    Raises:
-        LabError: if the configuration does not work with this model.
-    """
-    from sinkwindow_lab.ways.ablations import AbsoluteSession, EagerEvictionSession, StaleRanksSession
-
-    if configuration.kind == "baseline":
-        return DenseSession(model)
-    if configuration.kind == "recompute":
-        return RecomputeSession(model, configuration.window or 1)
-    kinds: dict[str, Callable[..., Session]] = {
-        "stale_ranks": StaleRanksSession,
-        "eager_eviction": EagerEvictionSession,
-        "absolute": AbsoluteSession,
-        "call": partial(StreamingSession, evict="call"),
-        "static": StaticSession,
-    }
-    return kinds.get(configuration.kind, StreamingSession)(model, *configuration.limits)
-
-
 def cache_keyword(model: PreTrainedModel) -> str:
-    """Return the name of the cache argument of a model's forward.
-
-    It is `cache` from transformers 5.24 on, `past_key_values` before.
-    """
+    """Return the name of the cache argument of a model's forward, another one before transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _stored_bytes(cache: Any) -> int:
-    """Return the bytes of the keys and values of a stock cache."""
-    layers = [layer for layer in cache.layers if layer.is_initialized]
-    return sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))

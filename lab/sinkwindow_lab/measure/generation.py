@@ -1,0 +1,166 @@
+"""Greedy generations: TTFT, TPOT and peak memory.
+
+Compared configurations read their prompts and generate in turns, a token each. The loop is our own, so that the
+measured times contain only the model, its cache and one argmax. The hooks of streaming rows stay on the model while
+others generate; they return at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.measure.clock import Clock, Side, interleave
+from sinkwindow_lab.measure.memory import generation_peaks, weight_bytes
+from sinkwindow_lab.records import Measurement, measured
+from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.ways.sessions import Session
+
+WARM_UP_TOKENS = 4  # decode steps before anything is timed: threads start, kernels are chosen, weights are paged in
+PROMPTS = 5  # times that each configuration reads the prompt
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation: `ttft_ms` has a sample per reading of the prompt, `tpot_ms` one per token after the first.
+
+    `peak_bytes` counts the weights and the most that its own tensors take at once; None if the device reports neither.
+    """
+
+    configuration: str
+    ttft_ms: list[float]
+    tpot_ms: list[float]
+    kept_tokens: int
+    cache_bytes: int
+    evictions: int
+    peak_bytes: int | None
+
+    @property
+    def total_s(self) -> float:
+        """Time of the prefill and of all tokens, as if they had followed each other directly [s]."""
+        return (statistics.median(self.ttft_ms) + sum(self.tpot_ms)) / 1e3
+
+    def measurements(self, part: str, subject: str) -> list[Measurement]:
+        """Return every number as a measurement of a part, at the number of new tokens."""
+        new_tokens = len(self.tpot_ms) + 1
+        figures: dict[str, tuple[str, list[float]]] = {
+            "TTFT": ("s", [one / 1e3 for one in self.ttft_ms]),
+            "TPOT": ("ms", self.tpot_ms),
+            "total": ("s", [self.total_s]),
+            "throughput": ("tok/s", [new_tokens / self.total_s]),
+            "kept": ("tokens", [self.kept_tokens]),
+            "cache": ("bytes", [self.cache_bytes]),
+            "evictions": ("", [self.evictions]),
+        }
+        if self.peak_bytes is not None:
+            figures["peak memory"] = ("bytes", [self.peak_bytes])
+        return measured(part, subject, self.configuration, new_tokens, figures)
+
+
+def rounds_of(generations: Sequence[Generation]) -> list[Measurement]:
+    """Return the measurements of the same generation done several times, their samples together."""
+    rounds = [one.measurements("speed", "") for one in generations]
+    return [
+        same[0].model_copy(update={"samples": [sample for one in same for sample in one.samples]})
+        for same in zip(*rounds, strict=True)
+    ]
+
+
+class _Run:
+    """The generation of one configuration."""
+
+    def __init__(self, configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor) -> None:
+        self._open = partial(open_session, configuration, model)
+        self._prompt = prompt
+        self.session: Session | None = None
+        self.token = prompt[:, :0]
+
+    def start(self) -> None:
+        """Open a fresh session."""
+        self.close()
+        self.session = self._open()
+
+    def read_prompt(self) -> None:
+        """Feed the prompt; it gives the first token."""
+        self._feed(self._prompt)
+
+    def step(self) -> None:
+        """Generate a token after the first."""
+        self._feed(self.token)
+
+    def close(self) -> None:
+        """Remove the session from the model."""
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+    def facts(self) -> tuple[int, int, int]:
+        """Return kept tokens, bytes of the cache, and evictions."""
+        assert self.session is not None  # noqa: S101 - a prompt comes first
+        return self.session.kept_tokens, self.session.cache_bytes, self.session.evictions
+
+    def _feed(self, ids: torch.Tensor) -> None:
+        assert self.session is not None  # noqa: S101 - see above
+        self.token = self.session.feed(ids, last_only=True).argmax(dim=-1)
+
+
+def generate(
+    configurations: Sequence[Configuration],
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    stages: Sequence[Sequence[int]],
+    *,
+    clock: Clock | None = None,
+    on_token: Callable[[str], object] | None = None,
+) -> list[list[Generation]]:
+    """Generate with each configuration in turns; return for each a generation per stage, as if it had ended there.
+
+    Memory is counted in another generation, which is not timed. `prompt` is [1, tokens]. `stages` are ascending numbers
+    of new tokens for each configuration; the end-of-text token stops none.
+
+    Raises:
+        LabError: If a configuration does not fit the model, or a stage is below 2: it would have no TPOT.
+    """
+    shortest = min(min(own) for own in stages)
+    if shortest < 2:  # noqa: PLR2004 - see above
+        raise LabError(f"new_tokens={shortest} has no time per output token: generate 2 or more")
+    prompt = prompt.to(model.device)
+    runs = {one.name: _Run(one, model, prompt) for one in configurations}
+    wanted = {one.name: own for one, own in zip(configurations, stages, strict=True)}
+    facts: dict[tuple[str, int], tuple[int, int, int]] = {}
+    steps: dict[str, list[float]] = {name: [] for name in runs}
+    try:
+        for run in runs.values():
+            run.start()
+            run.read_prompt()
+            for _ in range(WARM_UP_TOKENS):
+                run.step()
+        sides = {name: Side(run.read_prompt, ready=run.start) for name, run in runs.items()}
+        prompts = interleave(sides, PROMPTS, model.device, warm_up=0, clock=clock)
+        for before, stage in itertools.pairwise([1, *sorted({one for own in stages for one in own})]):
+            sides = {name: Side(run.step) for name, run in runs.items() if wanted[name][-1] >= stage}
+            found = interleave(sides, stage - before, model.device, warm_up=0, clock=clock, on_sample=on_token)
+            for name, timed in found.items():
+                steps[name] += timed.ms
+                facts[name, stage] = runs[name].facts()
+    finally:
+        for run in runs.values():
+            run.close()
+    generations = []
+    for one, own in zip(configurations, stages, strict=True):
+        peaks = generation_peaks(one, model, prompt, own)
+        weights, times = weight_bytes(model), (prompts[one.name].ms, steps[one.name])
+        generations.append(
+            [
+                Generation(one.name, times[0], times[1][: stage - 1], *facts[one.name, stage], peak and weights + peak)
+                for stage, peak in zip(own, peaks, strict=True)
+            ]
+        )
+    return generations

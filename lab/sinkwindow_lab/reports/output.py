@@ -1,0 +1,65 @@
+"""The files of a report: JSON, Markdown with its pictures, and of the tables one HTML page."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.files import output_folder, write_text
+from sinkwindow_lab.records import Report
+from sinkwindow_lab.render.markdown import Page
+
+NAMES = {"tables": "paper_tables", "speed": "speed", "gpu": "gpu_report"}
+HTML, FIGURES = "report.html", "figures"
+
+
+def as_json(report: Report) -> str:
+    """Return a report as JSON, a measurement per line."""
+    content = report.model_dump(mode="json")
+    rows = ",\n".join(f"  {json.dumps(one)}" for one in content.pop("measurements"))
+    return f'{json.dumps(content, indent=1)[:-2]},\n "measurements": [\n{rows}\n ]\n}}\n'
+
+
+def write_report(report: Report, folder: Path) -> Iterator[Path]:
+    """Write all files of a report into an existing folder.
+
+    Yields each file that was written, the JSON first: the others can be made from it.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    pages = importlib.import_module(f"sinkwindow_lab.reports.{'tables' if report.kind == 'tables' else 'speed'}.page")
+    yield _write(folder / f"{NAMES[report.kind]}.json", as_json(report))
+    made: Page = pages.page(report)
+    for name, svg in made.figures.items():
+        yield _write(output_folder(folder / FIGURES) / f"{name}.svg", svg)
+    yield _write(folder / f"{NAMES[report.kind]}.md", made.markdown)
+    if report.kind == "tables":
+        from sinkwindow_lab.render.html import html_page  # the other pages need neither Jinja2 nor a Markdown parser
+
+        yield _write(folder / HTML, html_page(made))
+
+
+def read_report(path: Path) -> Report:
+    """Read a report from its JSON.
+
+    Raises:
+        LabError: If there is no such file, or it is not a report of this version.
+    """
+    try:
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabError(f"{path} cannot be read: give the JSON of an earlier run, such as paper_tables.json") from error
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise LabError(f"{path} is not a report of this version (at {place or 'its start'}): measure again") from error
+
+
+def _write(path: Path, text: str) -> Path:
+    write_text(path, text)
+    return path

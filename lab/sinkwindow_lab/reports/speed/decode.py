@@ -1,0 +1,183 @@
+"""Decoding: cache update and attention over bare SDPA, and the time per output token early, late and compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow.stream.state import DebugState
+from sinkwindow_lab.measure.clock import Side
+from sinkwindow_lab.measure.micro import AttentionSteps, BareAttention
+from sinkwindow_lab.records import Measurement
+from sinkwindow_lab.reports.speed.floors import Place, bytes_read, short_step
+from sinkwindow_lab.reports.speed.plan import BARE, DENSE, SHORT, STOCK, Plan, lazy, mean_length, static
+from sinkwindow_lab.ways.configurations import Configuration
+from sinkwindow_lab.ways.sessions import StaticSession
+
+BEFORE_REBASE = 30  # steps from a late cache to its next rebase [tokens]
+
+
+def happened(before: DebugState, after: DebugState) -> str:
+    """Name what one step did to a cache; the text is empty if it did nothing."""
+    names = {
+        "eviction": after.evictions > before.evictions,
+        "rebase": after.offsets != before.offsets,
+        "compaction": after.end != before.end + 1,
+    }
+    return " + ".join(name for name, did in names.items() if did)
+
+
+def repeated(step: Callable[[], object], turn: int) -> Callable[[], object]:
+    """Return a function that runs consecutive steps."""
+
+    def steps() -> None:
+        for _ in range(turn):
+            step()
+
+    return step if turn == 1 else steps
+
+
+class Decoder:
+    """A model with a cache that has seen a number of tokens and decodes from there."""
+
+    def __init__(
+        self,
+        way: Configuration,
+        model: PreTrainedModel,
+        batch: int,
+        seen: int,
+        compile_with: Mapping[str, str] | None = None,
+    ) -> None:
+        """Fill the cache with `seen` tokens; `compile_with` are the options of `torch.compile` for static steps."""
+        self.steps, self.seen, self._kind = AttentionSteps(way, model, batch=batch), seen, way.kind
+        self.steps.fill(seen)
+        if way.kind == "static":
+            cast("StaticSession", self.steps.session).compile_with(**(compile_with or {}))
+        self._token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
+
+    def approach_rebase(self) -> None:
+        """Fill the cache further until a rebase is some steps away."""
+        state: DebugState = self.steps.cache.debug_state()
+        more = max(0, state.bound - (self.seen - state.offsets[0]) - BEFORE_REBASE)
+        self.steps.fill(more)
+        self.seen += more
+
+    def side(self, metric: str, turn: int = 1) -> Side:
+        """Return a side of whole steps (`TPOT`) or of cache update and attention alone, `turn` per sample."""
+        run = repeated(self._step if metric == "TPOT" else self.steps.step, turn)
+        if self._kind == "baseline":  # held at its length: the tokens of a sample are removed before the next one
+            return Side(run, ready=lambda: self.steps.rewind(self.seen))
+        if self._kind == "static" or turn > 1:
+            return Side(run)
+        states: list[DebugState] = [self.steps.cache.debug_state()]
+
+        def event() -> str:
+            states.append(self.steps.cache.debug_state())
+            return happened(states.pop(0), states[0])
+
+        return Side(run, event=event)
+
+    def _step(self) -> None:
+        self._token = self.steps.session.feed(self._token, last_only=True).argmax(dim=-1)
+
+
+Steps = Decoder | Callable[[], object]
+
+
+def timed(
+    place: Place,
+    metric: str,
+    sides: Mapping[str, Steps],
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    batch: int = 1,
+    close: bool = True,
+) -> list[Measurement]:
+    """Time decoders and other steps in turns; return their times and the bytes of the decoders' caches."""
+    ready = {
+        side: one.side(metric, plan.turn) if isinstance(one, Decoder) else Side(repeated(one, plan.turn))
+        for side, one in sides.items()
+    }
+    found = place.times(metric, ready, plan.samples[batch], model.device, turn=plan.turn)
+    for side, one in sides.items():
+        if isinstance(one, Decoder) and close:
+            found.append(place.one(side, "cache", "bytes", [one.steps.session.cache_bytes]))
+            one.steps.close()
+    return found
+
+
+def attention(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Measurement]:
+    """Time attention and cache update of one token, all layers, with bare SDPA of the same lengths."""
+    lengths = [mean_length(plan.limit), mean_length(plan.limit, 0)]
+    bare = {f"{BARE}, {length:,} tokens": BareAttention(model, length, batch=batch).step for length in lengths}
+    sides: dict[str, Steps] = {
+        "ours, B = 64": Decoder(lazy(plan.limit), model, batch, plan.limit),
+        "ours, B = 0": Decoder(lazy(plan.limit, 0), model, batch, plan.limit),
+        **bare,
+        STOCK: Decoder(DENSE, model, batch, lengths[1] - 1),
+    }
+    return timed(Place("attention", name, batch), "attention", sides, model, plan, batch=batch)
+
+
+def tokens(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Measurement]:
+    """Time output tokens when first full, late, without a buffer, and of `DynamicCache` held at the same length.
+
+    The lower bounds are measured with them.
+    """
+    place, length = Place("tpot", name, batch), mean_length(plan.limit)
+    late = Decoder(lazy(plan.limit), model, batch, plan.late[batch])
+    paper = Decoder(lazy(plan.limit, 0), model, batch, plan.limit)
+    for decoder in (late, paper):
+        decoder.approach_rebase()
+    sides: dict[str, Steps] = {
+        "ours": Decoder(lazy(plan.limit), model, batch, plan.limit),
+        "ours, late": late,
+        "ours, B = 0": paper,
+        STOCK: Decoder(DENSE, model, batch, length - 1),
+        BARE: BareAttention(model, length, batch=batch).step,
+        SHORT: short_step(model, batch),
+    }
+    found = timed(place, "TPOT", sides, model, plan, batch=batch)
+    return [*found, place.one("ours, late", "seen", "tokens", [late.seen]), *bytes_read(place, model, length, batch)]
+
+
+def compiled(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Measurement]:
+    """Time the compiled steps of a static cache with the dynamic cache of its sizes and with `DynamicCache`."""
+    torch.compiler.reset()  # otherwise a graph for another number of rows would be generalized
+    place, length = Place("compiled", name, batch), mean_length(plan.limit)
+    sides = {
+        "static, compiled": Decoder(static(plan.limit), model, batch, plan.limit, plan.compile),
+        "ours": Decoder(lazy(plan.limit), model, batch, plan.limit),
+        STOCK: Decoder(DENSE, model, batch, length - 1),
+    }
+    return timed(place, "TPOT", sides, model, plan, batch=batch) + bytes_read(place, model, length, batch)
+
+
+def at_limit(model: PreTrainedModel, name: str, limit: int, plan: Plan) -> list[Measurement]:
+    """Time tokens, and attention alone, when first full and dense held at the same length; `limit` is S + W."""
+    place, length = Place("tpot", name, limit), mean_length(limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lists beyond the trained length do not change the speed
+        sides = {
+            DENSE.name: Decoder(DENSE, model, 1, length - 1 - plan.turn // 2),
+            lazy(limit).name: Decoder(lazy(limit), model, 1, limit),
+        }
+    found = timed(place, "TPOT", {**sides, SHORT: short_step(model, 1)}, model, plan, close=False)
+    found += timed(place, "attention", {**sides, BARE: BareAttention(model, length).step}, model, plan)
+    return found + bytes_read(place, model, length, 1)
+
+
+def after(model: PreTrainedModel, name: str, way: Configuration, streamed: int, plan: Plan) -> list[Measurement]:
+    """Time tokens after so many were streamed; before the cache is full, its length is the number of tokens seen.
+
+    Static steps are compiled; their attention is part of the graph and has no time of its own.
+    """
+    place, decoder = Place(way.kind, name, streamed), Decoder(way, model, 1, streamed, plan.compile)
+    found = timed(place, "TPOT", {way.name: decoder, SHORT: short_step(model, 1)}, model, plan)
+    context = min(mean_length(plan.limit), streamed + plan.turn * plan.samples[1] // 2)
+    return found + bytes_read(place, model, context, 1)

@@ -1,0 +1,228 @@
+"""The pages of the speed and the GPU report: pure functions of their measurements, no number is typed by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from sinkwindow_lab.records import Measurement, Report
+from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, join, name, numbers, table
+from sinkwindow_lab.render.origins import head, machine_rows
+from sinkwindow_lab.reports.speed.compare import Comparison, Sides, best_rate, comparisons, least_ms, places
+from sinkwindow_lab.reports.speed.floors import Place
+from sinkwindow_lab.reports.speed.plan import BARE, SHORT
+from sinkwindow_lab.ways.configurations import parse
+
+VERDICT = "speed-verdict"  # the place that a page with tables of a run must have
+PARTS = {
+    "attention": "Attention and cache update over bare SDPA",
+    "tpot": "Time per output token",
+    "compiled": "Time per output token, compiled (`static=True`)",
+    "longest": "The longest step with an eviction, compaction or rebase, over the median step",
+    "prefill": "Prefill of 20 limits",
+    "memory": "Peak memory of a prefill",
+    "perplexity": "Exact streaming perplexity",
+    "tricks": "What each trick is worth",
+}
+MISS = (
+    "A target is the ratio that the cache was designed to reach on an idle machine. A miss means that it is slower than"
+    " intended, by the numbers given, not that its output is wrong: that is checked before anything is timed. Where the"
+    " lower bound itself misses a target, no cache can meet it on this machine."
+)
+WORDS = (
+    "Both sides of a ratio ran interleaved in one process; medians, quartiles in brackets, raw samples in the JSON.",
+    "**Ratio** is our time over the other side's; for prefill and perplexity our tokens/s over the other side's.",
+    "**Over floor**, attention: ours over bare SDPA on ready-made contiguous keys and values of the same length.",
+    "**Over floor**, steps: ours over the same model's step with 8 tokens of context plus that bare SDPA.",
+    "**Over floor**, compiled steps: ours over reading weights, keys and values once at the best bandwidth measured.",
+    "**Over floor**, prefill and perplexity: ours over the same calls with nothing before them, each alone.",
+    "A cache is brought to where it has seen N tokens with made-up keys and values; then the model itself decodes.",
+)
+GPU_WORDS = (
+    "Weights are random: speed and memory are those of the real shapes, what the models say means nothing.",
+    "**TPOT / bytes**: time per output token over (weight + cache bytes) / the best bandwidth measured here.",
+    "**TPOT / short**: over the same model's step with 8 tokens of context in the stock cache.",
+    "**Attention**: cache work plus attention of one token, all layers; **/ bare**: over SDPA on ready-made tensors.",
+    "Dense is `DynamicCache` held at the mean length of the streaming cache; a sample is several steps on end.",
+    "**Grown**: the highest sum of tensors, without the weights, while a prompt is read; **Peak**: weights included.",
+    "A law allows twice the error of the reference's own mathematics in the dtype, plus one rounding step.",
+)
+WAYS = {"baseline": "dense", "streaming": "streaming, eager", "static": "streaming, static and compiled"}
+PROSE = ("What", "Compared with", "Note", "Way", "Checked on")
+Row = dict[str, str]
+
+
+def page(report: Report) -> Page:
+    """Return the page of a speed or a GPU report."""
+    lead, tables, words = _gpu(report) if report.kind == "gpu" else _speed(report)
+    state = "" if report.finished else "Unfinished: this is what was there when it stopped."
+    skipped = "\n".join(map("- {}".format, map(name, report.skipped)))
+    tables |= {"Not measured, for want of time or memory": skipped, "What the words mean": bullets(words)}
+    return Page(join([lead, state, *(f"## {title}\n\n{text}" for title, text in tables.items() if text)]))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    return table(list(rows[0]), [list(row.values()) for row in rows], words=PROSE) if rows else ""
+
+
+def _cell(one: Measurement, digits: int = 3) -> str:
+    return numbers(one.samples, digits, one.unit)
+
+
+def _times(ratio: float, digits: int = 2) -> str:
+    return NOT_MEASURED if math.isnan(ratio) else f"{ratio:.{digits}f}x"
+
+
+# -- the speed report -------------------------------------------------------------------------------------------------
+
+
+def _speed(report: Report) -> tuple[str, dict[str, str], Sequence[str]]:
+    found, tables = places(report.measurements), _comparison_tables(report)
+    first = {
+        "What ran": head(report, [("Took", f"{report.seconds:.0f} s")]),
+        "Floors": join([floor_table(found), bandwidth_table(found)]).rstrip(),
+    }
+    return f"# Speed\n\n{verdict(report)}", first | {PARTS[part]: own for part, own in tables.items()}, WORDS
+
+
+def verdict(report: Report) -> str:
+    """Return what was missed, after what that means, or that nothing was."""
+    if report.quick:
+        return "**A quick run** on tiny models: it shows that everything is measured, its numbers are not judged."
+    judged = [one for one in comparisons(report) if one.target is not None]
+    missed = [name(one.complaint()) for one in judged if not one.met]
+    if not missed:
+        return f"All {len(judged)} targets are met, in {report.seconds:.0f} s."
+    count = f"{len(missed)} of {len(judged)} targets are missed, in {report.seconds:.0f} s."
+    return f"{count} {MISS}\n\n{bullets(missed)}"
+
+
+def sections(report: Report) -> dict[str, str]:
+    """Return the Markdown of a run for the marked places of a hand-written page, by the place's name."""
+    machine, found = dict(machine_rows(report.machine)), places(report.measurements)
+    where = f"Measured on {machine['Machine']}; {machine['Software']}; commit {machine['Commit']}; {machine['Date']}."
+    own = {f"speed-{part}": text for part, text in _comparison_tables(report).items()}
+    floors = join([floor_table(found), bandwidth_table(found)])
+    return {VERDICT: join([verdict(report), where]), "speed-floors": floors, **own}
+
+
+def _comparison_tables(report: Report) -> dict[str, str]:
+    rows: dict[str, list[Row]] = {part: [] for part in PARTS}
+    for one in comparisons(report):
+        rows[one.place.part].append(_row(one, judged=not report.quick))
+    return {part: _table(own) for part, own in rows.items() if own}
+
+
+def _row(one: Comparison, *, judged: bool) -> Row:
+    state = "not judged" if not judged else "met" if one.met else "missed"
+    sign = ">=" if one.speed else "<="
+    return {
+        "Model": name(one.place.subject),
+        "What": one.what,
+        "Ours": _cell(one.ours),
+        "Compared with": f"{one.other.configuration}: {_cell(one.other)}",
+        "Ratio": _times(one.ratio, 3),
+        "Target": NOT_MEASURED if one.target is None else f"{sign} {one.target:.2f}x, {state}",
+        "Over floor": NOT_MEASURED if one.floor is None else _times(one.ours.median / one.floor),
+        "Note": one.note,
+    }
+
+
+def floor_table(found: Mapping[Place, Sides]) -> str:
+    """Return the table of the lower bounds of a decode step."""
+    return _table(
+        [_floor_row(place, sides, best_rate(found)) for place, sides in found.items() if place.part == "tpot"]
+    )
+
+
+def _floor_row(place: Place, sides: Sides, rate: float) -> Row:
+    weights, kept = (sides[SHORT][part].median / 1e9 for part in ("weights", "keys and values"))
+    return {
+        "Model": name(place.subject),
+        "Batch": str(place.at),
+        "Context": f"{sides[SHORT]['context'].median:,.0f}",
+        "Bare SDPA": _cell(sides[BARE]["TPOT"]),
+        "Step, 8 tokens of context": _cell(sides[SHORT]["TPOT"]),
+        "Bytes read": f"{weights:.3f} GB + {kept:.3f} GB",
+        "Bytes / bandwidth": f"{least_ms(sides, rate):.2f} ms",
+    }
+
+
+def bandwidth_table(found: Mapping[Place, Sides]) -> str:
+    """Return the table of memory bandwidth by way of moving bytes."""
+    for place, sides in found.items():
+        if place.part == "bandwidth":
+            title = f"Memory bandwidth, {place.at:,} MB on {place.subject}"
+            return _table([{title: way, "rate": _cell(metrics["rate"], 1)} for way, metrics in sides.items()])
+    return ""
+
+
+# -- the GPU report ---------------------------------------------------------------------------------------------------
+
+
+def _gpu(report: Report) -> tuple[str, dict[str, str], Sequence[str]]:
+    found, laws = places(report.measurements), _law_rows(report)
+    where = f"On {report.machine.gpu}" if report.machine.gpu else "**There is no GPU here: tiny shapes on the CPU**"
+    lead = f"{where}, in {report.seconds:.0f} s. {len(laws)} laws checked, {len(broken(report))} broken."
+    decoded, prompts = [], []
+    for place, sides in found.items():
+        for way, metrics in sides.items():
+            if place.part == "prompt":
+                prompts.append(_prompt_row(place, way, metrics, report.plan["chunk"]))
+            elif "cache" in metrics:
+                decoded.append(_decode_row(place, way, sides, best_rate(found)))
+    tables = {"Decoding": _table(decoded), "Exact prefill": _table(prompts), "Laws": _table(laws)}
+    return (
+        f"# GPU report\n\n{lead}",
+        {"What ran": join([head(report), bandwidth_table(found)]).rstrip(), **tables},
+        GPU_WORDS,
+    )
+
+
+def _decode_row(place: Place, way: str, sides: Sides, rate: float) -> Row:
+    metrics, chosen, tpot = sides[way], parse(way), sides[way]["TPOT"].median
+    alone = metrics.get("attention")
+    return {
+        "Model": name(place.subject),
+        "Way": WAYS[chosen.kind],
+        "S + W": f"{place.at if chosen.kind == 'baseline' else sum(chosen.limits[:2]):,}",
+        "Streamed": f"{place.at:,}",
+        "TPOT (ms)": numbers(metrics["TPOT"].samples, 3),
+        "TPOT / bytes": _times(tpot / least_ms(sides, rate)),
+        "TPOT / short": _times(tpot / sides[SHORT]["TPOT"].median),
+        "Attention (ms)": NOT_MEASURED if alone is None else numbers(alone.samples, 3),
+        "/ bare": NOT_MEASURED if alone is None else _times(alone.median / sides[BARE]["attention"].median),
+        "Cache (MB)": f"{metrics['cache'].median / 1e6:.1f}",
+    }
+
+
+def _prompt_row(place: Place, way: str, metrics: Mapping[str, Measurement], chunk: int) -> Row:
+    took, peak = metrics["time"].median, metrics["peak"].median
+    return {
+        "Model": name(place.subject),
+        "Way": WAYS[parse(way).kind],
+        "Prompt": f"{place.at:,}",
+        "Chunk": f"{chunk:,}",
+        "ms/token": f"{took:.4f}",
+        "tok/s": f"{1e3 / took:,.0f}",
+        "Peak (GB)": f"{(metrics['weights'].median + peak) / 1e9:.3f}",
+        "Grown (GB)": f"{peak / 1e9:.3f}",
+    }
+
+
+def _law_rows(report: Report) -> list[Row]:
+    rows = []
+    for place, sides in places(report.measurements).items():
+        for law, metrics in sides.items() if place.part == "laws" else ():
+            error, plain, step, equal = (one.median for one in metrics.values())
+            holds = error <= 2 * plain + step and equal  # an error that is NaN breaks a law
+            row = {"Law": law, "Checked on": place.subject, "Largest error": f"{error:.2e}"}
+            row |= {"Allowed": f"{2 * plain + step:.2e}", "Retained": "equal" if equal else "DIFFERENT"}
+            rows.append(row | {"Holds": "yes" if holds else "NO"})
+    return rows
+
+
+def broken(report: Report) -> list[str]:
+    """Name the laws that do not hold on this device, with their errors."""
+    rows = [row for row in _law_rows(report) if row["Holds"] == "NO"]
+    return [f"law {row['Law']!r}, {row['Checked on']}: {row['Largest error']}" for row in rows]

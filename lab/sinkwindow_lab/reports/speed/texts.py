@@ -1,0 +1,138 @@
+"""Long inputs: a prompt of 20 limits over a dense chunked pass, its peak memory, and exact scoring of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkwindow_lab.measure.clock import Side, interleave
+from sinkwindow_lab.measure.memory import tensor_peak, weight_bytes
+from sinkwindow_lab.measure.perplexity import token_losses
+from sinkwindow_lab.records import Measurement
+from sinkwindow_lab.reports.speed.floors import Place
+from sinkwindow_lab.reports.speed.plan import (
+    ALONE,
+    DENSE,
+    INEXACT,
+    LONG,
+    SAME_CHUNKS,
+    SHORTER,
+    Plan,
+    lazy,
+)
+from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.ways.sessions import Session
+
+
+def token_ids(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """Return random token ids [1, count] on the model's device: speed does not depend on the text."""
+    random = torch.Generator().manual_seed(count)
+    return torch.randint(0, int(model.config.vocab_size), (1, count), generator=random).to(model.device)
+
+
+def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
+    """Time a prompt of 20 limits in chunks, all sides in turns, chunk by chunk; return times per token.
+
+    One dense cache is cropped to S + W before each chunk; the floor is the same chunks with nothing before them.
+    """
+    ids = token_ids(model, LONG * plan.prompt_limit)
+    read_chunks(model, ids[:, : 2 * plan.chunk], plan)  # warm-up
+    found, place = read_chunks(model, ids, plan), Place("prefill", name)
+    return [place.one(side, "time", "ms/token", [sum(times) / ids.shape[1]]) for side, times in found.items()]
+
+
+def read_chunks(model: PreTrainedModel, ids: torch.Tensor, plan: Plan) -> dict[str, list[float]]:
+    """Feed a prompt ([1, tokens]) to a session of each side in turns; return the times of the chunks by side [ms]."""
+    ways = {"ours": lazy(plan.prompt_limit), SAME_CHUNKS: DENSE, INEXACT: DENSE, ALONE: DENSE}
+    cuts, chunks = {INEXACT: plan.prompt_limit, ALONE: 0}, torch.split(ids, plan.chunk, dim=1)
+    sessions = {side: open_session(way, model) for side, way in ways.items()}
+    rest = {side: iter(chunks) for side in sessions}
+    sides = {
+        side: Side(lambda s=side: sessions[s].feed(next(rest[s]), last_only=True), partial(cut, one, cuts.get(side)))  # type: ignore[misc]
+        for side, one in sessions.items()
+    }
+    found = interleave(sides, len(chunks), model.device, warm_up=0)
+    for session in sessions.values():
+        session.close()
+    return {side: one.ms for side, one in found.items()}
+
+
+def cut(session: Session, kept: int | None) -> None:
+    """Crop a stock cache to its first tokens if it has more; None leaves it."""
+    if kept is not None and session.kept_tokens > kept:
+        session.cache.crop(kept - session.kept_tokens)
+
+
+def reading(model: PreTrainedModel, way: Configuration, ids: torch.Tensor, chunk: int) -> Callable[[], None]:
+    """Return the work of reading a prompt ([1, tokens]) in chunks, by a fresh session."""
+
+    def read() -> None:
+        session = open_session(way, model)
+        for part in torch.split(ids, chunk, dim=1):
+            session.feed(part, last_only=True)
+        session.close()
+
+    return read
+
+
+def memory(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
+    """Count the peak memory above the weights, cache included, of prompts of 20 and of 5 limits."""
+    place, found = Place("memory", name), []
+    for tokens in (LONG * plan.prompt_limit, SHORTER * plan.prompt_limit):
+        read = reading(model, lazy(plan.prompt_limit), token_ids(model, tokens), plan.chunk)
+        found.append(place.one(f"ours, {tokens:,} tokens", "peak", "MB", [tensor_peak(model.device, read) / 1e6]))
+    return found
+
+
+def prompt(model: PreTrainedModel, name: str, way: Configuration, tokens: int, plan: Plan) -> list[Measurement]:
+    """Measure a prompt read in chunks, twice: the first run counts its tensors, the second, warm one is timed."""
+    place, read = Place("prompt", name, tokens), reading(model, way, token_ids(model, tokens), plan.chunk)
+    peak = tensor_peak(model.device, read)
+    took = interleave({"": Side(read)}, 1, model.device, warm_up=0)[""].ms[0]
+    found = {"time": ("ms/token", took / tokens), "peak": ("bytes", peak), "weights": ("bytes", weight_bytes(model))}
+    return [place.one(way.name, metric, unit, [value]) for metric, (unit, value) in found.items()]
+
+
+class _Scorer:
+    """A session that scores a text from its start on."""
+
+    def __init__(self, way: Configuration, model: PreTrainedModel, ids: torch.Tensor) -> None:
+        self.session, self._ids, self._seen = open_session(way, model), ids, 0
+
+    def score(self, count: int, block: int) -> None:
+        """Score the next `count` tokens, `block` per call."""
+        token_losses(self.session, self._ids[:, self._seen : self._seen + count + 1], block=block)
+        self._seen += count
+
+
+def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
+    """Time exact losses of a text in blocks, ours and dense in turns, and some single tokens after each block.
+
+    Times are per token, logits and losses included, from when the cache is full; the floor is the same blocks with
+    nothing before them.
+    """
+    ids, block, singles = (
+        token_ids(model, plan.limit + plan.scored * (plan.block + plan.singles) + 1),
+        plan.block,
+        plan.singles,
+    )
+    ours, dense, alone = (_Scorer(way, model, ids) for way in (lazy(plan.limit), DENSE, DENSE))
+    for one in (ours, dense):
+        one.score(plan.limit, block)
+    sides = {
+        "blocks": Side(lambda: ours.score(block, block)),
+        "dense": Side(lambda: dense.score(block, block)),
+        ALONE: Side(lambda: alone.score(block, block), ready=lambda: cut(alone.session, 0)),
+        "single": Side(lambda: ours.score(singles, 1), ready=lambda: dense.score(singles, singles)),
+    }
+    found = interleave(sides, plan.scored, model.device, warm_up=0)
+    for one in (ours, dense, alone):
+        one.session.close()
+    place, counts = Place("perplexity", name), {"single": singles}
+    return [
+        place.one(side, "time", "ms/token", [took / counts.get(side, block) for took in timed.ms])
+        for side, timed in found.items()
+    ]

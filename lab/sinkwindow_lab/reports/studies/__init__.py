@@ -1,1 +1,0 @@
-"""Studies beyond the two experiments of the original reproduction: each is collected once, and rendered elsewhere."""

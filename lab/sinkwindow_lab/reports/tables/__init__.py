@@ -1,0 +1,1 @@
+"""`sinkwindow tables`: the two experiments of the original reproduction, and the studies."""

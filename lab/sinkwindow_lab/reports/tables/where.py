@@ -1,0 +1,92 @@
+"""Where the loss occurs: along a text, and by the distance to the last occurrence of the target's 4-gram.
+
+For nearly every token, streaming equals the dense model; it loses where the text repeats something from beyond its
+window. A 4-gram that occurred before can be copied by a model that still sees it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sinkwindow_lab.measure.perplexity import Score
+from sinkwindow_lab.records import Measurement, measured
+
+NGRAM = 4
+FIRST = (1, 65, 257, 1025)  # first distance of each bin; each ends before the next, the last one never [tokens]
+
+
+def along(score: Score, part: str, bin_tokens: int) -> list[Measurement]:
+    """Return the mean loss of consecutive bins of targets, each at its last token; the last bin may be shorter.
+
+    With a `bin_tokens` of 0 there are none.
+    """
+    if not bin_tokens:
+        return []
+    return [
+        Measurement(
+            part=part,
+            subject=score.text.corpus,
+            configuration=score.configuration,
+            at=min(start + bin_tokens, len(score.nll)),
+            metric="NLL of a bin",
+            unit="nat",
+            samples=[float(score.nll[start : start + bin_tokens].mean())],
+        )
+        for start in range(0, len(score.nll), bin_tokens)
+    ]
+
+
+def where(streaming: Score, dense: Score, *, evicts_at: int) -> list[Measurement]:
+    """Compare two scores of one text, target by target, by distance, from near to far, then what never occurred.
+
+    Targets before the first eviction, after `evicts_at` tokens, are left out, since nothing was lost there: target i
+    follows token i. Empty bins are left out.
+    """
+    difference = (streaming.nll - dense.nll)[evicts_at:]
+    distances = last_occurrence(dense.text.ids[0].tolist(), NGRAM)[1:][evicts_at:]
+    bins = distance_bins(difference, distances)
+    if len(difference):
+        bins.insert(0, ("NLL minus dense, all", None, difference))
+    found = []
+    for metric, nearest, values in bins:
+        error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        figures = {metric: ("nat", [float(values.mean())]), f"{metric}: standard error": ("nat", [error])}
+        figures[f"{metric}: targets"] = ("tokens", [float(len(values))])
+        found += measured("where", streaming.text.corpus, streaming.configuration, nearest, figures)
+    return found
+
+
+def last_occurrence(ids: Sequence[int], ngram: int) -> list[int | None]:
+    """Return how long ago each token's n-gram occurred last; None if it never did.
+
+    An n-gram ends with the token itself; distances are between the two last tokens.
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    found: list[int | None] = []
+    for place in range(len(ids)):
+        gram = tuple(ids[place + 1 - ngram : place + 1]) if place + 1 >= ngram else ()
+        last = seen.get(gram) if gram else None
+        found.append(None if last is None else place - last)
+        if gram:
+            seen[gram] = place
+    return found
+
+
+def distance_bins(
+    difference: torch.Tensor, distances: Sequence[int | None]
+) -> list[tuple[str, int | None, torch.Tensor]]:
+    """Return the metric's name, the nearest distance and the values of each bin; None: never before.
+
+    `difference` [targets] is the loss of one configuration minus another's; `distances` has one value per target.
+    """
+    bounds: list[tuple[int | None, float]] = [*zip(FIRST, (*FIRST[1:], math.inf), strict=True), (None, math.inf)]
+    found = []
+    for nearest, end in bounds:
+        inside = [nearest is None if one is None else nearest is not None and nearest <= one < end for one in distances]
+        values = difference[torch.tensor(inside, dtype=torch.bool)]
+        if len(values):
+            found.append(("NLL minus dense", nearest, values))
+    return found
