@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 from typing import Any, ClassVar
 
 from .common import (
@@ -17,7 +19,6 @@ from .common import (
     checked_configuration,
     filled,
     model_for,
-    needs_compiler,
     sample_tokens,
     shown_as,
     token_ids,
@@ -120,7 +121,10 @@ class CompiledOutputToken(TimedSuite):
 
     def work(self, configuration: str, batch: int, device: str) -> Work:
         """Fill the cache to ten limits; the first tokens compile the step and, on a GPU, record the graph."""
-        needs_compiler()
+        if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+            raise NotImplementedError(
+                f"no {compiler!r}, which torch.compile needs: install it, or set CXX to another one"
+            )
         checked_configuration(configuration)
         importlib.import_module("torch").compiler.reset()  # the graph of another batch would be generalized
         work = decoding(configuration, device, 10, batch)

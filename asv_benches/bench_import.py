@@ -17,6 +17,7 @@ class Import:
 
     params: ClassVar = [list(STATEMENTS)]
     param_names: ClassVar = ["what"]
+    version = "1"
     number = rounds = 1
     repeat = 5
     timeout = 300

@@ -12,8 +12,6 @@ import gc
 import importlib
 import importlib.util
 import itertools
-import os
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -45,11 +43,10 @@ CLOCK = Path(__file__).resolve().parent.parent / "lab" / "sinkwindow_lab" / "mea
 
 
 def shown_as(name: str, **attributes: Any) -> Callable[[F], F]:
-    """Set the title and the version of a benchmark; raise the version when its numbers stop being comparable."""
+    """Set the title of a benchmark, and other attributes that asv reads, such as `unit`."""
 
     def mark(function: F) -> F:
-        for key, value in {"pretty_name": name, "version": "1", **attributes}.items():
-            setattr(function, key, value)
+        vars(function).update(pretty_name=name, **attributes)
         return function
 
     return mark
@@ -234,6 +231,7 @@ class Suite:
     """
 
     params: ClassVar[list[list[Any]]]
+    version = "1"  # raised when numbers stop being comparable with those of earlier commits
     timeout = 900  # of `setup_cache`, which measures, and of each process that reads a number
 
     def combinations(self) -> list[Combination]:
@@ -251,6 +249,7 @@ class TimedSuite(Suite):
     """Base of benchmarks of time: `work` prepares a combination, `setup_cache` returns `measured()`."""
 
     apart: ClassVar[Sequence[int]] = (-1,)  # indices of parameters whose values are not compared: they need own models
+    version = "2"  # version 1 measured each combination in a process of its own
     number = rounds = 1
     repeat = 10
     warmup_time = 0
@@ -282,12 +281,3 @@ class TimedSuite(Suite):
         """Let the next sample of a benchmark pass."""
         self.now += self.found[name][self.taken]
         self.taken += 1
-
-
-def needs_compiler() -> None:
-    """Raise NotImplementedError, so that asv skips the benchmark, if `torch.compile` finds no C++ compiler."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise NotImplementedError(
-            f"no C++ compiler {compiler!r}, which torch.compile needs: install it, or name another one in CXX"
-        )

@@ -48,11 +48,6 @@ class Findings:
         return "\n".join(lines)
 
 
-def combinations(params: list[list[str]]) -> list[tuple[str, ...]]:
-    """Return parameter combinations in asv's order; one empty combination if there are no parameters."""
-    return list(itertools.product(*params))
-
-
 def inspect(benchmarks: dict[str, Any], results: dict[str, Any], *, gpu: bool, history: bool, into: Findings) -> None:
     """Count the numbers of one run of asv as measured, skipped, failed or missing.
 
@@ -69,7 +64,7 @@ def inspect(benchmarks: dict[str, Any], results: dict[str, Any], *, gpu: bool, h
                 into.missing.append(f"{commit} {name}")
             continue
         values = dict(zip(columns, entry, strict=False)).get("result")
-        chosen = combinations(benchmark["params"])
+        chosen = list(itertools.product(*benchmark["params"]))
         for combination, value in zip(chosen, values or [None] * len(chosen), strict=True):
             where = f"{commit} {name}({', '.join(combination)})"
             if value is None:

@@ -29,7 +29,7 @@ Window = Annotated[int, typer.Option(help="W, most recent tokens to keep in an e
 Buffer = Annotated[int, typer.Option(help="B, tokens above S + W before an eviction.")]
 Config = Annotated[str | None, typer.Option(help="A configuration by name, such as baseline; instead of S, W and B.")]
 PARTS = "experiments, mistakes, sinks, sizes, along, steps, where, recall"
-CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a text, jsonl or parquet file"
+CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a text, json, jsonl or parquet file"
 METHODS = {"token": ("token",), "blocks": ("blocks",), "both": ("token", "blocks")}
 
 

@@ -144,6 +144,7 @@ def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None) -> R
     """
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = LARGE if place.type == "cuda" else TINY
+    say("on the GPU" if place.type == "cuda" else "on the CPU, with tiny shapes: there is no GPU here")
     run = Run("gpu", plan, place, save, say, 60 * minutes)
     run.part("laws", lambda: laws.laws(place))
     run.models(partial(_gpu_parts, run, plan))

@@ -117,11 +117,6 @@ def described(configuration: Configuration) -> list[Any]:
     return [configuration.name, configuration.kind, *numbers]
 
 
-def digest_of(ids: torch.Tensor) -> str:
-    """Return the SHA-256 of token ids."""
-    return hashlib.sha256(ids.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-
-
 def model_digest(loaded: LoadedModel) -> str:
     """Identify the weights: by the file's digest, the commit on the hub, or a digest of the weights themselves."""
     record = loaded.record

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.measure import attention_time, generation
 from sinkwindow_lab.records import Measurement
 from sinkwindow_lab.reports.tables import recall, steps, where
-from sinkwindow_lab.reports.tables.bench import Bench, described, digest_of
+from sinkwindow_lab.reports.tables.bench import Bench, described
 from sinkwindow_lab.reports.tables.plan import Experiment, Plan, Readings, measures_speed, scores_perplexity
 from sinkwindow_lab.store import code_version
 from sinkwindow_lab.ways.configurations import Configuration, parse
@@ -90,11 +88,13 @@ def _timings(
         return min(plan.recompute_tokens, count) if way.kind == "recompute" else count
 
     def generate() -> list[Measurement]:
-        prompt = bench.text(corpus, prompt_tokens).ids
+        prompt = bench.text(corpus, prompt_tokens)
         stages = [sorted({new_tokens(way, one) for one in experiments}) for way in rows]
 
         def measure() -> list[Measurement]:
-            found = generation.generate(rows, loaded.model, prompt, stages, on_token=lambda _: bench.reporter.advance())
+            found = generation.generate(
+                rows, loaded.model, prompt.ids, stages, on_token=lambda _: bench.reporter.advance()
+            )
             known = {(way, len(one.tpot_ms) + 1): one for way, own in zip(rows, found, strict=True) for one in own}
             return [
                 number
@@ -105,20 +105,20 @@ def _timings(
 
         code = code_version("measure.generation", "measure.memory", *TIMED)
         names = [one.name for one in experiments]
-        whole = {**key, "code": code, "prompt": digest_of(prompt), "stages": stages, "names": names}
+        whole = {**key, "code": code, "prompt": prompt.sha256, "stages": stages, "names": names}
         return bench.store.measurements("speed", whole, measure)
 
     def attend() -> list[Measurement]:
-        text = bench.text(corpus, prompt_tokens + longest).ids
+        text = bench.text(corpus, prompt_tokens + longest)
         code = code_version("measure.attention_time", *TIMED)
-        whole = {**key, "code": code, "text": digest_of(text), "probes": probes, "lengths": [prompt_tokens, longest]}
+        whole = {**key, "code": code, "text": text.sha256, "probes": probes, "lengths": [prompt_tokens, longest]}
         found = bench.store.measurements(
             "attention",
             whole,
             lambda: attention_time.measure(
                 rows,
                 loaded.model,
-                text,
+                text.ids,
                 subject=subject,
                 prompt_tokens=prompt_tokens,
                 new_tokens=longest,
@@ -153,10 +153,12 @@ def _steps(bench: Bench, plan: Plan) -> Iterator[Job]:
         total = sum(len(places) * repeats for _, places, repeats in own)
 
         def run(part: str = part, own: list[steps.Row] = own) -> list[Measurement]:
-            text = bench.text(bench.corpora[0], steps.longest(own)).ids
-            key = {**bench.origin, "text": digest_of(text), "code": code_version("reports.tables.steps", *TIMED)}
+            text = bench.text(bench.corpora[0], steps.longest(own))
+            key = {**bench.origin, "text": text.sha256, "code": code_version("reports.tables.steps", *TIMED)}
             key |= {"rows": [[described(way), list(places), repeats] for way, places, repeats in own]}
-            return bench.store.measurements(part.replace(" ", "-"), key, lambda: steps.measure(bench, part, own, text))
+            return bench.store.measurements(
+                part.replace(" ", "-"), key, lambda: steps.measure(bench, part, own, text.ids)
+            )
 
         yield Job(f"{part}, in turns", partial(int, total), tuple(way for way, _, _ in own), run)
 
@@ -178,12 +180,12 @@ def _where(bench: Bench, readings: Readings) -> Iterator[Job]:
 def _recall(bench: Bench, plan: Plan) -> Iterator[Job]:
     pages = recall.pages(bench, plan.recall_seeds, plan.recall_lines)
     count = sum(page.ids.shape[1] for page in pages)
-    texts = torch.cat([page.ids for page in pages], dim=1)
+    texts = [bench.corpora[0].record().sha256, plan.recall_seeds, plan.recall_lines]
     for way in map(parse, plan.recall):
 
         def run(way: Configuration = way) -> list[Measurement]:
             code = code_version("reports.tables.recall", "reports.tables.lines", *TIMED)
-            key = {**bench.origin, "way": described(way), "text": digest_of(texts), "code": code}
+            key = {**bench.origin, "way": described(way), "text": texts, "code": code}
             return bench.store.measurements(f"recall-{way.name}", key, lambda: recall.ask(bench, way, pages))
 
         yield Job(f"recall: {way.name}", lambda: count, (way,), run)
