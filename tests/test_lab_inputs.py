@@ -15,17 +15,12 @@ import torch
 from lab_tiny import tiny_model
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs import corpora, hub, models
-from sinkwindow_lab.inputs.corpora import Corpus, load_corpus
+from sinkwindow_lab.inputs.corpora import load_corpus
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.ways.configurations import SHAPES, parse, parse_list, streaming
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-def words(*texts: str) -> Corpus:
-    """Return a corpus of these documents."""
-    return Corpus("words", texts, "test", joiner=" ")
 
 
 # -- configurations ---------------------------------------------------------------------------------------------------
