@@ -16,7 +16,7 @@ import torch
 from sinkwindow.attention.rotation import Rotary
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.measure.clock import Side, interleave
-from sinkwindow_lab.measure.micro import AttentionSteps, check, geometry, relocation
+from sinkwindow_lab.measure.micro import AttentionSteps, check_logits, geometry, relocation
 from sinkwindow_lab.ways.configurations import parse
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def rotation(model: PreTrainedModel, tokens: int) -> Side:
 def long_call(model: PreTrainedModel, name: str, seen: int) -> Side:
     """Return the model's attention under a checked cache's mask, the cache's work included."""
     configuration = parse(name)
-    check(configuration, random_model("tiny"), 2 * 320)
+    check_logits(configuration, random_model("tiny"), 2 * 320)
     steps = AttentionSteps(configuration, model)
     steps.fill(seen)
     return Side(lambda: steps.long_call(CALL), ready=lambda: steps.rewind(seen), samples=5)

@@ -14,7 +14,7 @@ from sinkwindow_lab.cli import main
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.reports.output import as_json, read_report
-from sinkwindow_lab.reports.tables import collect, lines, plan, recall, steps, where
+from sinkwindow_lab.reports.tables import collect, plan, recall, steps, where
 from sinkwindow_lab.reports.tables.jobs import jobs
 from sinkwindow_lab.ways.configurations import parse, parse_list
 from sinkwindow_lab.ways.sessions import Session
@@ -260,37 +260,37 @@ def test_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lines_ask_for_every_fact_once() -> None:
     """The answer is the number in the fact, which is as many lines before the question as the record says."""
-    made = lines.make_lines([f"line {number}" for number in range(40)], (1, 5, 9), seed=3)
+    made = recall.make_lines([f"line {number}" for number in range(40)], (1, 5, 9), seed=3)
     assert sorted(one.lines_back for one in made.questions) == [1, 5, 9]
     for one in made.questions:
         number = made.text[one.start : one.end]
         assert made.text[one.fact_end - 4 : one.fact_end] == number
         between = made.text[one.fact_end : one.start].splitlines()
         assert sum(line.startswith("line ") for line in between) == one.lines_back
-    assert lines.make_lines(["x"] * 40, (1, 5), seed=3) == lines.make_lines(["x"] * 40, (1, 5), seed=3)
-    assert lines.make_lines(["x"] * 40, (1, 5), seed=3) != lines.make_lines(["x"] * 40, (1, 5), seed=4)
+    assert recall.make_lines(["x"] * 40, (1, 5), seed=3) == recall.make_lines(["x"] * 40, (1, 5), seed=3)
+    assert recall.make_lines(["x"] * 40, (1, 5), seed=3) != recall.make_lines(["x"] * 40, (1, 5), seed=4)
 
 
 @pytest.mark.parametrize("distances", [(), (5, 5), (1,) * 49])
 def test_too_few_lines_are_an_error(distances: tuple[int, ...]) -> None:
     """No question, and more questions than there are names, are errors too."""
     with pytest.raises(LabError, match="lines of text"):
-        lines.make_lines(["x"] * 13, distances, seed=0)
+        recall.make_lines(["x"] * 13, distances, seed=0)
 
 
 def test_answers_in_tokens() -> None:
     """An answer has the places of its tokens and the distance from the fact."""
-    made = lines.Lines("w1 w2 w3 w4 w2 .", (lines.Question(1, 5, 11, 14),))
-    ids, (answer,) = lines.in_tokens(made, tiny_tokenizer())
+    made = recall.Lines("w1 w2 w3 w4 w2 .", (recall.Question(1, 5, 11, 14),))
+    ids, (answer,) = recall.in_tokens(made, tiny_tokenizer())
     assert (answer.places, answer.tokens_back) == ((4,), 3)
     assert ids[4] == ids[1]
     with pytest.raises(LabError, match="fast tokenizer"):
-        lines.in_tokens(made, object())
+        recall.in_tokens(made, object())
 
 
 def test_an_answer_counts_when_every_token_was_the_first_choice() -> None:
     """One wrong digit is a wrong answer."""
-    answers = [lines.Answer(1, 3, (2, 3)), lines.Answer(2, 3, (5,))]
+    answers = [recall.Answer(1, 3, (2, 3)), recall.Answer(2, 3, (5,))]
     ids = torch.tensor([9, 8, 1, 2, 7, 3])
     assert recall.answered(torch.tensor([0, 1, 2, 0, 3, 0]), ids, answers) == [True, True]
     assert recall.answered(torch.tensor([0, 1, 9, 0, 3, 0]), ids, answers) == [False, True]

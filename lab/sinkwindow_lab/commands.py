@@ -146,9 +146,12 @@ def perplexity(
         )
     shown = _as_json(content, text, loaded)
     if target is not None:
-        from sinkwindow_lab.measure.perplexity import loss_file
+        import torch
+        from safetensors.torch import save
 
-        files.write_bytes(target, loss_file(found, ids, records=shown))
+        tensors = {f"nll_{way}": one.nll for way, one in found.items()} | {"targets": ids.targets.contiguous()}
+        tensors["lengths"] = torch.tensor([one.shape[1] for one in ids.texts])
+        files.write_bytes(target, save(tensors, metadata={"records": shown}))
     typer.echo(shown if as_json else "\n".join(lines))
 
 

@@ -11,11 +11,7 @@ class LabError(ValueError):
 
 
 def require(module: str) -> Any:
-    """Import and return a dependency of the lab, by its dotted name.
-
-    Raises:
-        LabError: if it is not installed; the message names the extra that installs it.
-    """
+    """Import and return a dependency of the lab, by its dotted name."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -11,11 +11,7 @@ from sinkwindow_lab.errors import LabError
 
 
 def output_folder(path: Path) -> Path:
-    """Create a folder for results and return its path; it may exist.
-
-    Raises:
-        LabError: if it cannot be created or is a file.
-    """
+    """Create a folder for results and return its path; it may exist."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -24,11 +20,7 @@ def output_folder(path: Path) -> Path:
 
 
 def output_file(option: str, path: Path) -> Path:
-    """Check before measuring that a file can be written there; `option` is its name on the command line.
-
-    Raises:
-        LabError: if its folder is missing or it is a folder itself.
-    """
+    """Check before measuring that a file can be written there; `option` is its name on the command line."""
     if path.is_dir() or not path.parent.is_dir():
         raise LabError(f"{option} {path}: needs a file name in a folder that exists")
     return path

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from typing_extensions import Self
 
 
-class Reporter(Protocol):
-    """Is informed about what is being measured."""
+class Reporter:
+    """Is told what is being measured; this one shows nothing."""
 
     def begin(self, label: str, total: int) -> None:
         """Begin the next measurement: its name and its number of steps."""
@@ -24,20 +23,7 @@ class Reporter(Protocol):
         """Show a number that is finished."""
 
 
-class Silent:
-    """Reports nothing."""
-
-    def begin(self, label: str, total: int) -> None:
-        """Do nothing."""
-
-    def advance(self, steps: int = 1) -> None:
-        """Do nothing."""
-
-    def found(self, words: str) -> None:
-        """Do nothing."""
-
-
-class Bars:
+class Bars(Reporter):
     """One bar for all measurements and one for the current one; plain lines if there is no terminal."""
 
     def __init__(self, measurements: int) -> None:

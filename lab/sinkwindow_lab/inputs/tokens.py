@@ -71,9 +71,6 @@ def encode(
     The tokenizer never adds special tokens; only this function adds BOS, so that there is at most one. `bos` set to
     `add` puts it before every text that is read by a fresh session. `documents` set to `concat` reads all documents as
     one text; `apart` reads each by a fresh session, and leaves out those of a single token, which have no target.
-
-    Raises:
-        LabError: If fewer than two tokens come out, `tokens` is below 2, or BOS is requested and there is none.
     """
     if tokens < LEAST:
         raise LabError(f"tokens={tokens} leaves nothing to predict: use 2 or more")

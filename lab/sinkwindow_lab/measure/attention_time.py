@@ -68,9 +68,6 @@ def attention_watched(caches: Sequence[Any], clock: HostClock) -> Iterator[StopW
     """Time the work of caches and the attention functions of transformers while the block runs.
 
     A cache's work is `update`; `StreamingCache` evicts before and after the layers, and that is counted too.
-
-    Raises:
-        LabError: After the block, if no attention ran through `AttentionInterface`.
     """
     watch, attention = StopWatch(clock), 0
     look_up = ALL_ATTENTION_FUNCTIONS.get_interface
@@ -145,9 +142,6 @@ def measure(
     `text` ([1, tokens]) repeats from its start if it is shorter than prompt and generation. `probes` is the number of
     places to measure for each configuration, `subject` the model's name. Returns a measurement per
     configuration and place.
-
-    Raises:
-        LabError: If a configuration or the model does not allow it.
     """
     todo = {
         one.name: places(prompt_tokens, new_tokens, count) for one, count in zip(configurations, probes, strict=True)

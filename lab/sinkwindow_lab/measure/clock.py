@@ -73,19 +73,12 @@ def clock_for(device: torch.device) -> Clock:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison.
+    """One side of a comparison."""
 
-    Attributes:
-        run: What is timed, once per sample.
-        ready: Done before each sample, outside the timed region; it must not leave work on the device.
-        samples: How many this side gives, if not as many as the others.
-        event: Returns after a sample what happened in it, an empty text for nothing.
-    """
-
-    run: Callable[[], object]
-    ready: Callable[[], object] = _nothing
-    samples: int | None = None
-    event: Callable[[], str] | None = None
+    run: Callable[[], object]  # what is timed, once per sample
+    ready: Callable[[], object] = _nothing  # done before each sample, untimed; leaves no work on the device
+    samples: int | None = None  # how many this side gives, if not as many as the others
+    event: Callable[[], str] | None = None  # returns after a sample what happened in it, an empty text for nothing
 
 
 @dataclass
@@ -107,18 +100,9 @@ def interleave(
 ) -> dict[str, Timed]:
     """Time sides in turns, one sample of each after the other.
 
-    Each sample begins and ends with the device idle. A side with fewer samples than others stops earlier.
-
-    Args:
-        sides: By name.
-        samples: Of each side that does not say otherwise.
-        device: On which the sides work.
-        warm_up: Untimed rounds before the samples.
-        clock: That of the device by default. One that advances inside a part of `run` alone times that part.
-        on_sample: Is told the side of each sample.
-
-    Raises:
-        ValueError: If `samples` is below 1.
+    Each sample begins and ends with the device idle. A side with fewer samples than others stops earlier. `warm_up`
+    counts untimed rounds before the samples. A `clock` that advances inside a part of `run` alone times that part; by
+    default it is that of the device. `on_sample` is told the side of each sample.
     """
     if samples < 1:
         raise ValueError(f"samples={samples} must be 1 or more")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +22,6 @@ from sinkwindow_lab.measure.clock import Clock, Side, interleave
 from sinkwindow_lab.measure.memory import generation_peaks, weight_bytes
 from sinkwindow_lab.records import Measurement, measured
 from sinkwindow_lab.ways.configurations import Configuration, open_session
-from sinkwindow_lab.ways.sessions import Session
 
 WARM_UP_TOKENS = 4  # decode steps before anything is timed: threads start, kernels are chosen, weights are paged in
 PROMPTS = 5  # times that each configuration reads the prompt
@@ -74,41 +74,25 @@ def rounds_of(generations: Sequence[Generation]) -> list[Measurement]:
 
 
 class _Run:
-    """The generation of one configuration."""
+    """The generation of one configuration, and its token to feed next."""
 
     def __init__(self, configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor) -> None:
         self._open = partial(open_session, configuration, model)
-        self._prompt = prompt
-        self.session: Session | None = None
-        self.token = prompt[:, :0]
+        self._prompt = self._token = prompt
+        self.start()
 
     def start(self) -> None:
-        """Open a fresh session."""
-        self.close()
-        self.session = self._open()
+        """Open a fresh session, which reads the prompt first."""
+        self.session, self._token = self._open(), self._prompt
 
-    def read_prompt(self) -> None:
-        """Feed the prompt; it gives the first token."""
-        self._feed(self._prompt)
+    def restart(self) -> None:
+        """Open a fresh session in the place of the one that is open."""
+        self.session.close()
+        self.start()
 
-    def step(self) -> None:
-        """Generate a token after the first."""
-        self._feed(self.token)
-
-    def close(self) -> None:
-        """Remove the session from the model."""
-        if self.session is not None:
-            self.session.close()
-            self.session = None
-
-    def facts(self) -> tuple[int, int, int]:
-        """Return kept tokens, bytes of the cache, and evictions."""
-        assert self.session is not None  # noqa: S101 - a prompt comes first
-        return self.session.kept_tokens, self.session.cache_bytes, self.session.evictions
-
-    def _feed(self, ids: torch.Tensor) -> None:
-        assert self.session is not None  # noqa: S101 - see above
-        self.token = self.session.feed(ids, last_only=True).argmax(dim=-1)
+    def feed(self) -> None:
+        """Feed the prompt, or the last token; the answer is the next one."""
+        self._token = self.session.feed(self._token, last_only=True).argmax(dim=-1)
 
 
 def generate(
@@ -124,35 +108,30 @@ def generate(
 
     Memory is counted in another generation, which is not timed. `prompt` is [1, tokens]. `stages` are ascending numbers
     of new tokens for each configuration; the end-of-text token stops none.
-
-    Raises:
-        LabError: If a configuration does not fit the model, or a stage is below 2: it would have no TPOT.
     """
     shortest = min(min(own) for own in stages)
     if shortest < 2:  # noqa: PLR2004 - see above
         raise LabError(f"new_tokens={shortest} has no time per output token: generate 2 or more")
     prompt = prompt.to(model.device)
-    runs = {one.name: _Run(one, model, prompt) for one in configurations}
+    runs: dict[str, _Run] = {}
     wanted = {one.name: own for one, own in zip(configurations, stages, strict=True)}
     facts: dict[tuple[str, int], tuple[int, int, int]] = {}
-    steps: dict[str, list[float]] = {name: [] for name in runs}
-    try:
-        for run in runs.values():
-            run.start()
-            run.read_prompt()
-            for _ in range(WARM_UP_TOKENS):
-                run.step()
-        sides = {name: Side(run.read_prompt, ready=run.start) for name, run in runs.items()}
+    steps: dict[str, list[float]] = {one.name: [] for one in configurations}
+    with ExitStack() as stack:
+        for one in configurations:
+            run = runs[one.name] = _Run(one, model, prompt)
+            stack.callback(lambda run=run: run.session.close())  # type: ignore[misc]  # the session open then
+            for _ in range(1 + WARM_UP_TOKENS):
+                run.feed()
+        sides = {name: Side(run.feed, ready=run.restart) for name, run in runs.items()}
         prompts = interleave(sides, PROMPTS, model.device, warm_up=0, clock=clock)
         for before, stage in itertools.pairwise([1, *sorted({one for own in stages for one in own})]):
-            sides = {name: Side(run.step) for name, run in runs.items() if wanted[name][-1] >= stage}
+            sides = {name: Side(run.feed) for name, run in runs.items() if wanted[name][-1] >= stage}
             found = interleave(sides, stage - before, model.device, warm_up=0, clock=clock, on_sample=on_token)
             for name, timed in found.items():
                 steps[name] += timed.ms
-                facts[name, stage] = runs[name].facts()
-    finally:
-        for run in runs.values():
-            run.close()
+                session = runs[name].session
+                facts[name, stage] = session.kept_tokens, session.cache_bytes, session.evictions
     generations = []
     for one, own in zip(configurations, stages, strict=True):
         peaks = generation_peaks(one, model, prompt, own)

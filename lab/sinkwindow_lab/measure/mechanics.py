@@ -16,11 +16,7 @@ AROUND = 2  # steps shown before and after each eviction; the others only fill t
 
 
 def log(num_sinks: int, window: int, buffer: int, *, evictions: int = 3) -> Iterator[str]:
-    """Feed one token at a time to a tiny model, up to a number of evictions, and yield a log, line by line.
-
-    Raises:
-        LabError: If a number is out of range.
-    """
+    """Feed one token at a time to a tiny model, up to a number of evictions, and yield a log, line by line."""
     if evictions < 1:
         raise LabError(f"evictions={evictions} must be 1 or more")
     model, events = random_model("tiny"), list[Eviction]()

@@ -1,8 +1,8 @@
 """A cache and the attention over it, without a model around them: what asv and pytest-benchmark time.
 
 Keys, queries and values are random: the time of an attention depends on their shapes alone. A model is needed for its
-geometry and, by `StreamingCache`, for its rotation; its weights are never read. `check` feeds rotated keys instead and
-compares the output with the definition, so that a wrong cache is never timed.
+geometry and, by `StreamingCache`, for its rotation; its weights are never read. `check_logits` compares a cache in a
+model with the reference, so that a wrong cache is never timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from sinkwindow_lab.ways.configurations import Configuration, open_session
 from sinkwindow_lab.ways.sessions import Session
 
 FILL = 256  # columns of a call while a cache is being filled [tokens]
-PERIOD = 4096  # random tokens repeat after so many [tokens]
 TOLERANCE = 1e-4  # largest error that float32 explains at any length; a rank that is off by one costs 0.01 and more
 LayerWork = Callable[[int, dict[str, Any]], object]
 
@@ -72,11 +71,7 @@ class AttentionSteps:
     """
 
     def __init__(self, configuration: Configuration, model: PreTrainedModel, *, batch: int = 1) -> None:
-        """Open the cache and create the tensors of one token; the model gives geometry, device and dtype.
-
-        Raises:
-            LabError: If the configuration has no cache or does not fit the model.
-        """
+        """Open the cache and create the tensors of one token; the model gives geometry, device and dtype."""
         self.sizes = geometry(model)
         self.session: Session = open_session(configuration, model)
         self.cache: Any = self.session.cache
@@ -222,37 +217,11 @@ def relocation(configuration: Configuration, model: PreTrainedModel, *, stay: bo
 
 
 @torch.inference_mode()
-def check(configuration: Configuration, model: PreTrainedModel, tokens: int) -> float:
-    """Compare the last of `tokens` tokens with the definition: attention over its retained list, ranks as positions.
-
-    Returns the largest difference over all layers. `configuration` is `baseline` or a streaming one.
-
-    Raises:
-        LabError: If the difference is larger than rounding explains.
-    """
-    from sinkwindow_reference import retained_lists
-
-    steps = AttentionSteps(configuration, model)
-    try:
-        outputs, definition = _rotated_steps(steps, model, tokens)
-    finally:
-        steps.close()
-    sinks, window, buffer = (0, tokens, 0) if configuration.kind == "baseline" else configuration.limits
-    kept = retained_lists(tokens, num_sinks=sinks, window=window, buffer=buffer)[-1]
-    difference = max(float((output - definition(kept)).abs().max()) for output in outputs)
-    _refuse(difference, f"{configuration.name} is off by {difference:.3g} after {tokens} tokens")
-    return difference
-
-
-@torch.inference_mode()
 def check_logits(configuration: Configuration, model: PreTrainedModel, tokens: int) -> float:
     """Compare the logits of one long call and three single tokens with those of the definition.
 
     Returns the largest difference, relative to the largest logit. `model` should be small and in float32: the reference
     is slow. `tokens` is at least four.
-
-    Raises:
-        LabError: If the difference is larger than rounding explains.
     """
     random = torch.Generator().manual_seed(tokens)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=random).to(model.device)
@@ -265,13 +234,11 @@ def check_logits(configuration: Configuration, model: PreTrainedModel, tokens: i
     dense = configuration.kind == "baseline"
     right = model(input_ids=ids, use_cache=False).logits if dense else reference_pass(configuration, model, ids)
     difference = float((logits - right).abs().max() / right.abs().max())
-    _refuse(difference, f"{configuration.name}: logits are off by {difference:.3g} of the largest")
-    return difference
-
-
-def _refuse(difference: float, what: str) -> None:
     if not difference <= TOLERANCE:  # a NaN is no agreement
-        raise LabError(f"{what}: its speed means nothing")
+        raise LabError(
+            f"{configuration.name}: logits are off by {difference:.3g} of the largest: its speed means nothing"
+        )
+    return difference
 
 
 def reference_pass(configuration: Configuration, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -280,41 +247,3 @@ def reference_pass(configuration: Configuration, model: PreTrainedModel, ids: to
 
     sinks, window, buffer = configuration.limits
     return reference_logits(model, ids, num_sinks=sinks, window=window, buffer=buffer)
-
-
-def _rotated_steps(
-    steps: AttentionSteps, model: PreTrainedModel, tokens: int
-) -> tuple[list[torch.Tensor], Callable[[list[int]], torch.Tensor]]:
-    """Feed keys rotated as a model does, the last token alone.
-
-    Returns that token's output of each layer, and a function of a retained list: what the definition gives for it.
-    """
-    from sinkwindow_reference import rotate
-
-    queries, keys, values = steps.draw(PERIOD)
-    frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")).to(keys.device)
-    outputs: list[torch.Tensor] = []
-
-    def turn(states: torch.Tensor, places: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return rotate(states[:, :, places % PERIOD], positions, frequencies)
-
-    def feed(start: int, stop: int) -> None:
-        places = torch.arange(start, stop, device=keys.device)
-
-        def layer_work(layer: int, arguments: dict[str, Any]) -> None:
-            at = arguments["position_ids"][0] if arguments else places
-            held = steps.cache.update(turn(keys, places, at), values[:, :, places % PERIOD], layer)
-            outputs.append(attend(turn(queries, places, at)[:, :, -1:], *held))
-
-        outputs.clear()
-        steps.call(stop - start, layer_work)
-
-    def definition(kept: list[int]) -> torch.Tensor:
-        places, ranks = torch.tensor(kept, device=keys.device), torch.arange(len(kept), device=keys.device)
-        query = turn(queries, places[-1:], ranks[-1:])
-        return attend(query, turn(keys, places, ranks), values[:, :, places % PERIOD])
-
-    for start in range(0, tokens - 1, FILL):
-        feed(start, min(start + FILL, tokens - 1))
-    feed(tokens - 1, tokens)
-    return outputs, definition

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from sinkwindow_lab.errors import LabError
@@ -24,21 +23,13 @@ BLOCK = 256  # tokens per call: logits of a block are the largest tensor of an e
 
 @dataclass(frozen=True)
 class Score:
-    """The losses of one configuration on one text, and what they took.
+    """The losses of one configuration on one text, and what they took."""
 
-    Attributes:
-        configuration: Its name.
-        text: What was scored.
-        block: Tokens per call.
-        nll: [targets], float64, natural logarithm; of one text entry i is the loss of token i + 1.
-        facts: `seconds`, `evictions`, `kept_tokens` and `cache_bytes` of the reading.
-    """
-
-    configuration: str
-    text: TokenText
-    block: int
-    nll: torch.Tensor
-    facts: dict[str, float]
+    configuration: str  # its name
+    text: TokenText  # what was scored
+    block: int  # tokens per call
+    nll: torch.Tensor  # [targets], float64, natural logarithm; of one text entry i is the loss of token i + 1
+    facts: dict[str, float]  # `seconds`, `evictions`, `kept_tokens` and `cache_bytes` of the reading
 
     @property
     def mean_nll(self) -> float:
@@ -104,9 +95,6 @@ def token_losses(
 
     `session` is fresh. A chunk-invariant session gives the same losses for any `block`, the tokens per call. `on_block`
     gets the number of targets that each block added.
-
-    Raises:
-        LabError: If `block` is below 1, there is no target, or a loss is not finite.
     """
     if block < 1:
         raise LabError(f"block={block} must be 1 or more")
@@ -143,11 +131,7 @@ def measure(
     clock: Clock | None = None,
     on_block: Callable[[int], object] | None = None,
 ) -> Score:
-    """Score one configuration on one text; texts that are read apart have a fresh session each.
-
-    Raises:
-        LabError: If the configuration does not fit the model, or an option is out of range.
-    """
+    """Score one configuration on one text; texts that are read apart have a fresh session each."""
     clock = clock or clock_for(model.device)
     facts = dict.fromkeys(("seconds", "evictions", "kept_tokens", "cache_bytes"), 0.0)
     losses = []
@@ -177,9 +161,6 @@ def measure_stages(
 
     `texts` are starts of one text, ascending; a call ends at each of their lengths, too. Yields for each what `measure`
     finds, as soon as the reading is there.
-
-    Raises:
-        LabError: If a text is not the start of the next one, or losses depend on where calls end, or as `measure`.
     """
     _check_starts(configuration, texts)
     clock, session = clock_for(model.device), open_session(configuration, model)
@@ -195,18 +176,6 @@ def measure_stages(
             yield Score(configuration.name, text, block, nll, facts)
     finally:
         session.close()
-
-
-def loss_file(scores: Mapping[str, Score], text: TokenText, **metadata: str) -> bytes:
-    """Return a safetensors file of every target's loss.
-
-    It holds `nll_NAME` of each score, `targets` (ids) and `lengths` (tokens of each text); `metadata` are strings for
-    its header, such as the records as JSON.
-    """
-    tensors = {f"nll_{name}": one.nll for name, one in scores.items()}
-    tensors["targets"] = text.targets.contiguous()
-    tensors["lengths"] = torch.tensor([one.shape[1] for one in text.texts])
-    return save(tensors, metadata=metadata)
 
 
 def _check_starts(configuration: Configuration, texts: Sequence[TokenText]) -> None:

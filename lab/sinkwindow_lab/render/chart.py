@@ -99,25 +99,11 @@ def lines(
     note: tuple[float, str] | None = None,
     columns: int = 1,
 ) -> str:
-    """Draw a line per value of `hue`.
+    """Draw a line per value of `hue`; return the picture, an SVG file.
 
-    Args:
-        frame: A row per point.
-        x: The column across.
-        y: The column upwards.
-        hue: The column of series.
-        labels: Of both axes.
-        logarithmic: The axes that are, of `xy`; `ticks` are those of x, by default all its values.
-        ticks: Where x is numbered.
-        marks: Whether points have marks.
-        levels: By series, a dashed horizontal line of its color.
-        verticals: By series, a dotted vertical line of its color.
-        limits: By axis, its ends.
-        note: A place on x and what is there, a dashed vertical line with its name.
-        columns: Of the legend.
-
-    Returns:
-        The picture, an SVG file.
+    `logarithmic` are the axes that are, of `xy`, and `ticks` where x is numbered (by default at all its values).
+    `levels` are dashed horizontal lines by series, `verticals` dotted vertical ones, in the color of the series.
+    `limits` are the ends of an axis; `note` is a place on x with its name, a dashed vertical line.
     """
     with picture(labels, columns=columns) as one:
         for number, (series, rows) in enumerate(frame.groupby(hue, sort=False)):

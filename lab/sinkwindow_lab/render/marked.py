@@ -15,22 +15,14 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def check(page: Path, name: str) -> None:
-    """Check before measuring that a Markdown page has a named place.
-
-    Raises:
-        LabError: if the page cannot be read or the place has no beginning or no end.
-    """
+    """Check before measuring that a Markdown page has a named place."""
     begin, end = marks(name)
     if end not in _read(page).partition(begin)[2]:
         raise LabError(f"{page} has no {begin} with {end} after it: put both where the table belongs")
 
 
 def fill(page: Path, found: Mapping[str, str]) -> None:
-    """Rewrite the named places of a Markdown page; Markdown without a place in it is left out.
-
-    Raises:
-        LabError: if the page cannot be read or a place does not end; nothing is written then.
-    """
+    """Rewrite the named places of a Markdown page; Markdown without a place in it is left out."""
     text = _read(page)
     for name, content in found.items():
         begin, end = marks(name)

@@ -46,11 +46,7 @@ def write_report(report: Report, folder: Path) -> Iterator[Path]:
 
 
 def read_report(path: Path) -> Report:
-    """Read a report from its JSON.
-
-    Raises:
-        LabError: If there is no such file, or it is not a report of this version.
-    """
+    """Read a report from its JSON."""
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

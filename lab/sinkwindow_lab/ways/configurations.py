@@ -100,11 +100,7 @@ class Configuration:
 
 
 def parse(name: str) -> Configuration:
-    """Parse a configuration's name, such as `baseline` or `streaming_8_256`; see `SHAPES`.
-
-    Raises:
-        LabError: If no kind has names of this shape, or a number is out of range; the message lists the shapes.
-    """
+    """Parse a configuration's name, such as `baseline` or `streaming_8_256`; see `SHAPES`."""
     for shape in SHAPES:
         found = re.fullmatch(shape.kind + shape.numbers, name)
         if found is not None:
@@ -138,11 +134,7 @@ def streaming(num_sinks: int, window: int, buffer: int) -> Configuration:
 
 
 def open_session(configuration: Configuration, model: PreTrainedModel) -> Session:
-    """Open a fresh session; call `close` when done.
-
-    Raises:
-        LabError: If the configuration does not work with this model.
-    """
+    """Open a fresh session; call `close` when done."""
     from sinkwindow_lab.ways import ablations, sessions
 
     if configuration.kind == "baseline":

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sinkwindow_lab.inputs import machine, models
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.measure import memory
-from sinkwindow_lab.measure.micro import check, check_logits
+from sinkwindow_lab.measure.micro import check_logits
 from sinkwindow_lab.records import Measurement, Report
 from sinkwindow_lab.reports.speed import decode, floors, laws, texts, tricks
 from sinkwindow_lab.reports.speed.plan import DENSE, EMBEDDED, FULL, LARGE, QUICK, TINY, Plan, lazy, static
@@ -105,16 +105,11 @@ class Run:
 
 
 def speed(*, quick: bool, threads: int, save: Save, say: Say) -> Report:
-    """Measure the speed report on the CPU; torch's number of threads is restored afterwards.
-
-    Raises:
-        LabError: If the cache's output is wrong, or the embedded model is missing.
-    """
+    """Measure the speed report on the CPU; torch's number of threads is restored afterwards."""
     plan, before, tiny = QUICK if quick else FULL, torch.get_num_threads(), random_model("tiny")
     torch.set_num_threads(threads)
     try:
         for configuration in (lazy(64), lazy(64, 0)):  # no speed of a wrong cache is reported
-            check(configuration, tiny, CHECKED)
             check_logits(configuration, tiny, CHECKED)
         run = Run("speed", plan, torch.device("cpu"), save, say)
         run.models(partial(_speed_parts, run, plan))
@@ -138,9 +133,6 @@ def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None) -> R
     """Measure the GPU report on the GPU if there is one, otherwise with tiny shapes on the CPU, the laws first.
 
     Parts that do not fit into `minutes` are skipped and named.
-
-    Raises:
-        LabError: If the device does not exist.
     """
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = LARGE if place.type == "cuda" else TINY

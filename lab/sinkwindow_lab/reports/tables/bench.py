@@ -16,7 +16,7 @@ from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.models import LoadedModel
 from sinkwindow_lab.measure import perplexity
 from sinkwindow_lab.measure.perplexity import BLOCK, Score
-from sinkwindow_lab.progress import Reporter, Silent
+from sinkwindow_lab.progress import Reporter
 from sinkwindow_lab.records import BosPolicy
 from sinkwindow_lab.store import Store, code_version
 from sinkwindow_lab.ways.configurations import Configuration
@@ -32,7 +32,7 @@ class Bench:
     corpora: Sequence[Corpus]
     bos: BosPolicy = "none"
     store: Store = field(default_factory=Store)
-    reporter: Reporter = field(default_factory=Silent)
+    reporter: Reporter = field(default_factory=Reporter)
     texts: dict[tuple[str, int], tokens.TokenText] = field(default_factory=dict, init=False)
     # By configuration and corpus, then by number of tokens.
     _announced: defaultdict[tuple[Configuration, str], dict[int, tokens.TokenText]] = field(

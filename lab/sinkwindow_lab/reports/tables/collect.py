@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.models import LoadedModel
-from sinkwindow_lab.progress import Reporter, Silent
+from sinkwindow_lab.progress import Reporter
 from sinkwindow_lab.records import BosPolicy, Report
 from sinkwindow_lab.reports.tables import recall
 from sinkwindow_lab.reports.tables.bench import Bench
@@ -30,22 +30,12 @@ def collect(
     parts: Sequence[str] = PARTS,
     bos: BosPolicy = "none",
     store: Store | None = None,
-    progress: Callable[[int], AbstractContextManager[Reporter]] = lambda _: nullcontext(Silent()),
+    progress: Callable[[int], AbstractContextManager[Reporter]] = lambda _: nullcontext(Reporter()),
 ) -> Report:
     """Measure everything that the tables show.
 
-    Args:
-        loaded: The model.
-        corpora: One PPL column each; the first one also gives the prompts.
-        configurations: The rows of the experiments.
-        plan: How much is measured.
-        parts: Some of `PARTS`.
-        bos: Whether BOS is added in front of each text.
-        store: Of finished measurements.
-        progress: Gets the number of measurements; returns what is told about them.
-
-    Raises:
-        LabError: If a text is too short or a configuration does not fit the model.
+    The corpora give one PPL column each, and the first one also gives the prompts; `configurations` are the rows of the
+    experiments, `parts` some of `PARTS`. `progress` gets the number of measurements and returns what is told of them.
     """
     begun = time.perf_counter()
     bench = Bench(loaded, corpora, bos, store or Store())

@@ -184,7 +184,7 @@ def _recall(bench: Bench, plan: Plan) -> Iterator[Job]:
     for way in map(parse, plan.recall):
 
         def run(way: Configuration = way) -> list[Measurement]:
-            code = code_version("reports.tables.recall", "reports.tables.lines", *TIMED)
+            code = code_version("reports.tables.recall", *TIMED)
             key = {**bench.origin, "way": described(way), "text": texts, "code": code}
             return bench.store.measurements(f"recall-{way.name}", key, lambda: recall.ask(bench, way, pages))
 

@@ -122,11 +122,7 @@ QUICK = Plan(
 
 
 def chosen_parts(names: str | None) -> tuple[str, ...]:
-    """Parse the option `--only`: names separated by commas, None for everything. Return the parts in page order.
-
-    Raises:
-        LabError: If a name is unknown or there is none.
-    """
+    """Parse the option `--only`: names separated by commas, None for everything. Return the parts in page order."""
     if names is None:
         return PARTS
     wanted = [name.strip() for name in names.split(",") if name.strip()]

@@ -3,20 +3,106 @@
 The right answer is fed after every question, as StreamEval does. An answer counts if each of its tokens was the model's
 first choice: exactly when greedy decoding would have given it to the last digit. So one pass over the text in long
 calls asks all questions.
+
+The text is modeled on StreamEval, whose data was never published. There every line is a fact; a model as small as the
+embedded one confuses so many, so ordinary lines are between them. Every fact is asked for once, so the distance to its
+only mention is known.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure.perplexity import BLOCK
 from sinkwindow_lab.records import Measurement, measured
 from sinkwindow_lab.reports.tables.bench import Bench
-from sinkwindow_lab.reports.tables.lines import Answer, Lines, in_tokens, make_lines
 from sinkwindow_lab.ways.configurations import Configuration, open_session
+
+THINGS = (
+    "apple", "arrow", "basket", "bell", "bird", "boat", "bottle", "bridge", "candle", "chair", "clock", "cloud",
+    "coat", "door", "drum", "flag", "flower", "garden", "glass", "hammer", "horse", "house", "island", "key",
+    "kite", "ladder", "lamp", "letter", "lion", "mirror", "mountain", "needle", "paper", "pencil", "piano", "ring",
+    "river", "shoe", "spoon", "stone", "table", "tiger", "tower", "train", "tree", "wagon", "wheel", "window",
+)  # fmt: skip
+DIGITS = 3
+APART = 2  # ordinary lines between a question and the next fact
+
+
+@dataclass(frozen=True)
+class Question:
+    """The places of a fact and its answer in the text [characters]."""
+
+    lines_back: int  # ordinary lines between the fact and the question [lines]
+    fact_end: int  # where the fact ends
+    start: int  # where the answer starts, its leading space included
+    end: int  # where it ends
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A text with its questions."""
+
+    text: str
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question in tokens."""
+
+    lines_back: int  # ordinary lines between the fact and the question [lines]
+    tokens_back: int  # from the fact's last token to the answer's first one [tokens]
+    places: tuple[int, ...]  # indices of the answer's tokens
+
+
+def make_lines(filler: Sequence[str], distances: Sequence[int], *, seed: int) -> Lines:
+    """Create one text with a fact and its question for each distance, in an order chosen by the seed.
+
+    `filler` are ordinary lines, enough for all distances, taken from a place chosen by the seed. `distances` count the
+    ordinary lines between a fact and its question.
+    """
+    needed = sum(distances) + APART * len(distances)
+    if len(filler) < needed or not 0 < len(distances) <= len(THINGS):
+        raise LabError(
+            f"recall over {len(distances)} distances needs {needed} lines of text and has {len(filler)}, "
+            f"and 1 to {len(THINGS)} distances: give a longer text with lines"
+        )
+    chance = random.Random(seed)  # noqa: S311 - names and numbers, no secrets
+    first = chance.randrange(len(filler) - needed + 1)
+    rest = iter(filler[first : first + needed])
+    text, questions = "", []
+    for name, distance in zip(
+        chance.sample(THINGS, len(distances)), chance.sample(distances, len(distances)), strict=True
+    ):
+        fact = f"The number of the {name} is"
+        number = f" {chance.randrange(10**DIGITS):0{DIGITS}d}"
+        text += "".join(f"{next(rest)}\n" for _ in range(APART)) + fact + number
+        fact_end = len(text)
+        text += ".\n" + "".join(f"{next(rest)}\n" for _ in range(distance)) + fact
+        questions.append(Question(distance, fact_end, len(text), len(text) + len(number)))
+        text += number + ".\n"
+    return Lines(text, tuple(questions))
+
+
+def in_tokens(lines: Lines, tokenizer: Any) -> tuple[list[int], list[Answer]]:
+    """Tokenize a text with a fast tokenizer; return all token ids, and the answers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise LabError(f"recall needs a fast tokenizer, {type(tokenizer).__name__} has no offsets")
+    found = tokenizer(lines.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return found["input_ids"], [_answer(found["offset_mapping"], one) for one in lines.questions]
+
+
+def _answer(spans: Sequence[tuple[int, int]], question: Question) -> Answer:
+    """Return the tokens that overlap the answer: some tokenizers merge the period into the number's last one."""
+    places = tuple(index for index, (start, end) in enumerate(spans) if end > question.start and start < question.end)
+    fact = max(index for index, (start, _) in enumerate(spans) if start < question.fact_end)
+    return Answer(question.lines_back, places[0] - fact, places)
 
 
 @dataclass(frozen=True)
@@ -32,9 +118,6 @@ def pages(bench: Bench, seeds: Sequence[int], distances: Sequence[int]) -> list[
     """Make a text per seed; the first text of the bench gives the ordinary lines.
 
     `distances` count those between a fact and its question.
-
-    Raises:
-        LabError: If the text has too few lines, or the tokenizer has no offsets.
     """
     filler = [line.strip() for line in bench.corpora[0].text.splitlines() if line.strip()]
     made = [make_lines(filler, distances, seed=seed) for seed in seeds]
