@@ -89,6 +89,7 @@ def tiny_bench(store: Store | None = None) -> Bench:
 
 TINY = Plan(
     experiments=(Experiment("experiment 1", 40, 12, 6), Experiment("experiment 2", 60, 12, 15)),
+    speed_places=None,
     probes=2,
     recompute_tokens=4,
     mistakes=Readings(("baseline", "streaming_2_6_3", "stale_ranks_2_6_3", "call_2_6"), 50),

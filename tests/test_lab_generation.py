@@ -169,7 +169,7 @@ def test_a_failed_generation_removes_its_hooks() -> None:
 
 def test_generation_figures() -> None:
     """TPOT leaves the first token out; throughput counts all tokens over all time."""
-    made = generation.Generation("baseline", [9000.0, 1000.0, 2000.0], [250.0, 500.0], 7, 1_000_000, 1, 550_000_000)
+    made = generation.Generation("baseline", 3, [9000.0, 1000.0, 2000.0], [250.0, 500.0], 7, 1_000_000, 1, 550_000_000)
     assert made.total_s == 2.75
     shown = {one.metric: (one.at, one.unit, one.samples) for one in made.measurements("experiment 1", "tiny")}
     assert shown["TTFT"] == (3, "s", [9.0, 1.0, 2.0])
@@ -201,6 +201,39 @@ def test_a_short_generation_is_the_start_of_a_long_one() -> None:
         assert (found.kept_tokens, found.evictions) == (expected.kept_tokens, expected.evictions)
         assert (found.cache_bytes, found.peak_bytes) == (expected.cache_bytes, expected.peak_bytes)
     assert long.evictions > short.evictions
+
+
+@pytest.mark.parametrize(("count", "places"), [(10, None), (260, 4), (261, 4), (984, 4), (1000, 4), (66, 1)])
+def test_timed_steps_are_spread_evenly(count: int, places: int | None) -> None:
+    """Every step is either timed or read; the runs that are timed are whole cycles, in the middle of equal parts."""
+    runs = generation.turns(count, places)
+    assert sum(map(sum, runs)) == count
+    timed = [length for _, length in runs if length]
+    if places is None or count <= places * generation.TURN:
+        assert timed == [count]
+        return
+    assert timed == [generation.TURN] * places
+    centers = [sum(map(sum, runs[:number])) + skipped + generation.TURN / 2 for number, (skipped, _) in enumerate(runs)]
+    assert centers[:places] == pytest.approx([count * (2 * place + 1) / (2 * places) for place in range(places)], abs=2)
+
+
+def test_what_is_not_timed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generation that is timed in places ends where one that is timed throughout does; its time is that of all."""
+    monkeypatch.setattr(generation, "TURN", 6)
+    row, prompt, told = parse("streaming_2_6_3"), random_ids(7), list[str]()
+    (sampled,) = generation.generate([row], tiny_model(), prompt, [(9, 60)], places=2, on_token=told.append)
+    (whole,) = generation.generate([row], tiny_model(), prompt, [(9, 60)])
+    assert [len(one.tpot_ms) for one in sampled] == [8, 8 + 12]
+    assert len(told) == generation.timed_steps([(9, 60)], 2) == 20
+    for one, other in zip(sampled, whole, strict=True):
+        assert (one.new_tokens, one.kept_tokens, one.evictions) == (
+            other.new_tokens,
+            other.kept_tokens,
+            other.evictions,
+        )
+        assert (one.cache_bytes, one.peak_bytes) == (other.cache_bytes, other.peak_bytes)
+    mean = sum(sampled[1].tpot_ms) / 20
+    assert sampled[1].total_s == pytest.approx((sorted(sampled[1].ttft_ms)[2] + 59 * mean) / 1e3)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -259,7 +292,7 @@ def test_a_device_that_cannot_be_measured_gives_no_number() -> None:
     """None of its tensors would be counted, which would look like little memory."""
     prompt = torch.zeros((1, 3), dtype=torch.long, device="meta")
     assert memory.generation_peaks(parse("baseline"), tiny_model(), prompt, (2, 5)) == [None, None]
-    made = generation.Generation("baseline", [1.0], [1.0], 7, 8, 1, None)
+    made = generation.Generation("baseline", 2, [1.0], [1.0], 7, 8, 1, None)
     assert "peak memory" not in {one.metric for one in made.measurements("p", "s")}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,22 +19,24 @@ from transformers import PreTrainedModel
 
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure.clock import Clock, Side, interleave
-from sinkwindow_lab.measure.memory import generation_peaks, weight_bytes
+from sinkwindow_lab.measure.memory import generation_peaks, read_on, weight_bytes
 from sinkwindow_lab.records import Measurement, measured
 from sinkwindow_lab.ways.configurations import Configuration, open_session
 
 WARM_UP_TOKENS = 4  # decode steps before anything is timed: threads start, kernels are chosen, weights are paged in
+TURN = 65  # consecutive timed steps: one eviction of the default buffer, B + 1 [tokens]
 PROMPTS = 5  # times that each configuration reads the prompt
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation: `ttft_ms` has a sample per reading of the prompt, `tpot_ms` one per token after the first.
+    """One generation: `ttft_ms` has a sample per reading of the prompt, `tpot_ms` one per timed token after the first.
 
     `peak_bytes` counts the weights and the most that its own tensors take at once; None if the device reports neither.
     """
 
     configuration: str
+    new_tokens: int
     ttft_ms: list[float]
     tpot_ms: list[float]
     kept_tokens: int
@@ -44,24 +46,23 @@ class Generation:
 
     @property
     def total_s(self) -> float:
-        """Time of the prefill and of all tokens, as if they had followed each other directly [s]."""
-        return (statistics.median(self.ttft_ms) + sum(self.tpot_ms)) / 1e3
+        """Time of the prefill, and of all tokens after the first at the mean TPOT [s]."""
+        return (statistics.median(self.ttft_ms) + statistics.fmean(self.tpot_ms) * (self.new_tokens - 1)) / 1e3
 
     def measurements(self, part: str, subject: str) -> list[Measurement]:
         """Return every number as a measurement of a part, at the number of new tokens."""
-        new_tokens = len(self.tpot_ms) + 1
         figures: dict[str, tuple[str, list[float]]] = {
             "TTFT": ("s", [one / 1e3 for one in self.ttft_ms]),
             "TPOT": ("ms", self.tpot_ms),
             "total": ("s", [self.total_s]),
-            "throughput": ("tok/s", [new_tokens / self.total_s]),
+            "throughput": ("tok/s", [self.new_tokens / self.total_s]),
             "kept": ("tokens", [self.kept_tokens]),
             "cache": ("bytes", [self.cache_bytes]),
             "evictions": ("", [self.evictions]),
         }
         if self.peak_bytes is not None:
             figures["peak memory"] = ("bytes", [self.peak_bytes])
-        return measured(part, subject, self.configuration, new_tokens, figures)
+        return measured(part, subject, self.configuration, self.new_tokens, figures)
 
 
 def rounds_of(generations: Sequence[Generation]) -> list[Measurement]:
@@ -95,19 +96,40 @@ class _Run:
         self._token = self.session.feed(self._token, last_only=True).argmax(dim=-1)
 
 
+def turns(count: int, places: int | None) -> list[tuple[int, int]]:
+    """Split `count` steps into runs: how many are not timed before each, and how many are.
+
+    With `places`, so many runs of `TURN` steps are timed, spread evenly; the rest of the last one is not timed.
+    """
+    if places is None or count <= places * TURN:
+        return [(0, count)]
+    starts = [count * place // places + (count // places - TURN) // 2 for place in range(places)]
+    ends = [0, *(start + TURN for start in starts)]
+    return [*((start - end, TURN) for start, end in zip(starts, ends, strict=False)), (count - ends[-1], 0)]
+
+
+def timed_steps(stages: Sequence[Sequence[int]], places: int | None) -> int:
+    """Return how many steps `generate` times, of all configurations."""
+    bounds = list(itertools.pairwise([1, *sorted({one for own in stages for one in own})]))
+    counts = {stage: sum(count for _, count in turns(stage - before, places)) for before, stage in bounds}
+    return sum(count for own in stages for stage, count in counts.items() if stage <= own[-1])
+
+
 def generate(
     configurations: Sequence[Configuration],
     model: PreTrainedModel,
     prompt: torch.Tensor,
     stages: Sequence[Sequence[int]],
     *,
+    places: int | None = None,
     clock: Clock | None = None,
     on_token: Callable[[str], object] | None = None,
 ) -> list[list[Generation]]:
     """Generate with each configuration in turns; return for each a generation per stage, as if it had ended there.
 
     Memory is counted in another generation, which is not timed. `prompt` is [1, tokens]. `stages` are ascending numbers
-    of new tokens for each configuration; the end-of-text token stops none.
+    of new tokens for each configuration; the end-of-text token stops none. With `places`, so many runs of `TURN` steps
+    are timed up to each number; between them the prompt is read again, which takes the cache as far.
     """
     shortest = min(min(own) for own in stages)
     if shortest < 2:  # noqa: PLR2004 - see above
@@ -116,6 +138,7 @@ def generate(
     runs: dict[str, _Run] = {}
     wanted = {one.name: own for one, own in zip(configurations, stages, strict=True)}
     facts: dict[tuple[str, int], tuple[int, int, int]] = {}
+    timed_until: dict[tuple[str, int], int] = {}
     steps: dict[str, list[float]] = {one.name: [] for one in configurations}
     with ExitStack() as stack:
         for one in configurations:
@@ -126,20 +149,39 @@ def generate(
         sides = {name: Side(run.feed, ready=run.restart) for name, run in runs.items()}
         prompts = interleave(sides, PROMPTS, model.device, warm_up=0, clock=clock)
         for before, stage in itertools.pairwise([1, *sorted({one for own in stages for one in own})]):
-            sides = {name: Side(run.feed) for name, run in runs.items() if wanted[name][-1] >= stage}
-            found = interleave(sides, stage - before, model.device, warm_up=0, clock=clock, on_sample=on_token)
-            for name, timed in found.items():
-                steps[name] += timed.ms
-                session = runs[name].session
-                facts[name, stage] = session.kept_tokens, session.cache_bytes, session.evictions
+            going = {name: run for name, run in runs.items() if wanted[name][-1] >= stage}
+            for untimed, count in turns(stage - before, places):
+                for name, ms in _go_on(going, prompt, untimed, count, clock, on_token).items():
+                    steps[name] += ms
+            for name, run in going.items():
+                facts[name, stage] = run.session.kept_tokens, run.session.cache_bytes, run.session.evictions
+                timed_until[name, stage] = len(steps[name])
     generations = []
     for one, own in zip(configurations, stages, strict=True):
         peaks = generation_peaks(one, model, prompt, own)
-        weights, times = weight_bytes(model), (prompts[one.name].ms, steps[one.name])
-        generations.append(
-            [
-                Generation(one.name, times[0], times[1][: stage - 1], *facts[one.name, stage], peak and weights + peak)
-                for stage, peak in zip(own, peaks, strict=True)
-            ]
-        )
+        found_here = []
+        for stage, peak in zip(own, peaks, strict=True):
+            times = prompts[one.name].ms, steps[one.name][: timed_until[one.name, stage]]
+            most = None if peak is None else weight_bytes(model) + peak
+            found_here.append(Generation(one.name, stage, *times, *facts[one.name, stage], most))
+        generations.append(found_here)
     return generations
+
+
+def _go_on(
+    runs: Mapping[str, _Run],
+    prompt: torch.Tensor,
+    untimed: int,
+    count: int,
+    clock: Clock | None,
+    on_token: Callable[[str], object] | None,
+) -> dict[str, list[float]]:
+    """Read some tokens, then generate `count` in turns; return the times of these [ms]."""
+    warm_up = 1 if untimed and count else 0  # the step after a long call warms the caches of the CPU
+    for run in runs.values():
+        read_on(run.session, prompt, untimed - warm_up)
+    if not count:
+        return {}
+    sides = {name: Side(run.feed) for name, run in runs.items()}
+    found = interleave(sides, count, prompt.device, warm_up=warm_up, clock=clock, on_sample=on_token)
+    return {name: one.ms for name, one in found.items()}

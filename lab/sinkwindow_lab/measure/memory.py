@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.ways.sessions import Session
 
 COUNTED = ("cpu", "cuda")  # devices that report their memory
 PIECE = "sinkwindow: piece {}"  # name of a piece of work in the profiler
@@ -87,11 +88,6 @@ def generation_peaks(
         return [None] * len(stages)
     session, seen = open_session(configuration, model), prompt.shape[1]
 
-    def read_on(count: int) -> None:
-        step = min(FEED, prompt.shape[1])
-        for start in range(0, count, step):
-            session.read(prompt[:, : min(step, count - start)])
-
     def take(steps: int) -> None:
         for _ in range(steps):
             session.feed(prompt[:, :1], last_only=True)
@@ -100,7 +96,7 @@ def generation_peaks(
     for stage in stages:
         end = prompt.shape[1] + stage - 1  # the last token is not fed
         steps = min(_cycle(configuration), end - seen)
-        pieces += [partial(read_on, end - steps - seen), partial(take, steps)]
+        pieces += [partial(read_on, session, prompt, end - steps - seen), partial(take, steps)]
         seen = end
     try:
         first, *peaks = tensor_peaks(prompt.device, pieces)
@@ -109,6 +105,13 @@ def generation_peaks(
     highest = itertools.accumulate([first, *peaks[1::2]], max)  # the long calls are not part of the generation
     found: list[int | None] = [*highest]
     return found[1:]
+
+
+def read_on(session: Session, text: torch.Tensor, count: int) -> None:
+    """Feed some more tokens in long calls, which leave the cache as single tokens would; `text` is fed repeatedly."""
+    step = min(FEED, text.shape[1])
+    for start in range(0, count, step):
+        session.read(text[:, : min(step, count - start)])
 
 
 def _cycle(configuration: Configuration) -> int:

@@ -87,15 +87,21 @@ def _timings(
         count = experiment.generated_tokens
         return min(plan.recompute_tokens, count) if way.kind == "recompute" else count
 
+    stages = [sorted({new_tokens(way, one) for one in experiments}) for way in rows]
+
     def generate() -> list[Measurement]:
         prompt = bench.text(corpus, prompt_tokens)
-        stages = [sorted({new_tokens(way, one) for one in experiments}) for way in rows]
 
         def measure() -> list[Measurement]:
             found = generation.generate(
-                rows, loaded.model, prompt.ids, stages, on_token=lambda _: bench.reporter.advance()
+                rows,
+                loaded.model,
+                prompt.ids,
+                stages,
+                places=plan.speed_places,
+                on_token=lambda _: bench.reporter.advance(),
             )
-            known = {(way, len(one.tpot_ms) + 1): one for way, own in zip(rows, found, strict=True) for one in own}
+            known = {(way, one.new_tokens): one for way, own in zip(rows, found, strict=True) for one in own}
             return [
                 number
                 for experiment in experiments
@@ -104,8 +110,9 @@ def _timings(
             ]
 
         code = code_version("measure.generation", "measure.memory", *TIMED)
-        names = [one.name for one in experiments]
+        names = [(one.name, one.generated_tokens) for one in experiments]
         whole = {**key, "code": code, "prompt": prompt.sha256, "stages": stages, "names": names}
+        whole["places"] = plan.speed_places
         return bench.store.measurements("speed", whole, measure)
 
     def attend() -> list[Measurement]:
@@ -133,7 +140,7 @@ def _timings(
             if number.at is not None and number.at < prompt_tokens + experiment.generated_tokens
         ]
 
-    total = sum(max(new_tokens(way, one) for one in experiments) - 1 for way in rows)
+    total = generation.timed_steps(stages, plan.speed_places)
     yield Job("speed, in turns", lambda: total, tuple(rows), generate)
     probed = sum(len(attention_time.places(prompt_tokens, longest, count)) for count in probes)
     yield Job("attention, in turns", lambda: attention_time.STEPS * probed, tuple(rows), attend)

@@ -16,9 +16,10 @@ from sinkwindow_lab.reports.tables import studies_page
 FACTS = ("Total Time (s)", "Avg Attn (ms)", "TTFT (s)", "TPOT (ms)", "Throughput (tok/s)", "Peak Mem (GB)")
 WORDS = (
     "**PPL**: exp of the mean loss over all targets, each scored once, the text read once from its start.",
-    "**Total Time**: prefill and generation. **Throughput**: new tokens over that time.",
+    "**Total Time**: prefill, and the mean TPOT for each token after the first. **Throughput**: new tokens over it.",
     "**Avg Attn**: cache work plus attention of one token, all layers, averaged over a generation of its own.",
     "**TTFT**: prefill and the first token; **TPOT**: one token after it. Medians, quartiles in brackets.",
+    "TPOT is sampled in runs of steps spread evenly over a generation, each as long as from one eviction to the next.",
     "Rows read their prompts and generate in turns, a token each: a slow minute affects all of them equally.",
     f"**{NOT_MEASURED}**: not measured. The speed of a mistake is of no interest, re-computation is slow to score.",
     "Generations from one prompt are one: a shorter one is the start of a longer one.",
@@ -118,7 +119,7 @@ def _score_table(own: pd.DataFrame, ways: dict[str, ConfigurationRecord]) -> str
 
 
 def _speed_table(own: pd.DataFrame, ways: dict[str, ConfigurationRecord]) -> str:
-    header = ("Configuration", "Prompts", "Steps", "Mean step (ms)", "Cache (MB)", "Kept", "Evictions")
+    header = ("Configuration", "Prompts", "Timed steps", "Mean step (ms)", "Cache (MB)", "Kept", "Evictions")
     samples = own.set_index(["configuration", "metric", "at"]).samples
     rows = []
     for (way, _, new_tokens), found in _groups(own, ways, "TPOT"):
