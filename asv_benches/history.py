@@ -55,8 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--machine", default=platform.node(), help="name under which the numbers are saved")
     options, more = parser.parse_known_args(arguments)
     subprocess.run(["asv", "machine", "--yes", "--machine", options.machine], check=True)
-    file = RESULTS / "unmeasured.json"
-    reasons: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file = RESULTS / "unmeasured.txt"  # asv would take a .json file for results
+    known = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    reasons = dict(line.split("\t", 1) for line in known)
     rows: list[list[str]] = []
     left = options.count
     for commit, date, subject in commits(FARTHEST * options.count):
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = numbers(options.machine, commit)
             if not found:
                 reasons[commit] = reason
-                file.write_text(json.dumps(reasons, indent=1), encoding="utf-8")
+                file.write_text("".join(f"{one}\t{why}\n" for one, why in reasons.items()), encoding="utf-8")
         rows.append([f"`{commit[:8]}`", date, name(subject), str(found) if found else f"none: {name(reasons[commit])}"])
         left -= bool(found)
         if not left:

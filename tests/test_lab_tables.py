@@ -326,6 +326,14 @@ def test_a_report_is_unchanged_by_its_json(tmp_path: Path) -> None:
     assert Report.model_validate_json(output.as_json(nothing)) == nothing
 
 
+def test_the_kept_page_is_that_of_its_measurements() -> None:
+    """The page in `docs/results` is made from the JSON beside it, by the renderer of today."""
+    folder = Path(__file__).resolve().parent.parent / "docs" / "results"
+    made = page(output.read_report(folder / "paper_tables.json"))
+    assert made.markdown == (folder / "paper_tables.md").read_text(encoding="utf-8")
+    assert set(made.figures) == {path.stem for path in (folder / "figures").glob("*.svg")}
+
+
 def test_quick_and_full_are_the_experiments_of_the_original_reproduction() -> None:
     """PPL over 1,000 and 2,000 tokens, prompt 500, generation 1,000 and 2,000; quick has the same rows and prompts."""
     lengths = [(one.perplexity_tokens, one.prompt_tokens, one.generated_tokens) for one in plan.FULL.experiments]
