@@ -169,14 +169,16 @@ def test_a_failed_generation_removes_its_hooks() -> None:
 
 def test_generation_figures() -> None:
     """TPOT leaves the first token out; throughput counts all tokens over all time."""
-    made = generation.Generation("baseline", 3, [9000.0, 1000.0, 2000.0], [250.0, 500.0], 7, 1_000_000, 1, 550_000_000)
+    made = generation.Generation(
+        "baseline", 3, [9000.0, 1000.0, 2000.0], [250.0, 500.0], 750.0, 7, 1_000_000, 1, 550_000_000
+    )
     assert made.total_s == 2.75
     shown = {one.metric: (one.at, one.unit, one.samples) for one in made.measurements("experiment 1", "tiny")}
     assert shown["TTFT"] == (3, "s", [9.0, 1.0, 2.0])
     assert shown["TPOT"] == (3, "ms", [250.0, 500.0])
     assert shown["throughput"] == (3, "tok/s", [3 / 2.75])
     assert shown["peak memory"] == (3, "bytes", [550_000_000])
-    several = {one.metric: one.samples for one in generation.rounds_of([made, made])}
+    several = {one.metric: one.samples for one in generation.rounds_of([made, made], "tiny")}
     assert several["TPOT"] == [250.0, 500.0] * 2
     assert several["total"] == [2.75, 2.75]
 
@@ -232,8 +234,27 @@ def test_what_is_not_timed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
             other.evictions,
         )
         assert (one.cache_bytes, one.peak_bytes) == (other.cache_bytes, other.peak_bytes)
-    mean = sum(sampled[1].tpot_ms) / 20
-    assert sampled[1].total_s == pytest.approx((sorted(sampled[1].ttft_ms)[2] + 59 * mean) / 1e3)
+
+
+def test_times_of_parts_count_by_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of which every step is timed weighs no more than one that is sampled: the sum is that of all steps."""
+    monkeypatch.setattr(generation, "TURN", 4)
+    monkeypatch.setattr(generation, "generation_peaks", lambda *arguments: [None] * len(arguments[-1]))
+    monkeypatch.setattr(generation, "PROMPTS", 1)
+    time, feed = FakeTime(), Session.feed
+
+    def slower(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
+        time.now += self.kept_tokens / 1e3  # a step takes as many milliseconds as there are tokens
+        return feed(self, ids, last_only=last_only)
+
+    monkeypatch.setattr(Session, "feed", slower)
+    stages = [(9, 201), (9,)]
+    rows = [parse("baseline"), parse("streaming_2_6_3")]
+    found, _ = generation.generate(rows, tiny_model(), random_ids(7), stages, places=3, clock=time.clock())
+    for one in found:
+        steps = range(7, 7 + one.new_tokens - 1)
+        assert one.decode_ms == pytest.approx(sum(steps), rel=0.02)
+    assert sum(found[1].tpot_ms) / len(found[1].tpot_ms) * 200 < 0.85 * sum(range(7, 207)), "the plain mean is too low"
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -292,7 +313,7 @@ def test_a_device_that_cannot_be_measured_gives_no_number() -> None:
     """None of its tensors would be counted, which would look like little memory."""
     prompt = torch.zeros((1, 3), dtype=torch.long, device="meta")
     assert memory.generation_peaks(parse("baseline"), tiny_model(), prompt, (2, 5)) == [None, None]
-    made = generation.Generation("baseline", 2, [1.0], [1.0], 7, 8, 1, None)
+    made = generation.Generation("baseline", 2, [1.0], [1.0], 1.0, 7, 8, 1, None)
     assert "peak memory" not in {one.metric for one in made.measurements("p", "s")}
 
 

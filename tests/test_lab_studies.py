@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.reports.output import as_json, read_report
 from sinkwindow_lab.reports.tables import collect, plan, recall, steps, where
 from sinkwindow_lab.reports.tables.jobs import jobs
+from sinkwindow_lab.reports.tables.page import page
 from sinkwindow_lab.ways.configurations import parse, parse_list
 from sinkwindow_lab.ways.sessions import Session
 
@@ -136,6 +138,24 @@ def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.Monkey
     keeper = store.Store(tmp_path)
     report = collected(parts=("sinks",), keeper=keeper)
     assert (keeper.reused, len(found(report, "sinks", "PPL"))) == (2, 4)
+
+
+@pytest.mark.parametrize("part", plan.PARTS)
+def test_each_part_alone_has_a_page(part: str) -> None:
+    """Also with texts of any number and any name, and where the only distance is that of what never occurred."""
+    corpora = [Corpus(f"_{name}", (text_of_lines(60),), "test") for name in "abcdefg"]
+    small = dataclasses.replace(TINY, where=plan.Readings(("streaming_4_12_0",), 21))
+    report = collect.collect(loaded_tiny(), corpora, parse_list("baseline,stale_ranks_2_6_3"), small, parts=(part,))
+    assert "| never |" in page(report).markdown or part != "where"
+
+
+def test_another_text_is_another_recall(tmp_path: Path) -> None:
+    """What was answered in other tokens, or in a text of another name, is not used again."""
+    for name, count, reused in (("a", 60, 0), ("a", 60, 2), ("b", 60, 0), ("a", 70, 0)):
+        keeper, corpora = store.Store(tmp_path), [Corpus(name, (text_of_lines(count),), "test")]
+        report = collect.collect(loaded_tiny(), corpora, [], TINY, parts=("recall",), store=keeper)
+        assert {one.subject for one in report.measurements} == {name}
+        assert keeper.reused == reused
 
 
 def test_the_number_of_jobs_is_known_before() -> None:

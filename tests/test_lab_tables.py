@@ -49,9 +49,9 @@ def generation(configuration: str, steps: list[float]) -> list[Measurement]:
         "TPOT": ("ms", steps),
         "total": ("s", [total]),
         "throughput": ("tok/s", [(len(steps) + 1) / total]),
-        "kept": ("tokens", [7]),
-        "cache": ("bytes", [1_000_000]),
-        "evictions": ("", [1]),
+        "generation: kept": ("tokens", [7]),
+        "generation: cache": ("bytes", [1_000_000]),
+        "generation: evictions": ("", [1]),
         "peak memory": ("bytes", [550_000_000]),
     }
     return measured("experiment 1", "a-model", configuration, len(steps) + 1, figures)

@@ -181,17 +181,17 @@ def speed(
         raise LabError(f"rounds={rounds} must be 1 or more")
     text = corpora.load_corpus(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype)
-    ids = encode(text, loaded.tokenizer, tokens=prompt).ids
+    ids = encode(text, loaded.tokenizer, tokens=prompt)
     made = []
     with Bars(rounds) as bars:
         for _ in range(rounds):
             bars.begin("speed, in turns", (tokens - 1) * len(rows))
             stages = [[tokens]] * len(rows)
-            made.append(generate(rows, loaded.model, ids, stages, on_token=lambda _: bars.advance()))
-    found = [rounds_of([one[row][0] for one in made]) for row in range(len(rows))]
+            made.append(generate(rows, loaded.model, ids.ids, stages, on_token=lambda _: bars.advance()))
+    found = [rounds_of([one[row][0] for one in made], loaded.record.name) for row in range(len(rows))]
     if as_json:
         measurements = [one.model_dump() for own in found for one in own]
-        typer.echo(_as_json({"result": measurements}, text, loaded))
+        typer.echo(_as_json({"result": measurements, "text": ids.record().model_dump()}, text, loaded))
         return
     for own in found:
         shown = {one.metric: one.samples for one in own}

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = 4
 BosPolicy = Literal["none", "add"]
 Documents = Literal["concat", "apart"]
 
@@ -141,7 +140,7 @@ def measured(
 class Report(Record):
     """One run: the machine, the inputs, the plan and the results."""
 
-    schema_version: int = SCHEMA
+    schema_version: Literal[4] = 4
     kind: Literal["tables", "speed", "gpu"]
     quick: bool
     plan: dict[str, Any]

@@ -32,13 +32,15 @@ PROMPTS = 5  # times that each configuration reads the prompt
 class Generation:
     """One generation: `ttft_ms` has a sample per reading of the prompt, `tpot_ms` one per timed token after the first.
 
-    `peak_bytes` counts the weights and the most that its own tensors take at once; None if the device reports neither.
+    `decode_ms` is the time of all tokens after the first, also of those that are not timed. `peak_bytes` counts the
+    weights and the most that its own tensors take at once; None if the device reports neither.
     """
 
     configuration: str
     new_tokens: int
     ttft_ms: list[float]
     tpot_ms: list[float]
+    decode_ms: float
     kept_tokens: int
     cache_bytes: int
     evictions: int
@@ -46,8 +48,8 @@ class Generation:
 
     @property
     def total_s(self) -> float:
-        """Time of the prefill, and of all tokens after the first at the mean TPOT [s]."""
-        return (statistics.median(self.ttft_ms) + statistics.fmean(self.tpot_ms) * (self.new_tokens - 1)) / 1e3
+        """Time of the prefill and of all tokens [s]."""
+        return (statistics.median(self.ttft_ms) + self.decode_ms) / 1e3
 
     def measurements(self, part: str, subject: str) -> list[Measurement]:
         """Return every number as a measurement of a part, at the number of new tokens."""
@@ -56,18 +58,18 @@ class Generation:
             "TPOT": ("ms", self.tpot_ms),
             "total": ("s", [self.total_s]),
             "throughput": ("tok/s", [self.new_tokens / self.total_s]),
-            "kept": ("tokens", [self.kept_tokens]),
-            "cache": ("bytes", [self.cache_bytes]),
-            "evictions": ("", [self.evictions]),
+            "generation: kept": ("tokens", [self.kept_tokens]),
+            "generation: cache": ("bytes", [self.cache_bytes]),
+            "generation: evictions": ("", [self.evictions]),
         }
         if self.peak_bytes is not None:
             figures["peak memory"] = ("bytes", [self.peak_bytes])
         return measured(part, subject, self.configuration, self.new_tokens, figures)
 
 
-def rounds_of(generations: Sequence[Generation]) -> list[Measurement]:
+def rounds_of(generations: Sequence[Generation], subject: str) -> list[Measurement]:
     """Return the measurements of the same generation done several times, their samples together."""
-    rounds = [one.measurements("speed", "") for one in generations]
+    rounds = [one.measurements("speed", subject) for one in generations]
     return [
         same[0].model_copy(update={"samples": [sample for one in same for sample in one.samples]})
         for same in zip(*rounds, strict=True)
@@ -139,6 +141,7 @@ def generate(
     wanted = {one.name: own for one, own in zip(configurations, stages, strict=True)}
     facts: dict[tuple[str, int], tuple[int, int, int]] = {}
     timed_until: dict[tuple[str, int], int] = {}
+    decode_ms: dict[tuple[str, int], float] = {}
     steps: dict[str, list[float]] = {one.name: [] for one in configurations}
     with ExitStack() as stack:
         for one in configurations:
@@ -150,18 +153,21 @@ def generate(
         prompts = interleave(sides, PROMPTS, model.device, warm_up=0, clock=clock)
         for before, stage in itertools.pairwise([1, *sorted({one for own in stages for one in own})]):
             going = {name: run for name, run in runs.items() if wanted[name][-1] >= stage}
+            known = {name: len(steps[name]) for name in going}
             for untimed, count in turns(stage - before, places):
                 for name, ms in _go_on(going, prompt, untimed, count, clock, on_token).items():
                     steps[name] += ms
             for name, run in going.items():
                 facts[name, stage] = run.session.kept_tokens, run.session.cache_bytes, run.session.evictions
                 timed_until[name, stage] = len(steps[name])
+                mean = statistics.fmean(steps[name][known[name] :])  # each part of a generation by its own steps
+                decode_ms[name, stage] = decode_ms.get((name, before), 0.0) + mean * (stage - before)
     generations = []
     for one, own in zip(configurations, stages, strict=True):
         peaks = generation_peaks(one, model, prompt, own)
         found_here = []
         for stage, peak in zip(own, peaks, strict=True):
-            times = prompts[one.name].ms, steps[one.name][: timed_until[one.name, stage]]
+            times = prompts[one.name].ms, steps[one.name][: timed_until[one.name, stage]], decode_ms[one.name, stage]
             most = None if peak is None else weight_bytes(model) + peak
             found_here.append(Generation(one.name, stage, *times, *facts[one.name, stage], most))
         generations.append(found_here)

@@ -73,7 +73,8 @@ class Score:
     def figures_by_name(self) -> dict[str, Any]:
         """Return the configuration, the tokens per call and every number by name, for JSON."""
         numbers = {metric.replace(" ", "_"): value for metric, (_, (value,)) in self.figures().items()}
-        return {"configuration": self.configuration, "block": self.block, **numbers}
+        fixed = {"configuration": self.configuration, "block": self.block}
+        return {**fixed, **numbers, "tokens_per_second": self.tokens_per_second}
 
     def __str__(self) -> str:
         """Return the numbers in one line."""

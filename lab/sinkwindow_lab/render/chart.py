@@ -43,6 +43,19 @@ SETTINGS: dict[str, Any] = {
 STYLE = "<style>:root { color: #1d1d1f } @media (prefers-color-scheme: dark) { :root { color: #e8e8ea } }</style>"
 
 
+def _color(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _marker(number: int) -> str:
+    return MARKERS[number % len(MARKERS)]
+
+
+def _shown(name: object) -> str:
+    """Return a label that matplotlib shows: it hides those that begin with an underscore."""
+    return f" {name}" if str(name).startswith("_") else str(name)
+
+
 class Picture:
     """One pair of axes; `svg` is there after the block of `picture`."""
 
@@ -91,7 +104,6 @@ def lines(
     *,
     labels: tuple[str, str],
     logarithmic: str = "",
-    ticks: Sequence[float] | None = None,
     marks: bool = True,
     levels: Mapping[str, float] | None = None,
     verticals: Mapping[str, float] | None = None,
@@ -101,23 +113,21 @@ def lines(
 ) -> str:
     """Draw a line per value of `hue`; return the picture, an SVG file.
 
-    `logarithmic` are the axes that are, of `xy`, and `ticks` where x is numbered (by default at all its values).
+    `logarithmic` are the axes that are, of `xy`; a logarithmic x is numbered at all its values.
     `levels` are dashed horizontal lines by series, `verticals` dotted vertical ones, in the color of the series.
     `limits` are the ends of an axis; `note` is a place on x with its name, a dashed vertical line.
     """
     with picture(labels, columns=columns) as one:
         for number, (series, rows) in enumerate(frame.groupby(hue, sort=False)):
-            marker = MARKERS[number] if marks else None
-            one.axes.plot(rows[x], rows[y], label=str(series), color=COLOURS[number], marker=marker)
+            marker = _marker(number) if marks else None
+            one.axes.plot(rows[x], rows[y], label=_shown(series), color=_color(number), marker=marker)
             if levels and series in levels:
-                label = f"{series}, dense"
-                one.axes.axhline(levels[str(series)], color=COLOURS[number], linewidth=1, linestyle="--", label=label)
+                label = f"{_shown(series)}, dense"
+                one.axes.axhline(levels[str(series)], color=_color(number), linewidth=1, linestyle="--", label=label)
             if verticals and series in verticals:
-                one.axes.axvline(verticals[str(series)], color=COLOURS[number], linewidth=0.8, linestyle=":")
+                one.axes.axvline(verticals[str(series)], color=_color(number), linewidth=0.8, linestyle=":")
         if "x" in logarithmic:
-            one.logarithmic("x", sorted(set(frame[x])) if ticks is None else ticks)
-        elif ticks is not None:
-            one.axes.set_xticks(list(ticks))
+            one.logarithmic("x", sorted(set(frame[x])))
         if "y" in logarithmic:
             one.logarithmic("y")
         one.axes.set(**{f"{axis}lim": ends for axis, ends in (limits or {}).items()})
@@ -134,7 +144,7 @@ def points(frame: pd.DataFrame, x: str, y: str, hue: str, *, label: str) -> str:
     with picture((label, ""), height=0.6 + 0.3 * len(names), columns=2) as one:
         for number, (series, rows) in enumerate(frame.groupby(hue, sort=False)):
             places = rows[y].map(names.index)
-            one.axes.plot(rows[x], places, MARKERS[number], color=COLOURS[number], label=str(series))
+            one.axes.plot(rows[x], places, _marker(number), color=_color(number), label=_shown(series))
         one.axes.set_yticks(range(len(names)), names)
         one.axes.invert_yaxis()
         one.axes.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.5)
@@ -142,14 +152,15 @@ def points(frame: pd.DataFrame, x: str, y: str, hue: str, *, label: str) -> str:
     return one.svg
 
 
-def bars(frame: pd.DataFrame, x: str, y: str, error: str, hue: str, *, labels: tuple[str, str]) -> str:
+def bars(frame: pd.DataFrame, x: str, y: str, error: str, color: str, marker: str, *, labels: tuple[str, str]) -> str:
     """Draw points with error bars, the values of `x` side by side as words, around a line at zero."""
-    names, count = list(dict.fromkeys(frame[x])), frame[hue].nunique()
+    names, colors, markers = (list(dict.fromkeys(frame[column])) for column in (x, color, marker))
+    groups = list(frame.groupby([marker, color], sort=False))
     with picture(labels) as one:
-        for number, (series, rows) in enumerate(frame.groupby(hue, sort=False)):
-            places = rows[x].map(names.index) + 0.16 * (number - (count - 1) / 2)
-            options: dict[str, Any] = {"fmt": MARKERS[number], "color": COLOURS[number], "linewidth": 1}
-            one.axes.errorbar(places, rows[y], yerr=rows[error], label=str(series), **options)
+        for number, ((way, text), rows) in enumerate(groups):
+            places = rows[x].map(names.index) + 0.16 * (number - (len(groups) - 1) / 2)
+            options: dict[str, Any] = {"fmt": _marker(markers.index(way)), "color": _color(colors.index(text))}
+            one.axes.errorbar(places, rows[y], yerr=rows[error], label=f"{way}, {text}", linewidth=1, **options)
         one.axes.axhline(0, color=GREY, linewidth=0.8)
         one.axes.set_xticks(range(len(names)), names)
     return one.svg

@@ -14,7 +14,7 @@ from sinkwindow_lab.render.markdown import NOT_MEASURED
 def frame(measurements: Sequence[Measurement]) -> pd.DataFrame:
     """Return a row per measurement: its fields, and `value`, the median of its samples."""
     rows = [{**one.model_dump(), "value": one.median} for one in measurements]
-    return pd.DataFrame(rows, columns=[*Measurement.model_fields, "value"])
+    return pd.DataFrame(rows, columns=[*Measurement.model_fields, "value"]).astype({"at": float})  # NaN for no place
 
 
 def cell(value: Any, write: Callable[[Any], str]) -> str:

@@ -92,7 +92,12 @@ def verdict(report: Report) -> str:
     judged = [one for one in comparisons(report) if one.target is not None]
     missed = [name(one.complaint()) for one in judged if not one.met]
     if not missed:
-        return f"All {len(judged)} targets are met, in {report.seconds:.0f} s."
+        all_of = "All" if report.finished and not report.skipped else "So far all"
+        return (
+            f"{all_of} {len(judged)} targets are met, in {report.seconds:.0f} s."
+            if judged
+            else "Nothing is judged yet."
+        )
     count = f"{len(missed)} of {len(judged)} targets are missed, in {report.seconds:.0f} s."
     return f"{count} {MISS}\n\n{bullets(missed)}"
 

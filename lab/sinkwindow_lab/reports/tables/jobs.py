@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.measure import attention_time, generation
+from sinkwindow_lab.measure.perplexity import BLOCK
 from sinkwindow_lab.records import Measurement
 from sinkwindow_lab.reports.tables import recall, steps, where
 from sinkwindow_lab.reports.tables.bench import Bench, described
@@ -187,12 +190,14 @@ def _where(bench: Bench, readings: Readings) -> Iterator[Job]:
 def _recall(bench: Bench, plan: Plan) -> Iterator[Job]:
     pages = recall.pages(bench, plan.recall_seeds, plan.recall_lines)
     count = sum(page.ids.shape[1] for page in pages)
-    texts = [bench.corpora[0].record().sha256, plan.recall_seeds, plan.recall_lines]
+    texts = [(page.ids[0].tolist(), [(one.lines_back, one.tokens_back) for one in page.answers]) for page in pages]
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     for way in map(parse, plan.recall):
 
         def run(way: Configuration = way) -> list[Measurement]:
             code = code_version("reports.tables.recall", *TIMED)
-            key = {**bench.origin, "way": described(way), "text": texts, "code": code}
+            key = {**bench.origin, "way": described(way), "text": digest, "code": code}
+            key |= {"corpus": bench.corpora[0].name, "block": BLOCK}
             return bench.store.measurements(f"recall-{way.name}", key, lambda: recall.ask(bench, way, pages))
 
         yield Job(f"recall: {way.name}", lambda: count, (way,), run)

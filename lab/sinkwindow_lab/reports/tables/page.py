@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from sinkwindow_lab.measure.generation import TURN
 from sinkwindow_lab.records import ConfigurationRecord, Report
 from sinkwindow_lab.render.frame import cell, frame
 from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, join, name, numbers, table
@@ -16,10 +17,10 @@ from sinkwindow_lab.reports.tables import studies_page
 FACTS = ("Total Time (s)", "Avg Attn (ms)", "TTFT (s)", "TPOT (ms)", "Throughput (tok/s)", "Peak Mem (GB)")
 WORDS = (
     "**PPL**: exp of the mean loss over all targets, each scored once, the text read once from its start.",
-    "**Total Time**: prefill, and the mean TPOT for each token after the first. **Throughput**: new tokens over it.",
+    "**Total Time**: prefill and generation. **Throughput**: new tokens over that time.",
     "**Avg Attn**: cache work plus attention of one token, all layers, averaged over a generation of its own.",
     "**TTFT**: prefill and the first token; **TPOT**: one token after it. Medians, quartiles in brackets.",
-    "TPOT is sampled in runs of steps spread evenly over a generation, each as long as from one eviction to the next.",
+    "The median TPOT is that of a step without an eviction; Total Time and the mean step include evictions.",
     "Rows read their prompts and generate in turns, a token each: a slow minute affects all of them equally.",
     f"**{NOT_MEASURED}**: not measured. The speed of a mistake is of no interest, re-computation is slow to score.",
     "Generations from one prompt are one: a shorter one is the start of a longer one.",
@@ -43,7 +44,9 @@ def page(report: Report) -> Page:
     if experiments:
         shown = measured[measured.part.isin([one["name"] for one in experiments])].configuration.unique()
         legend = [studies_page.meaning(ways[name]) for name in ways if name in shown]
-        blocks += ["## What the words mean", bullets([*legend, *WORDS])]
+        places = report.plan["speed_places"]
+        sampled = f"In long generations {places} runs of {TURN} steps, spread evenly, are timed between two lengths."
+        blocks += ["## What the words mean", bullets([*legend, *WORDS, *([sampled] if places else [])])]
     blocks += studies_page.blocks(report, measured, figures)
     if experiments:
         blocks.append("## Behind the tables")
@@ -124,8 +127,9 @@ def _speed_table(own: pd.DataFrame, ways: dict[str, ConfigurationRecord]) -> str
     rows = []
     for (way, _, new_tokens), found in _groups(own, ways, "TPOT"):
         steps, prompts = samples[way, "TPOT", new_tokens], samples[way, "TTFT", new_tokens]
-        counts = [f"{found['cache'] / 1e6:.2f}", f"{int(found['kept']):,}", f"{int(found['evictions']):,}"]
-        mean = f"{sum(steps) / len(steps):.2f}"
+        kept, cache, evictions = (found[f"generation: {metric}"] for metric in ("kept", "cache", "evictions"))
+        counts = [f"{cache / 1e6:.2f}", f"{int(kept):,}", f"{int(evictions):,}"]
+        mean = f"{1e3 * (found['total'] - found['TTFT']) / (new_tokens - 1):.2f}"
         rows.append([studies_page.shown_name(ways[way]), str(len(prompts)), f"{len(steps):,}", mean, *counts])
     return table(header, rows) if rows else ""
 

@@ -276,10 +276,9 @@ def where(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) 
     )
     yield table(("Configuration, text", "All", *names), rows)
     points = pd.DataFrame({"mean": mean, "error": error}).reset_index()
-    points = points.assign(series=points.configuration + ", " + points.subject)
     points = points.sort_values("label", key=_order(order), kind="stable")
     labels = ("tokens since the same 4-gram", "NLL minus dense")
-    figures["where"] = chart.bars(points, "label", "mean", "error", "series", labels=labels)
+    figures["where"] = chart.bars(points, "label", "mean", "error", "subject", "configuration", labels=labels)
     yield figure("where", "NLL minus dense, by distance to the same 4-gram.")
 
 
