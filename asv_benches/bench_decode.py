@@ -125,6 +125,7 @@ class CompiledOutputToken(TimedSuite):
             raise NotImplementedError(
                 f"no {compiler!r}, which torch.compile needs: install it, or set CXX to another one"
             )
+        model_for(device)
         checked_configuration(configuration)
         importlib.import_module("torch").compiler.reset()  # the graph of another batch would be generalized
         work = decoding(configuration, device, 10, batch)

@@ -121,8 +121,8 @@ def checked_configuration(name: str) -> Any:
 
 def filled(name: str, device: str, streamed: int, batch: int = 1, dtype: str | None = None) -> Any:
     """Return the lab's `AttentionSteps` of a checked configuration after a number of tokens, in limits."""
-    configuration = checked_configuration(name)
-    steps = lab("measure.micro").AttentionSteps(configuration, model_for(device, dtype), batch=batch)
+    model = model_for(device, dtype)  # first: without a GPU, nothing has to be checked
+    steps = lab("measure.micro").AttentionSteps(checked_configuration(name), model, batch=batch)
     steps.fill(streamed * LIMITS[name])
     for _ in range(WARM_UP):
         steps.step()

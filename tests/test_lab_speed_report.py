@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from lab_tiny import machine_record
 from sinkwindow.stream.state import DebugState
 from sinkwindow_lab.cli import main
-from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.measure.clock import Side
 from sinkwindow_lab.records import Measurement, Report
@@ -44,7 +44,7 @@ def comparison(ours: float, other: float, target: float | None, *, speed: bool =
 def report(*measurements: Measurement, **fields: Any) -> Report:
     """Return a report of the quick plan."""
     sizes = {"limit": 64, "prompt_limit": 16, "chunk": 32, "block": 32}
-    facts = {"kind": "speed", "quick": False, "plan": sizes, "machine": machine.describe(CPU), "models": []}
+    facts = {"kind": "speed", "quick": False, "plan": sizes, "machine": machine_record(), "models": []}
     return Report.model_validate({**facts, "measurements": list(measurements), "seconds": 12.0, **fields})
 
 
