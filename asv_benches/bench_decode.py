@@ -13,6 +13,7 @@ from .common import (
     STREAMED,
     WARM_UP,
     Fresh,
+    SkipError,
     Suite,
     TimedSuite,
     Work,
@@ -67,7 +68,7 @@ class OutputToken(TimedSuite):
 
 
 class OverDynamicCache(Suite):
-    """TPOT over that of a dense cache with as many tokens: both in turns, so it does not drift with the machine."""
+    """TPOT over that of a dense cache with as many tokens: interleaved, so it does not drift with the machine."""
 
     params: ClassVar[list[list[Any]]] = [list(SAME_LENGTH), STREAMED[1:], DEVICES]
     param_names: ClassVar = ["configuration", "streamed [limits]", "device"]
@@ -122,9 +123,7 @@ class CompiledOutputToken(TimedSuite):
     def work(self, configuration: str, batch: int, device: str) -> Work:
         """Fill the cache to ten limits; the first tokens compile the step and, on a GPU, record the graph."""
         if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
-            raise NotImplementedError(
-                f"no {compiler!r}, which torch.compile needs: install it, or set CXX to another one"
-            )
+            raise SkipError(f"no {compiler!r}, which torch.compile needs: install it, or set CXX to another one")
         model_for(device)
         checked_configuration(configuration)
         importlib.import_module("torch").compiler.reset()  # the graph of another batch would be generalized

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: the lab of the measured commit, checked caches, and samples taken in turns.
+"""Shared by the benchmarks: the lab of the measured commit, checked caches, and interleaved samples.
 
 asv starts a process for each benchmark and combination of parameters. Here, `setup_cache` of a class measures all of
 its combinations in one process, a sample of each after the other, so that a slow minute affects all of them. asv's
@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -52,18 +53,22 @@ def shown_as(name: str, **attributes: Any) -> Callable[[F], F]:
     return mark
 
 
+class SkipError(NotImplementedError):
+    """A commit or a machine cannot have this number: asv skips a benchmark that raises a NotImplementedError."""
+
+
 def lab(*modules: str, needs: str | None = None) -> Any:
     """Import the first module below `sinkwindow_lab` that the measured commit has, and that defines a name.
 
     Raises:
-        NotImplementedError: If it has none, so that asv skips the benchmark.
+        SkipError: If it has none.
     """
     # Below sinkwindow.lab, without rooms, is the lab of earlier commits.
     names = [name for one in modules for name in (f"sinkwindow_lab.{one}", f"sinkwindow.lab.{one.rpartition('.')[2]}")]
     for found in map(_imported, names):
         if found is not None and (needs is None or hasattr(found, needs)):
             return found
-    raise NotImplementedError(f"this commit has no {needs or 'module'} in {' or '.join(names)}")
+    raise SkipError(f"this commit has no {needs or 'module'} in {' or '.join(names)}")
 
 
 def _imported(name: str) -> Any:
@@ -91,11 +96,11 @@ def model_for(device: str, dtype: str | None = None, shape: str | None = None) -
     """Build a model with random weights; shape and dtype are those of `MODELS` by default.
 
     Raises:
-        NotImplementedError: If there is no such device, so that asv skips the benchmark.
+        SkipError: If there is no such device.
     """
     torch = importlib.import_module("torch")
     if device == "cuda" and not torch.cuda.is_available():
-        raise NotImplementedError("this machine has no GPU")
+        raise SkipError("this machine has no GPU")
     torch.set_num_threads(1)  # more stable than two threads that wait for each other
     usual_shape, usual_dtype = MODELS[device]
     kind = getattr(torch, dtype or usual_dtype)
@@ -188,14 +193,14 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function returns, or the error that the benchmark of this combination, and no other, will raise."""
     try:
         return function(*arguments)
-    except NotImplementedError as error:
+    except SkipError as error:  # asv shows no number; a NotImplementedError of torch is a failure like any other
         return error
     except Exception:  # noqa: BLE001 - the traceback is shown where the number would be
         return RuntimeError(traceback.format_exc())
 
 
 def in_turns(works: Mapping[Combination, Callable[[], Work]], samples: int, device: str) -> dict[Combination, Any]:
-    """Time combinations in turns; return for each its samples [s/token] by benchmark, or its error."""
+    """Time combinations, interleaved; return for each its samples [s/token] by benchmark, or its error."""
     found: dict[Combination, Any] = {combination: attempt(work) for combination, work in works.items()}
 
     def guarded(combination: Combination, function: Callable[[], object]) -> Callable[[], None]:
@@ -237,13 +242,13 @@ class Suite:
         return list(itertools.product(*self.params))
 
     def setup(self, found: dict[Combination, Any], *combination: Any) -> None:
-        """Keep what was found for one combination; asv skips a benchmark that raises NotImplementedError."""
+        """Keep what was found for one combination; asv skips a benchmark that raises `SkipError`."""
         self.found = found[combination]
         if isinstance(self.found, Exception):
             raise self.found
 
 
-class TimedSuite(Suite):
+class TimedSuite(Suite, ABC):
     """Base of benchmarks of time: `work` prepares a combination, `setup_cache` returns `measured()`."""
 
     apart: ClassVar[Sequence[int]] = (-1,)  # indices of parameters whose values are not compared: they need own models
@@ -254,12 +259,12 @@ class TimedSuite(Suite):
     now = 0.0
     taken = 0
 
+    @abstractmethod
     def work(self, *combination: Any) -> Work:
         """Prepare what is timed."""
-        raise NotImplementedError
 
     def measured(self, more: Sequence[Combination] = ()) -> dict[Combination, Any]:
-        """Time all combinations, and `more`, in turns."""
+        """Time all combinations, and `more`, interleaved."""
         groups: dict[Combination, list[Combination]] = {}
         for one in (*self.combinations(), *more):
             groups.setdefault(tuple(one[index] for index in self.apart), []).append(one)

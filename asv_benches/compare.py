@@ -20,7 +20,7 @@ except ModuleNotFoundError:
 
 EXACT = "Perplexity|CacheBytes"
 EXACT_FACTOR = 1.0001  # one in the fifth digit; six digits are deterministic
-ROUNDS = ("--attribute", "rounds=2")  # of each commit; within a round, `setup_cache` measures in turns
+ROUNDS = ("--attribute", "rounds=2")  # of each commit; within a round, `setup_cache` interleaves combinations
 SLOWER = 1
 
 

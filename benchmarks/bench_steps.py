@@ -1,6 +1,6 @@
 """Time parts of a step that asv does not time alone, for all layers, with a cache of 1,024 tokens.
 
-The sides of a group are measured in turns by the lab's timer; pytest-benchmark then reads their samples, saves them and
+The lab's timer interleaves the sides of a group; pytest-benchmark then reads their samples, saves them and
 compares them with those of the previous `nox -s microbench`.
 """
 
@@ -66,7 +66,7 @@ GROUPS: Final[dict[str, dict[str, Callable[[PreTrainedModel], Side]]]] = {
 
 @functools.cache
 def samples(group: str, device: str) -> dict[str, list[float]]:
-    """Measure a group's sides in turns; return their samples [s]."""
+    """Measure a group's sides, interleaved; return their samples [s]."""
     shape, dtype = {"cpu": ("smollm2-135m-heads", torch.float32), "cuda": ("pythia-2.8b", torch.float16)}[device]
     model = random_model(shape, device=device, dtype=dtype)
     sides = {name: side(model) for name, side in GROUPS[group].items()}

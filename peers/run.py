@@ -1,4 +1,4 @@
-"""Measure all peers; times are measured in turns, so that a slow minute affects all peers equally."""
+"""Measure all peers; times are measured interleaved, so that a slow minute affects all peers equally."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def measure(clients: Mapping[str, Askable], plan: Plan) -> dict[str, Answers]:
 
 
 def speed(clients: Mapping[str, Askable], plan: Plan, size: tuple[int, int], answers: dict[str, Answers]) -> None:
-    """Fill every cache, then time steps in turns; what fails is not measured again at this size."""
+    """Fill every cache, then time interleaved steps; what fails is not measured again at this size."""
     limit, passed = sum(size), 0.0
     failed: dict[str, dict[str, Any]] = {}
 

@@ -154,7 +154,7 @@ def head(record: dict[str, Any]) -> str:
     what = f"{machine['cpu']}, {record['threads']} threads, {record['model']} in float32, text: {record['corpus']}"
     return (
         f"Written by `nox -s peers`{quick} at commit {commit}, {machine['date']}, {name(what)}. "
-        f"{plan['rounds']} rounds in turns, {plan['steps']} timed steps each; medians."
+        f"{plan['rounds']} interleaved rounds, {plan['steps']} timed steps each; medians."
     )
 
 

@@ -104,7 +104,7 @@ def test_each_suite_measures_for_itself() -> None:
 class Slow(common.TimedSuite):
     """A suite whose samples last as long as its parameter says; `broken` fails, `absent` is not there."""
 
-    params: ClassVar[list[list[Any]]] = [[1, 2, "broken", "breaks", "absent"]]
+    params: ClassVar[list[list[Any]]] = [[1, 2, "broken", "breaks", "absent", "lacks"]]
     apart = ()
     repeat = 3
 
@@ -114,7 +114,9 @@ class Slow(common.TimedSuite):
         if what == "broken":
             raise ValueError("no such cache")
         if what == "absent":
-            raise NotImplementedError("an old commit")
+            raise common.SkipError("an old commit")
+        if what == "lacks":  # as torch does for an operation that a device does not have
+            raise NotImplementedError("could not run 'aten::x'")
 
         def run() -> None:
             if what == "breaks":
@@ -144,7 +146,8 @@ def test_combinations_are_measured_in_turns_and_fail_alone(monkeypatch: pytest.M
     for what, error, reason in (
         ("broken", RuntimeError, "no such"),
         ("breaks", RuntimeError, "while"),
-        ("absent", NotImplementedError, "old"),
+        ("absent", common.SkipError, "old"),
+        ("lacks", RuntimeError, "aten::x"),
     ):
         with pytest.raises(error, match=reason):
             Slow().setup(found, what)
@@ -257,15 +260,15 @@ def test_compiled_steps_run_at_fixed_shapes(opened: list[Any]) -> None:
 def test_without_a_compiler_or_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The measurement is skipped, with the reason; nothing else is timed instead."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(NotImplementedError, match=r"torch.compile needs: install it"):
+    with pytest.raises(common.SkipError, match=r"torch.compile needs: install it"):
         bench_decode.CompiledOutputToken().work("static_4_252", 1, "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(NotImplementedError, match="no GPU"):
+    with pytest.raises(common.SkipError, match="no GPU"):
         bench_decode.OutputToken().work("baseline", 1, "cuda")
 
 
 def test_ratios_are_of_one_turn() -> None:
-    """A ratio is of samples of one turn, over the dense cache of the same length."""
+    """A ratio is of samples that were taken together, over the dense cache of the same length."""
     sides = {"ours": [2.0, 6.0], "dense": [1.0, 2.0]}
     found = {
         ("streaming_4_1020", 10, "cpu"): {"token": sides["ours"]},
@@ -312,7 +315,7 @@ def test_perplexity_keeps_six_digits() -> None:
 
 def test_lab_of_an_old_commit_is_missing() -> None:
     """The measurement is skipped if a commit does not have the module; another place of the same name is looked at."""
-    with pytest.raises(NotImplementedError, match=r"sinkwindow\.lab\.not_there"):
+    with pytest.raises(common.SkipError, match=r"sinkwindow\.lab\.not_there"):
         common.lab("not_there")
     assert common.lab("not_there", "measure.micro", needs="check_logits") is micro
 

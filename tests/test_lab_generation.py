@@ -1,4 +1,4 @@
-"""Times and memory in the tables: one timer with fake clocks, generations in turns, tensors counted one by one."""
+"""Times and memory in the tables: one timer with fake clocks, interleaved generations, tensors counted one by one."""
 
 from __future__ import annotations
 
@@ -368,7 +368,7 @@ def test_attention_that_cannot_be_isolated_is_an_error() -> None:
 
 
 def test_probes_of_attention_take_turns() -> None:
-    """Probes are spread over the generation from the end of the prompt; at each all configurations take turns."""
+    """Probes are spread over the generation from the end of the prompt; configurations are interleaved at each."""
     rows = [parse(name) for name in ("baseline", "streaming_2_6_3", "recompute_8")]
     told: list[str] = []
     found = attention_time.measure(

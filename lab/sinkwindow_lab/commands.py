@@ -161,7 +161,7 @@ def speed(
     prompt: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 500,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
     configs: Annotated[str, typer.Option(help="Configurations, separated by commas.")] = "baseline,streaming_8_256",
-    rounds: Annotated[int, typer.Option(help="How often all generate, in turns; medians are shown.")] = 1,
+    rounds: Annotated[int, typer.Option(help="How often all generate, interleaved; medians are shown.")] = 1,
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -185,7 +185,7 @@ def speed(
     made = []
     with Bars(rounds) as bars:
         for _ in range(rounds):
-            bars.begin("speed, in turns", (tokens - 1) * len(rows))
+            bars.begin("speed, interleaved", (tokens - 1) * len(rows))
             stages = [[tokens]] * len(rows)
             made.append(generate(rows, loaded.model, ids.ids, stages, on_token=lambda _: bars.advance()))
     found = [rounds_of([one[row][0] for one in made], loaded.record.name) for row in range(len(rows))]

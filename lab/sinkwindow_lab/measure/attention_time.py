@@ -137,7 +137,7 @@ def measure(
     probes: Sequence[int],
     on_step: Callable[[str], object] | None = None,
 ) -> list[Measurement]:
-    """Measure the isolated attention time of several configurations over a generation, in turns.
+    """Measure the isolated attention time of several configurations over a generation, interleaved.
 
     `text` ([1, tokens]) repeats from its start if it is shorter than prompt and generation. `probes` is the number of
     places to measure for each configuration, `subject` the model's name. Returns a measurement per

@@ -1,4 +1,4 @@
-"""The one timer: sides of a comparison in turns, a sample each, so that a slow minute affects all of them equally."""
+"""The one timer: it interleaves the sides of a comparison, so that a slow minute affects all of them equally."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def interleave(
     clock: Clock | None = None,
     on_sample: Callable[[str], object] | None = None,
 ) -> dict[str, Timed]:
-    """Time sides in turns, one sample of each after the other.
+    """Time sides interleaved: one sample of each, then another one of each.
 
     Each sample begins and ends with the device idle. A side with fewer samples than others stops earlier. `warm_up`
     counts untimed rounds before the samples. A `clock` that advances inside a part of `run` alone times that part; by

@@ -1,6 +1,6 @@
 """Greedy generations: TTFT, TPOT and peak memory.
 
-Compared configurations read their prompts and generate in turns, a token each. The loop is our own, so that the
+Compared configurations are interleaved, a prompt or a token each. The loop is our own, so that the
 measured times contain only the model, its cache and one argmax. The hooks of streaming rows stay on the model while
 others generate; they return at once.
 """
@@ -127,7 +127,7 @@ def generate(
     clock: Clock | None = None,
     on_token: Callable[[str], object] | None = None,
 ) -> list[list[Generation]]:
-    """Generate with each configuration in turns; return for each a generation per stage, as if it had ended there.
+    """Generate with all configurations, interleaved; return for each a generation per stage, as if it had ended there.
 
     Memory is counted in another generation, which is not timed. `prompt` is [1, tokens]. `stages` are ascending numbers
     of new tokens for each configuration; the end-of-text token stops none. With `places`, so many runs of `TURN` steps
@@ -182,7 +182,7 @@ def _go_on(
     clock: Clock | None,
     on_token: Callable[[str], object] | None,
 ) -> dict[str, list[float]]:
-    """Read some tokens, then generate `count` in turns; return the times of these [ms]."""
+    """Read some tokens, then generate `count` more, interleaved; return the times of these [ms]."""
     warm_up = 1 if untimed and count else 0  # the step after a long call warms the caches of the CPU
     for run in runs.values():
         read_on(run.session, prompt, untimed - warm_up)

@@ -98,7 +98,7 @@ def timed(
     batch: int = 1,
     close: bool = True,
 ) -> list[Measurement]:
-    """Time decoders and other steps in turns; return their times and the bytes of the decoders' caches."""
+    """Time decoders and other steps, interleaved; return their times and the bytes of the decoders' caches."""
     ready = {
         side: one.side(metric, plan.turn) if isinstance(one, Decoder) else Side(repeated(one, plan.turn))
         for side, one in sides.items()

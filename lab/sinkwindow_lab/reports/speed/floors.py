@@ -1,4 +1,4 @@
-"""Sides timed in turns, as measurements; and lower bounds: what the machine needs however the cache is built."""
+"""Sides timed interleaved, as measurements; and lower bounds: what the machine needs however the cache is built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = 4096  # of the matrix that is read
 
 @dataclass(frozen=True)
 class Place:
-    """What the measurements of sides in turns have in common; `at` is the batch size or a number of tokens."""
+    """What the measurements of interleaved sides have in common; `at` is the batch size or a number of tokens."""
 
     part: str
     subject: str
@@ -31,7 +31,7 @@ class Place:
     def times(
         self, metric: str, sides: Mapping[str, Side], samples: int, device: torch.device, *, turn: int = 1
     ) -> list[Measurement]:
-        """Time sides in turns, each sample over `turn` steps; return [ms] per step.
+        """Time sides interleaved, each sample over `turn` steps; return [ms] per step.
 
         A side in whose samples something happened has one measurement more for each event: of these samples alone.
         """

@@ -34,7 +34,7 @@ def token_ids(model: PreTrainedModel, count: int) -> torch.Tensor:
 
 
 def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
-    """Time a prompt of 20 limits in chunks, all sides in turns, chunk by chunk; return times per token.
+    """Time a prompt of 20 limits in chunks, all sides interleaved, chunk by chunk; return times per token.
 
     One dense cache is cropped to S + W before each chunk; the floor is the same chunks with nothing before them.
     """
@@ -45,7 +45,7 @@ def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
 
 
 def read_chunks(model: PreTrainedModel, ids: torch.Tensor, plan: Plan) -> dict[str, list[float]]:
-    """Feed a prompt ([1, tokens]) to a session of each side in turns; return the times of the chunks by side [ms]."""
+    """Feed a prompt ([1, tokens]) to interleaved sessions, one per side; return the times of chunks by side [ms]."""
     ways = {"ours": lazy(plan.prompt_limit), SAME_CHUNKS: DENSE, INEXACT: DENSE, ALONE: DENSE}
     cuts, chunks = {INEXACT: plan.prompt_limit, ALONE: 0}, torch.split(ids, plan.chunk, dim=1)
     sessions = {side: open_session(way, model) for side, way in ways.items()}
@@ -109,7 +109,7 @@ class _Scorer:
 
 
 def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
-    """Time exact losses of a text in blocks, ours and dense in turns, and some single tokens after each block.
+    """Time exact losses of a text in blocks, ours and dense interleaved, and some single tokens after each block.
 
     Times are per token, logits and losses included, from when the cache is full; the floor is the same blocks with
     nothing before them.

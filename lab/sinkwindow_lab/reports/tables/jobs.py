@@ -144,9 +144,9 @@ def _timings(
         ]
 
     total = generation.timed_steps(stages, plan.speed_places)
-    yield Job("speed, in turns", lambda: total, tuple(rows), generate)
+    yield Job("speed, interleaved", lambda: total, tuple(rows), generate)
     probed = sum(len(attention_time.places(prompt_tokens, longest, count)) for count in probes)
-    yield Job("attention, in turns", lambda: attention_time.STEPS * probed, tuple(rows), attend)
+    yield Job("attention, interleaved", lambda: attention_time.STEPS * probed, tuple(rows), attend)
 
 
 def _steps(bench: Bench, plan: Plan) -> Iterator[Job]:
@@ -170,7 +170,7 @@ def _steps(bench: Bench, plan: Plan) -> Iterator[Job]:
                 part.replace(" ", "-"), key, lambda: steps.measure(bench, part, own, text.ids)
             )
 
-        yield Job(f"{part}, in turns", partial(int, total), tuple(way for way, _, _ in own), run)
+        yield Job(f"{part}, interleaved", partial(int, total), tuple(way for way, _, _ in own), run)
 
 
 def _where(bench: Bench, readings: Readings) -> Iterator[Job]:

@@ -21,7 +21,7 @@ WORDS = (
     "**Avg Attn**: cache work plus attention of one token, all layers, averaged over a generation of its own.",
     "**TTFT**: prefill and the first token; **TPOT**: one token after it. Medians, quartiles in brackets.",
     "The median TPOT is that of a step without an eviction; Total Time and the mean step include evictions.",
-    "Rows read their prompts and generate in turns, a token each: a slow minute affects all of them equally.",
+    "Rows are interleaved, a prompt or a token each: a slow minute of the machine affects all of them equally.",
     f"**{NOT_MEASURED}**: not measured. The speed of a mistake is of no interest, re-computation is slow to score.",
     "Generations from one prompt are one: a shorter one is the start of a longer one.",
     "**Peak Mem**: weights plus the most that a generation's tensors take at once, counted; 1 GB = 10^9 bytes.",

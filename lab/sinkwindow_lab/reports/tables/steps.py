@@ -52,7 +52,7 @@ class _Reader:
 
 
 def measure(bench: Bench, part: str, rows: Sequence[Row], text: torch.Tensor) -> list[Measurement]:
-    """Time single tokens of each row at its places, in turns; a place is tokens streamed, or S + W of `step sizes`."""
+    """Time single tokens of all rows, interleaved, at places: tokens streamed, or S + W of `step sizes`."""
     model, count = bench.loaded.model, longest(rows)
     text = text.repeat(1, -(-count // text.shape[1]))[:, :count].to(model.device)
     found = []
