@@ -92,6 +92,13 @@ def test_no_link_runs_anything(address: str) -> None:
     assert [link for link in checker.links if not re.fullmatch(r"x%22onmouseover=%22location=1|https?:.*", link)] == []
 
 
+def test_html_in_markdown_is_text() -> None:
+    """Markup that reaches a page without `name` is shown, not run."""
+    checker = Checker(html_page(Page("# a\n\n<script>x()</script>\n\nb <i onclick=x()>c</i>\n")))
+    assert not {"script", "i"} & set(checker.tags)
+    assert "<script>x()</script>" in "".join(checker.words["p"])
+
+
 def test_a_quote_is_verbatim() -> None:
     """Fences inside a sample of text do not end it."""
     text = "```\n# no title\n````"

@@ -45,7 +45,10 @@ def page(report: Report) -> Page:
         shown = measured[measured.part.isin([one["name"] for one in experiments])].configuration.unique()
         legend = [studies_page.meaning(ways[name]) for name in ways if name in shown]
         places = report.plan["speed_places"]
-        sampled = f"In long generations {places} runs of {TURN} steps, spread evenly, are timed between two lengths."
+        sampled = (
+            f"Of a long generation {places} runs of {TURN} steps, spread evenly, are generated and timed up to each "
+            "length. Text is read between them, and Total Time counts those tokens at the mean of the timed steps."
+        )
         blocks += ["## What the words mean", bullets([*legend, *WORDS, *([sampled] if places else [])])]
     blocks += studies_page.blocks(report, measured, figures)
     if experiments:
