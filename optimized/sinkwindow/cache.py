@@ -7,17 +7,18 @@ describes the life of a call in order.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import AttentionInterface, Cache
 
+from sinkwindow.arguments import read_int, read_rows
 from sinkwindow.attention.step import STEP_NAME, step_attention
 from sinkwindow.fit import OnOverflow, Positions, check_fit, pools_of, position_bound
 from sinkwindow.model.calls import Calls
-from sinkwindow.model.families import FULL, SLIDING, inspect_model
+from sinkwindow.model.families import FULL, SLIDING, frequencies_of, inspect_model
 from sinkwindow.model.hooks import attach
 from sinkwindow.model.inputs import CallChecks
 from sinkwindow.model.layer_stub import stubs_of
@@ -121,7 +122,13 @@ class StreamingCache(Cache, Calls):
         self._on_evict = on_evict
         self._serve()
         last = facts.trained_length if positions == "original" else None
-        self._checks = CallChecks(weakref.ref(facts.decoder), facts.counts_columns, on_overflow == "evict", last)
+        self._checks = CallChecks(
+            weakref.ref(facts.decoder),
+            frequencies_of(facts.decoder, types),
+            facts.counts_columns,
+            on_overflow == "evict",
+            last,
+        )
         self._model = weakref.ref(model)  # what the user calls, if not the decoder alone
         self._finalizer = attach(model, facts.decoder, self)
 
@@ -150,7 +157,10 @@ class StreamingCache(Cache, Calls):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values: constant from the first call on."""
+        """Bytes of the tensors that hold keys and values: constant from a text's first call on, recording apart.
+
+        Before it they are 0; tensors that ``reset`` has kept for the next text count when it takes them.
+        """
         return sum(slots.nbytes for slots in self._stream.state.pools)
 
     def debug_state(self) -> DebugState:
@@ -266,6 +276,8 @@ class StreamingCache(Cache, Calls):
     def reset(self) -> None:
         """Forget everything, what was interrupted too; the cache is as new.
 
+        Its tensors are kept for the next text, at their addresses; ``del cache`` frees them.
+
         Example:
             >>> cache.reset()
             >>> cache.seen_tokens
@@ -273,6 +285,8 @@ class StreamingCache(Cache, Calls):
         """
         with self._idle("be reset", repair=False) as stream:  # we may be recovering from an out-of-memory error
             self._untold.clear()
+            for stub in self.layers:
+                cast("LayerStub", stub).record_past = False
             stream.reset()
 
     def detach(self) -> None:
@@ -283,33 +297,53 @@ class StreamingCache(Cache, Calls):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue row ``i`` from row ``beam_idx[i]``, in everything the cache knows (beam search).
 
+        Before the first call there are no rows, and nothing happens.
+
         Args:
-            beam_idx: ``[rows]`` int64, of any length.
+            beam_idx: ``[rows]`` integers, of any length.
+
+        Raises:
+            TypeError: They are not integers.
+            ValueError: There are none, or one of them is no row.
         """
-        with self._idle("reorder rows") as stream:
-            stream.select_rows(beam_idx)
+        self._select_rows("beam_idx", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` (int64, or a bool mask)."""
-        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        """Keep the rows ``indices``, as ``reorder_cache`` does; a bool mask, ``[batch]``, names them too."""
+        self._select_rows("indices", indices)
+
+    def _select_rows(self, name: str, indices: object) -> None:
+        with self._idle("reorder rows") as stream:
+            if stream.state.batch is not None:
+                stream.select_rows(read_rows(name, indices, stream.state.batch))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, side by side.
+
+        Raises:
+            TypeError: It is not an int.
+            ValueError: It is less than 1.
 
         Example:
             >>> cache.batch_repeat_interleave(2)
             >>> cache.seen_tokens
             [9, 9]
         """
-        if self.batch_size > 0:
-            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+        repeats = read_int("repeats", repeats, 1, 2**16)
+        self._select_rows("rows", [row for row in range(max(0, self.batch_size)) for _ in range(repeats)])
 
     def can_crop(self, columns: int) -> bool:
         """Return whether the newest ``columns`` columns can be taken back exactly.
 
-        They can while the tokens that they evicted are still in their slots: always within the last call, unless
-        that call was longer than the cache has slots; further back with ``activate_past_recording``.
+        They can while the tokens that they evicted are still in their slots: always within the last call, if the slots
+        (S + W + B + 1 and a sixteenth more, at least 8) hold the list before it and the call together; further back
+        with ``activate_past_recording``.
+
+        Raises:
+            TypeError: ``columns`` is not an int.
+            ValueError: It is negative.
         """
+        columns = read_int("columns", columns, 0, sys.maxsize)
         with self._idle("be asked what it can crop") as stream:
             return stream.can_crop(columns)
 
@@ -320,10 +354,12 @@ class StreamingCache(Cache, Calls):
             tokens_to_remove: Minus the number of columns; 0 only says that the recorded past is not needed any more.
 
         Raises:
+            TypeError: It is not an int.
             ValueError: It is positive, more than was fed, or the tokens that the columns evicted are gone; nothing has
                 changed then.
         """
         with self._idle("be cropped") as stream:
+            tokens_to_remove = read_int("tokens_to_remove", tokens_to_remove, -sys.maxsize, sys.maxsize)
             fed = stream.state.columns
             if not 0 <= -tokens_to_remove <= fed:
                 raise ValueError(

@@ -6,6 +6,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Literal
 
+from sinkwindow.arguments import read_choice
 from sinkwindow.retention import Retention
 from sinkwindow.storage.slots import Pool
 
@@ -33,6 +34,7 @@ def check_fit(facts: ModelFacts, rule: Retention, options: dict[str, object], *,
         UserWarning: The list is longer than the model's trained length, or positions are original.
     """
     _check_options(**options)
+    read_choice("static", static, (True, False))
     _check_lengths(rule, facts)
     if static:
         _check_static(facts, {"evict": rule.evict, **options})
@@ -73,12 +75,8 @@ def _rule_of(kind: LayerKind, rule: Retention) -> Retention:
 def _check_options(on_evict: object, positions: object, on_overflow: object) -> None:
     if on_evict is not None and not callable(on_evict):
         raise TypeError(f"on_evict must be callable or None, got {on_evict!r}.")
-    for name, value, known in (
-        ("positions", positions, ("rank", "original")),
-        ("on_overflow", on_overflow, ("evict", "error")),
-    ):
-        if value not in known:
-            raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", got {value!r}.')
+    read_choice("positions", positions, ("rank", "original"))
+    read_choice("on_overflow", on_overflow, ("evict", "error"))
 
 
 def _check_lengths(rule: Retention, facts: ModelFacts) -> None:

@@ -14,6 +14,8 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from sinkwindow.arguments import MOST_TOKENS, read_choice, read_int
+
 EvictMode = Literal["token", "call"]
 
 
@@ -50,13 +52,9 @@ class Retention:
     def __post_init__(self) -> None:
         """Refuse sizes that no stream can have."""
         for name, least in (("num_sinks", 0), ("window", 1), ("buffer", 0)):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an int, got {size!r} of type {type(size).__name__}.")
-            if size < least:
-                raise ValueError(f"{name} must be at least {least}, got {size}.")
-        if self.evict not in ("token", "call"):
-            raise ValueError(f'evict must be "token" or "call", got {self.evict!r}.')
+            size = read_int(name, getattr(self, name), least, MOST_TOKENS)
+            object.__setattr__(self, name, size)  # an int, whatever integer was given
+        read_choice("evict", self.evict, ("token", "call"))
 
     @property
     def limit(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from sinkwindow.attention.rotation import Rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from transformers import PreTrainedConfig
 
@@ -235,15 +236,60 @@ def _frequency_names(module: nn.Module) -> list[str]:
 def frequencies(module: nn.Module, layer_type: str | None = None) -> Tensor:
     """Return a rotary module's frequencies, ``[pairs]``, for a type of layer where they differ.
 
-    The ones that it started with are preferred: dynamic types overwrite theirs on long calls. GPT-J and CodeGen keep a
-    table of sines and cosines instead, made from these frequencies.
+    GPT-J and CodeGen keep a table of sines and cosines instead, made from these frequencies.
+    """
+    name = _buffer_name(module, layer_type)
+    if name == TABLE:
+        width = cast("int", module.pos_embd_dim)
+        return 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.int64, device="cpu") / width))
+    return cast("Tensor", getattr(module, name)).detach()
+
+
+def _buffer_name(module: nn.Module, layer_type: str | None) -> str:
+    """Return the buffer that a rotary module's angles come from.
+
+    The one that it started with is preferred: dynamic types overwrite theirs on long calls.
     """
     if hasattr(module, TABLE):
-        width = cast("int", module.pos_embd_dim)
-        return 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.int64) / width))
+        return TABLE
     prefix = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
-    original = getattr(module, f"{prefix}original_inv_freq", None)
-    return cast("Tensor", original if isinstance(original, Tensor) else getattr(module, f"{prefix}inv_freq")).detach()
+    original = f"{prefix}original_inv_freq"
+    return original if isinstance(getattr(module, original, None), Tensor) else f"{prefix}inv_freq"
+
+
+@dataclass(slots=True, eq=False)
+class Frequencies:
+    """The buffer that a rotary module's angles come from, as it was once.
+
+    Attributes:
+        module: The module.
+        name: The buffer's name.
+        buffer: The buffer, or an equal one that has taken its place.
+    """
+
+    module: weakref.ref[nn.Module]
+    name: str
+    buffer: Tensor
+
+    def are_unchanged(self) -> bool:
+        """Return whether the module still has these values: a move to another device keeps them, a cast need not."""
+        module = self.module()
+        now = getattr(module, self.name, None)
+        if now is self.buffer or not isinstance(now, Tensor) or now.is_meta:  # meta: off-loaded until the module runs
+            return True
+        if not torch.equal(now.to("cpu", torch.float64), self.buffer.to("cpu", torch.float64)):
+            return False
+        self.buffer = now
+        return True
+
+
+def frequencies_of(decoder: nn.Module, layer_types: Iterable[str]) -> list[Frequencies]:
+    """Return what all rotary modules' angles come from, for some types of layers."""
+    found = {}
+    for module in rotary_modules(decoder):
+        for name in {_buffer_name(module, layer_type) for layer_type in layer_types}:
+            found[module, name] = Frequencies(weakref.ref(module), name, getattr(module, name))
+    return list(found.values())
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
@@ -277,7 +323,7 @@ def _kinds(decoder: PreTrainedModel, family: Family, windows: list[int | None]) 
 
 def _rotary(decoder: PreTrainedModel, family: Family, layer_type: str, rotates: bool) -> Rotary:  # noqa: FBT001
     if not rotates:
-        return Rotary(torch.zeros(0))
+        return Rotary(torch.zeros(0, device="cpu"))
     modules = rotary_modules(decoder)
     if not modules:
         raise UnsupportedModelError(f"{type(decoder).__name__} has no rotary module with frequencies.")

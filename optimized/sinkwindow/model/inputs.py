@@ -1,4 +1,8 @@
-"""Reading a forward call's arguments: how many columns, which of them hold real tokens, and what is refused."""
+"""Reading a forward call's arguments: how many columns, which of them hold real tokens, and what is refused.
+
+A cache knows where its tokens are. What a caller says of them a second time (a mask over cached columns, positions) is
+compared with that, and refused where the two differ: to ignore it would give wrong logits in silence.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,15 @@ from sinkwindow.model.pieces import tokens_of
 
 if TYPE_CHECKING:
     import weakref
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
+    from sinkwindow.model.families import Frequencies
+    from sinkwindow.stream.state import State
     from sinkwindow.stream.stream import Stream
+
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where each of several packed texts begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +34,14 @@ class CallChecks:
 
     Attributes:
         decoder: The module that the cache serves.
+        frequencies: The angles of its rotary modules, as they were when the cache was made.
         counts_columns: Whether its ALiBi counts columns, padding included.
         may_evict: Whether tokens may be evicted.
         last_position: The last one that original positions allow; ``None`` where ranks are the positions.
     """
 
     decoder: weakref.ref[PreTrainedModel]
+    frequencies: Sequence[Frequencies]
     counts_columns: bool
     may_evict: bool
     last_position: int | None
@@ -39,14 +50,20 @@ class CallChecks:
         """Read a call, before anything changes.
 
         Raises:
-            ValueError: The decoder is another one, or its arguments do not fit the stream.
+            ValueError: The decoder is another one or has changed, or its arguments do not fit the stream.
             OverflowError: The call goes beyond what the cache may evict, or the positions it may use.
         """
         if decoder is not self.decoder() or not attached:
             raise ValueError(
                 "This StreamingCache was made for another model, or is detached; make a new one for the model you call."
             )
-        inputs = read_inputs(kwargs, stream.state.columns, stream.state.batch, static=stream.static)
+        if not all(frequencies.are_unchanged() for frequencies in self.frequencies):
+            raise ValueError(
+                "The model's rotary frequencies are others than when this StreamingCache was made: a cast like "
+                "model.to(torch.bfloat16) rounds them. Make the cache after the cast."
+            )
+        _check_flags(decoder, kwargs)
+        inputs = read_inputs(kwargs, stream.state, static=stream.static)
         if self.counts_columns:
             _check_padding_is_leading(inputs, [lane.seen for lane in stream.state.lanes])
         if not self.may_evict or self.last_position is not None:
@@ -67,34 +84,71 @@ class CallChecks:
             )
 
 
-def read_inputs(kwargs: dict[str, Any], seen_columns: int, batch: int | None, *, static: bool = False) -> Inputs:
+def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Refuse what a stream of tokens contradicts.
+
+    Raises:
+        ValueError: Layers would not be given the cache, attention is not causal, or several texts are packed.
+    """
+    recomputes = decoder.training and torch.is_grad_enabled()
+    if recomputes and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+        raise ValueError(
+            "Gradient checkpointing gives no cache to the layers while the model is in training mode: switch it off, "
+            "call model.eval(), or pass no cache."
+        )
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False contradicts a StreamingCache, whose tokens never attend to later ones.")
+    for name in PACKED:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} packs several texts into a row, and each row of a StreamingCache is one text: "
+                "pass one text per row, with a left-padding attention_mask."
+            )
+
+
+def read_inputs(kwargs: dict[str, Any], state: State, *, static: bool = False) -> Inputs:
     """Read and check the arguments of a decoder's forward.
 
     Args:
         kwargs: The arguments by name.
-        seen_columns: Columns that the cache was fed before.
-        batch: Rows of the cache, ``None`` before its first call.
-        static: Whether the cache is, for which ``generate`` makes 4D masks of its own.
+        state: What the cache holds.
+        static: Whether it is static; then ``generate`` makes 4D masks of its own.
 
     Raises:
-        ValueError: No tokens, another batch size than before, or a mask that is not a left-padding 2D mask over all
-            columns (or over the new ones).
+        ValueError: No tokens, another batch size than before, a mask that is not a left-padding 2D mask over all
+            columns (or over the new ones) or contradicts what was fed, or positions that are not those of the tokens.
     """
-    tokens = kwargs.get(tokens_of(kwargs))
-    if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape[:2]:  # noqa: PLR2004 - [batch, columns]
-        raise ValueError("input_ids must hold at least one new token per call; the cache has the earlier ones already.")
-    rows, columns = tokens.shape[:2]
-    if batch is not None and rows != batch:
-        raise ValueError(
-            f"input_ids has batch size {rows}, but the cache holds {batch} rows; use a fresh cache or reset()."
-        )
+    rows, columns, device = _read_tokens(kwargs, state.batch)
     mask, real = kwargs.get("attention_mask"), None
     if static:
         mask = _padding_behind(mask, columns)
     if mask is not None:
-        new = _new_columns(mask, rows, columns, seen_columns)
-        real = None if bool(new.all()) else _real_columns(new)
-    return Inputs(rows, columns, tokens.device, real)
+        real = _read_mask(mask, rows, columns, state)
+    inputs = Inputs(rows, columns, device, real)
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        _check_positions(positions, inputs, state)
+    return inputs
+
+
+def _read_tokens(kwargs: dict[str, Any], batch: int | None) -> tuple[int, int, torch.device]:
+    """Return a call's rows and columns, and the device of its tokens."""
+    name = tokens_of(kwargs)
+    tokens, floats = kwargs.get(name), name == "inputs_embeds"
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape[:2]:  # noqa: PLR2004 - [batch, columns]
+        raise ValueError(
+            "input_ids must hold at least one new token per call, [batch, tokens]; the cache has the earlier ones "
+            "already. For another text, call reset() first."
+        )
+    if tokens.dim() != 2 + floats or tokens.is_floating_point() != floats or tokens.dtype == torch.bool:
+        wanted = "[batch, tokens, width] of floats" if floats else "[batch, tokens] of integers"
+        raise ValueError(f"{name} must be {wanted}, got {tokens.dtype} of shape {tuple(tokens.shape)}.")
+    rows, columns = tokens.shape[:2]
+    if batch is not None and rows != batch:
+        raise ValueError(
+            f"{name} has batch size {rows}, but the cache holds {batch} rows; use a fresh cache or reset()."
+        )
+    return rows, columns, tokens.device
 
 
 def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
@@ -138,19 +192,58 @@ def _padding_behind(mask: object, columns: int) -> object:
     return real
 
 
-def _new_columns(mask: object, rows: int, columns: int, seen_columns: int) -> Tensor:
-    """Return the new columns of a mask, ``[rows, columns]`` bool."""
+def _read_mask(mask: object, rows: int, columns: int, state: State) -> list[list[int] | None] | None:
+    """Return each row's new columns with tokens, ``None`` where all columns are.
+
+    Raises:
+        ValueError: It is not a mask of 0 and 1, or says of cached columns what is not so.
+    """
     if not isinstance(mask, Tensor) or mask.dim() != 2:  # noqa: PLR2004
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"attention_mask must be 2D, [batch, tokens], with 0 for padding; got {shape}. The cache makes the 4D mask."
         )
-    if mask.shape[0] != rows or mask.shape[1] not in (seen_columns + columns, columns):
+    cached = mask.shape[1] - columns
+    if mask.shape[0] != rows or cached not in (0, state.columns):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; with {seen_columns} columns in the cache and {columns} new "
-            f"ones it must be ({rows}, {seen_columns + columns}), or ({rows}, {columns}) for the new ones alone."
+            f"attention_mask has shape {tuple(mask.shape)}; with {state.columns} columns in the cache and {columns} "
+            f"new ones it must be ({rows}, {state.columns + columns}), or ({rows}, {columns}) for the new ones alone."
         )
-    return mask[:, -columns:].bool()
+    is_token = mask == 1
+    counts = [part.sum(1) for part in (is_token[:, :cached], is_token[:, cached:], is_token | (mask == 0))]
+    before, new, known = torch.stack(counts).tolist()  # one wait for the device
+    if min(known) < cached + columns:
+        raise ValueError(
+            "attention_mask must hold 0 for padding and 1 for tokens, and has other values; a mask that is added to "
+            "scores, or numbers packed texts, is another thing."
+        )
+    if cached:
+        _check_cached_columns(is_token[:, :cached], before, state)
+    return None if min(new) == columns else _real_columns(is_token[:, cached:])
+
+
+def _check_cached_columns(is_token: Tensor, counts: list[int], state: State) -> None:
+    """Compare what a mask says of cached columns with what was fed.
+
+    Args:
+        is_token: ``[batch, cached columns]`` bool.
+        counts: How many are tokens, row by row.
+        state: What the cache holds.
+
+    Raises:
+        ValueError: The two differ.
+    """
+    seen = [lane.seen for lane in state.lanes] * (len(counts) // len(state.lanes))
+    row = next((row for row, (count, own) in enumerate(zip(counts, seen, strict=True)) if count != own), None)
+    if row is None and min(counts) < state.columns and not state.forgot:  # as many of them: are they the same?
+        differs = (is_token.cpu() != state.tokens_fed(len(counts))).any(dim=1)
+        row = int(differs.nonzero()[0]) if differs.any() else None
+    if row is not None:
+        raise ValueError(
+            f"attention_mask has {counts[row]} tokens in row {row} of the {state.columns} cached columns, but "
+            f"{seen[row]} were fed there, or others: cached tokens cannot be hidden afterwards. Pass the mask that "
+            "they were fed with, or one of the new columns alone; take tokens back with crop()."
+        )
 
 
 def _real_columns(mask: Tensor) -> list[list[int] | None]:
@@ -167,3 +260,30 @@ def _real_columns(mask: Tensor) -> list[list[int] | None]:
                 'pad on the left (tokenizer.padding_side = "left").'
             )
     return rows
+
+
+def _check_positions(positions: object, inputs: Inputs, state: State) -> None:
+    """Compare the caller's positions with those of the tokens: the cache makes its own.
+
+    Tokens are numbered by natural index, as ``generate`` does, by column, or by rank in the retained list.
+
+    Raises:
+        ValueError: They are numbered otherwise.
+    """
+    wanted = ((1, inputs.columns), (inputs.batch, inputs.columns))
+    if not isinstance(positions, Tensor) or tuple(positions.shape) not in wanted:
+        shape = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"position_ids must be a tensor of shape {wanted[1]}, got {shape}; omit it: the cache counts.")
+    given, lanes, rows = positions.tolist(), state.lanes, state.pools[0].lanes
+    for row in range(inputs.batch):
+        lane, gone = (lanes[row], rows[row].evicted) if len(lanes) > 1 else (lanes[0], rows[0].evicted)
+        own = None if inputs.real is None else inputs.real[row]
+        real: Sequence[int] = range(inputs.columns) if own is None else own
+        found = [given[row if len(given) > 1 else 0][column] for column in real]
+        naturals = list(range(lane.seen, lane.seen + len(found)))
+        columns, ranks = [state.columns + column for column in real], [natural - gone for natural in naturals]
+        if found not in (naturals, columns, ranks):
+            raise ValueError(
+                f"position_ids of row {row} begin with {found[:3]}, but its next token is number {lane.seen}: a "
+                "StreamingCache gives every token its own position and takes no other. Omit position_ids."
+            )

@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from sinkwindow.attention.mask import additive
@@ -146,15 +147,18 @@ class OpenCall:
     ) -> int:
         """Return how many columns of a call to run at once."""
         length = stream.piece_length(inputs, masked=masked)
-        whole = [name for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
-        if length == inputs.columns or not whole:
+        if length == inputs.columns:
+            return length
+        whole = [f"{name}=True" for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
+        whole += ["a gradient"] if _has_gradient(decoder, kwargs) else []
+        if not whole:
             return length
         held = stream.pools[0].held(stream.state.pools[0], stream.state.lanes)
         if not masked or (stream.longest is not None and held + inputs.columns > stream.longest):
             why = "takes no 4D mask" if not masked else "has a table of positions"
             raise ValueError(
-                f"{whole[0]}=True needs a call in one piece, and this one must run in pieces, since the attention of "
-                f"{type(decoder).__name__} {why}: feed at most {length} columns."
+                f"{whole[0]} needs a call in one piece, and this one must run in pieces, since the attention of "
+                f"{type(decoder).__name__} {why}: feed at most {length} columns, or call under torch.no_grad()."
             )
         return inputs.columns
 
@@ -233,6 +237,12 @@ class OpenCall:
                 weight if weight is None else part.fold(weight) for part, weight in zip(parts, weights, strict=True)
             )
         return output.to_tuple() if self.as_tuple else output
+
+
+def _has_gradient(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Return whether a backward pass may follow: cached keys are constants, so pieces would cut it."""
+    tensors = (*decoder.parameters(), kwargs.get("inputs_embeds"))
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _mask(

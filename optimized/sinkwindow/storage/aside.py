@@ -6,7 +6,7 @@ time, and these take the place of the old ones when it commits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,15 +48,17 @@ class Aside:
     ) -> None:
         self._pool, self._lanes, self._held = pool, lanes, held
         self._size = pool.size(slots, recording=recording)
+        fits = held + lanes[0].columns <= self._size  # then what the call evicts stays, for a roll-back
         rows, self._end, self._counts = [], 0, []
         for lane, row, gone in zip(lanes, slots.lanes, evicted, strict=True):
             oldest = pool.retention.first(row.evicted)  # of the cached columns
-            start = pool.keep_from(lane.after, row, gone, oldest, self._size, recording=recording)
+            start = pool.keep_from(lane.after, row, gone, oldest, self._size, recording=recording or fits)
             rows.append(PoolLane(gone, lane.after.offset, start, -1, row.mark))
             self._counts.append(lane.after.seen - start)
             self._end = max(self._end, pool.retention.sinks(lane.after.seen) + self._counts[-1])
         self._rows = tuple(rows)
         self._banks = slots.banks if in_place else tuple(bank.with_slots(self._size) for bank in slots.banks)
+        self._spare = slots.spare
         self._first: dict[int, tuple[KeyValue, KeyValue]] = {}  # window and sinks of each layer, in the first call
         self._index: Tensor | None = None
 
@@ -79,14 +81,15 @@ class Aside:
             bank = next(bank for bank in self._banks if layer in bank.layers)
             self._store(bank, bank.layers[layer], window)
         else:  # nothing is allocated before all layers have shown their shapes
-            self._first[layer] = KeyValue(*map(torch.clone, window)), sinks
+            self._first[layer] = KeyValue(*map(torch.clone, window)), KeyValue(*map(torch.detach, sinks))
 
     def slots(self) -> Slots:
         """Return what the pool holds after the call."""
         if not self._banks:
             windows = {layer: window for layer, (window, _) in self._first.items()}
             sizes = self._size, self._pool.retention.num_sinks
-            self._banks = tuple(allocate(self._pool.layers, windows, *sizes, apart=self._pool.static))
+            more: dict[str, Any] = {"apart": self._pool.static, "spare": self._spare}
+            self._banks = tuple(allocate(self._pool.layers, windows, *sizes, **more))
             for bank in self._banks:
                 for layer, place in bank.layers.items():
                     window, sinks = self._first.pop(layer)
@@ -113,7 +116,7 @@ class Aside:
         """Return the newest tokens of padded rows, right-aligned."""
         if self._index is None:
             columns = [self._columns_of(lane, longest) for lane in self._lanes]
-            self._index = torch.tensor(columns, dtype=torch.long)[:, None, :, None]
+            self._index = torch.tensor(columns, dtype=torch.long, device="cpu")[:, None, :, None]
         copied = states.keys.shape[2] - self._held - self._lanes[0].columns  # columns of copied sinks in front
         index = self._index.to(states.keys.device) + copied
         return KeyValue(*(tensor.take_along_dim(index, dim=2).detach() for tensor in states))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 class KeyValue(NamedTuple):
@@ -21,6 +22,15 @@ class KeyValue(NamedTuple):
     def narrowed(self, start: int, length: int) -> KeyValue:
         """Return views of a run of slots, of tensors ``[layers, batch, kv_heads, slots, ...]``."""
         return KeyValue(self.keys.narrow(3, start, length), self.values.narrow(3, start, length))
+
+
+def unlike(new: KeyValue, cached: KeyValue) -> str:
+    """Return an error's text about keys and values that do not go with cached ones."""
+    kinds = [f"{pair.keys.dtype}, {pair.values.dtype} on {pair.keys.device}" for pair in (new, cached)]
+    return (
+        f"The model's keys and values are {kinds[0]}, and this StreamingCache holds {kinds[1]}: the model was cast or "
+        "moved, or autocast was switched, after the cache was filled. Undo that, or feed the text again after reset()."
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +57,19 @@ class Bank:
         with torch.inference_mode(mode=False):  # a tensor made in inference mode could not be written outside it
             return Bank(self.layers, KeyValue(*map(change, self.slots)), KeyValue(*map(change, self.sinks)))
 
+    def has(self, wanted: Iterable[tuple[Tensor, tuple[int, ...], int]]) -> bool:
+        """Return whether its tensors are what ``_allocate`` would return for these arguments."""
+        return all(
+            (tensor.dtype, tensor.device, tensor.shape) == (like.dtype, like.device, (*front, tokens, like.shape[-1]))
+            for tensor, (like, front, tokens) in zip(self.tensors, wanted, strict=True)
+        )
+
+    def widened(self, keys: torch.dtype, values: torch.dtype) -> Bank:
+        """Return a bank whose keys and values have other dtypes."""
+        with torch.inference_mode(mode=False):
+            pairs = ((pair.keys.to(keys), pair.values.to(values)) for pair in (self.slots, self.sinks))
+            return Bank(self.layers, *(KeyValue(*pair) for pair in pairs))
+
     def with_slots(self, size: int) -> Bank:
         """Return a bank with other slots, uninitialized, and the same sinks."""
         return Bank(
@@ -55,9 +78,15 @@ class Bank:
 
 
 def allocate(
-    layers: Iterable[int], like: Mapping[int, KeyValue], size: int, num_sinks: int, *, apart: bool
+    layers: Iterable[int],
+    like: Mapping[int, KeyValue],
+    size: int,
+    num_sinks: int,
+    *,
+    apart: bool,
+    spare: Sequence[Bank] = (),
 ) -> list[Bank]:
-    """Return new banks for layers, uninitialized.
+    """Return banks for layers, uninitialized.
 
     Args:
         layers: The model's layer indices.
@@ -65,16 +94,21 @@ def allocate(
         size: Slots per row.
         num_sinks: Sinks per row.
         apart: Whether each layer has tensors of its own, as a CUDA graph wants them.
+        spare: Banks that are not needed any more, used where they fit.
+
+    Raises:
+        MemoryError: There is no memory for them; ``torch.OutOfMemoryError`` where a device says so.
     """
     groups = [[layer] for layer in layers] if apart else _alike(layers, like)
     banks = []
     for group in groups:
-        pair = like[group[0]]
-        slots, sinks = (
-            KeyValue(*(_allocate(tensor, (len(group), *tensor.shape[:2]), tokens) for tensor in pair))
-            for tokens in (size, num_sinks)
-        )
-        banks.append(Bank({layer: place for place, layer in enumerate(group)}, slots, sinks))
+        places, pair = {layer: place for place, layer in enumerate(group)}, like[group[0]]
+        wanted = [(tensor, (len(group), *tensor.shape[:2]), tokens) for tokens in (size, num_sinks) for tensor in pair]
+        kept = next((bank for bank in spare if bank.layers == places and bank.has(wanted)), None)
+        if kept is None:
+            keys, values, sink_keys, sink_values = (_allocate(*one) for one in wanted)
+            kept = Bank(places, KeyValue(keys, values), KeyValue(sink_keys, sink_values))
+        banks.append(kept)
     return banks
 
 
@@ -88,7 +122,16 @@ def _alike(layers: Iterable[int], like: Mapping[int, KeyValue]) -> Iterator[list
     yield from groups.values()
 
 
-def _allocate(like: Tensor, front: Iterable[int], tokens: int) -> Tensor:
+def _allocate(like: Tensor, front: Sequence[int], tokens: int) -> Tensor:
     """Return uninitialized memory for tokens."""
+    shape = (*front, tokens, like.shape[-1])
     with torch.inference_mode(mode=False):
-        return like.new_empty((*front, tokens, like.shape[-1]))
+        try:
+            return like.new_empty(shape)
+        except torch.OutOfMemoryError:  # of a device; names its memory, and people catch it by its type
+            raise
+        except (RuntimeError, MemoryError) as error:
+            raise MemoryError(
+                f"No memory for {shape} {like.dtype} ({math.prod(shape) * like.itemsize:,} bytes) of keys or values, "
+                "[layers, batch, kv_heads, tokens, width]: choose a smaller window or buffer, or fewer rows."
+            ) from error

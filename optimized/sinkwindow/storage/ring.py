@@ -57,8 +57,8 @@ def visible_slots(newest: Tensor, evicted: Tensor, num_sinks: int, size: int) ->
 
 def list_slots(lanes: Sequence[Lane], firsts: Sequence[int], num_sinks: int, size: int, held: int) -> Tensor:
     """Return the slots of each row's window, right-aligned, ``[lanes, held]``; 0 in front of it."""
-    seen, first = torch.tensor([lane.seen for lane in lanes])[:, None], torch.tensor(firsts)[:, None]
-    naturals = seen - held + torch.arange(held)
+    seen, first = (torch.tensor(counts, device="cpu")[:, None] for counts in ([lane.seen for lane in lanes], firsts))
+    naturals = seen - held + torch.arange(held, device="cpu")
     return torch.where(naturals >= first, slot_of(naturals, num_sinks, size), 0)
 
 

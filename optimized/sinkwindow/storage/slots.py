@@ -72,20 +72,22 @@ class Slots:
         banks: The tensors; none before the first call commits.
         lanes: One per lane of the stream.
         end: Slot after the newest token, the same for all rows; without meaning in a ring.
+        spare: Tensors of an earlier text, which the first call's take the place of where they fit.
     """
 
     banks: tuple[Bank, ...] = ()
     lanes: tuple[PoolLane, ...] = (PoolLane(),)
     end: int = 0
+    spare: tuple[Bank, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes of the tensors in use, not of spare ones."""
         return sum(tensor.nbytes for bank in self.banks for tensor in bank.tensors)
 
     def cloned(self) -> Slots:
         """Return the same in tensors of its own."""
-        return replace(self, banks=tuple(bank.map(torch.clone) for bank in self.banks))
+        return replace(self, banks=tuple(bank.map(torch.clone) for bank in self.banks), spare=())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +116,12 @@ class Pool:
         if self.static:
             return capacity + MIN_SLACK  # nothing moves in a ring
         return capacity + max(MIN_SLACK, capacity // SLACK_SHARE) + (RECORDED if recording else 0)
+
+    def emptied(self, slots: Slots) -> Slots:
+        """Return slots without a token that keep the tensors for the next text, unless recording has enlarged them."""
+        banks = slots.banks or slots.spare
+        size = self.size(Slots(), recording=False)
+        return Slots(spare=banks if banks and banks[0].slots.keys.shape[3] == size else ())
 
     def held(self, slots: Slots, lanes: Sequence[Lane]) -> int:
         """Return how many cached columns a call sees: those of the longest list."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from sinkwindow.attention import mask as masks
 from sinkwindow.lanes import batch_slice
 from sinkwindow.storage.aside import Aside
-from sinkwindow.storage.bank import KeyValue
+from sinkwindow.storage.bank import KeyValue, unlike
 from sinkwindow.storage.slots import Slots
 
 if TYPE_CHECKING:
@@ -61,27 +61,32 @@ class PoolCall:
     _views: dict[int, tuple[Tensor | None, ...]] = field(default_factory=dict)
     _whole: bool = False  # what a layer returns is one view of the slots
     _needs_sinks: bool = False
+    _begun: bool = False  # some layer has handed over its keys
     _aside: Aside | None = None
     _turns: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Slice all layers of a bank at once: a handful of views per call instead of a handful per layer."""
-        pool, slots, rule = self.pool, self.slots, self.pool.retention
+        pool, rule = self.pool, self.pool.retention
         columns, epochs, brings_sinks = self.lanes[0].columns, 0, False
         # Plain loops, here and in Stream.begin: this runs for every token, and a generator costs a frame per lane.
-        for lane, row in zip(self.lanes, slots.lanes, strict=True):
+        for lane, row in zip(self.lanes, self.slots.lanes, strict=True):
             self.evicted.append(rule.evicted_after(lane.after.seen, row.evicted))
             epochs = max(epochs, masks.epochs_begun(lane, row.evicted, rule))
             brings_sinks = brings_sinks or lane.before.seen < rule.num_sinks
         self.crosses = epochs > 0
         self.epochs = epochs if pool.ranked and rule.num_sinks else 0
         self.length = self.epochs * rule.num_sinks + self.held + columns
-        self.copied = self.copied or (pool.static and bool(slots.banks))
+        self.copied = self.copied or (pool.static and bool(self.slots.banks))
         self._needs_sinks = brings_sinks or self.epochs > 0 or not self.in_slots
+        self._whole = self.in_slots and not self.copied and not self.epochs
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Slice all layers of a bank at once: a handful of views per call instead of a handful per layer."""
+        pool, slots, columns = self.pool, self.slots, self.lanes[0].columns
         if not self.in_slots:
             sizes = pool, slots, self.lanes, self.held, self.evicted
             self._aside = Aside(*sizes, recording=self.recording, in_place=self.in_place)
-        self._whole = self.in_slots and not self.copied and not self.epochs
         if self.copied:
             before = [lane.before for lane in self.lanes]
             cached = pool.copied(slots, before, self.held)
@@ -106,19 +111,35 @@ class PoolCall:
             value: ``[batch, kv_heads, columns, value_dim]``.
 
         Returns:
-            Keys and values, ``[batch, kv_heads, length, ...]``.
+            Keys and values, ``[batch, kv_heads, length, ...]``. Gradients reach the call's own; cached ones are
+            constants.
+
+        Raises:
+            ValueError: Their dtype or device does not go with that of the cached ones.
         """
         to_keys, to_values, keys, values = self._views.get(layer, (None,) * 4)
+        if (
+            keys is not None
+            and values is not None
+            and (key.dtype != keys.dtype or value.dtype != values.dtype or key.device != keys.device)
+        ):
+            self._adapt(layer, key, value)
+            to_keys, to_values, keys, values = self._views[layer]
+        self._begun = True
+        differentiable = key.requires_grad or value.requires_grad
         if to_keys is not None and to_values is not None:
-            to_keys.copy_(key.detach() if key.requires_grad else key)  # the check is ten times cheaper than detach()
-            to_values.copy_(value.detach() if value.requires_grad else value)
-        if self._whole and not self._needs_sinks and keys is not None and values is not None:
+            to_keys.copy_(key.detach() if differentiable else key)  # the check is ten times cheaper than detach()
+            to_values.copy_(value.detach() if differentiable else value)
+        whole = self._whole and not differentiable
+        if whole and not self._needs_sinks and keys is not None and values is not None:
             return keys, values
         fresh = KeyValue(key, value)
-        sinks = self._collect_sinks(layer, fresh)
-        if self._whole and keys is not None and values is not None:
+        sinks = self._collect_sinks(layer, fresh) if self._needs_sinks else fresh
+        if whole and keys is not None and values is not None:
             return keys, values
-        states = [fresh] if keys is None or values is None else [KeyValue(keys, values), fresh]
+        states = [fresh]
+        if keys is not None and values is not None:
+            states = [KeyValue(keys[:, :, : self.held], values[:, :, : self.held]), fresh]
         if self.epochs:
             states = [self._rotated(sinks), *states]
         result = fresh
@@ -127,6 +148,24 @@ class PoolCall:
         if self._aside is not None:
             self._aside.keep(layer, result, sinks)
         return result
+
+    def _adapt(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Take keys or values of another dtype than the cached ones.
+
+        As with ``torch.cat`` the wider dtype holds from now on: a prompt was run under autocast, and steps are not.
+        """
+        _, _, keys, values = self._views[layer]
+        assert keys is not None and values is not None  # noqa: S101, PT018 - they differ
+        fresh, cached = KeyValue(key, value), KeyValue(keys, values)
+        own, new = ([tensor.dtype for tensor in pair] for pair in (cached, fresh))
+        wider = [torch.promote_types(*pair) for pair in zip(own, new, strict=True)]
+        narrower = wider != new and not torch.is_autocast_enabled(key.device.type)
+        if key.device != keys.device or narrower or (wider != own and (self.pool.static or self._begun)):
+            raise ValueError(unlike(fresh, cached))
+        if wider != own:
+            banks = tuple(bank.widened(*wider) for bank in self.slots.banks)
+            self.slots = replace(self.slots, banks=banks)
+            self._prepare()
 
     def outcome(self) -> Slots:
         """Return what the pool holds after the call."""
@@ -188,7 +227,8 @@ class PoolCall:
     def _collect_sinks(self, layer: int, fresh: KeyValue) -> KeyValue:
         """Return the pristine sinks, those that the call brings included; sinks yet to come are zeros.
 
-        Sink slots past the committed count are unused, so the bank's own may be written at once.
+        Sink slots past the committed count are unused, so the bank's own may be written at once; gradients go through
+        a copy.
         """
         bank = next((bank for bank in self.slots.banks if layer in bank.layers), None)
         if bank is not None:
@@ -196,13 +236,17 @@ class PoolCall:
         else:
             count = self.pool.retention.num_sinks
             sinks = KeyValue(*(tensor.new_zeros((*tensor.shape[:2], count, tensor.shape[3])) for tensor in fresh))
+        targets = [sinks]
+        if self.epochs and any(tensor.requires_grad for tensor in fresh):
+            targets = [sinks, KeyValue(*map(torch.clone, sinks))]
         for index, lane, where, columns in self._new_sinks():  # rotated to their natural index, whatever the offset
-            keys, values = (tensor[index][:, :, columns].detach() for tensor in fresh)
-            sinks.keys[index, :, where] = (
-                self.pool.rotary.rotate_by(keys, lane.after.offset) if lane.after.offset else keys
-            )
-            sinks.values[index, :, where] = values
-        return sinks
+            keys, values = (tensor[index][:, :, columns] for tensor in fresh)
+            keys = self.pool.rotary.rotate_by(keys, lane.after.offset) if lane.after.offset else keys
+            for (to_keys, to_values), source in zip(
+                targets, ((keys.detach(), values.detach()), (keys, values)), strict=False
+            ):
+                to_keys[index, :, where], to_values[index, :, where] = source
+        return targets[-1]
 
     def _new_sinks(self) -> Iterator[tuple[slice, LaneCall, slice, list[int] | slice]]:
         """Yield the sinks that the call brings: batch slice, lane, sink indices, columns of the call."""

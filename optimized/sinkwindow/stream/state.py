@@ -8,9 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from sinkwindow.lanes import Lane
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sinkwindow.retention import Retention
     from sinkwindow.storage.slots import Slots
 
@@ -68,6 +72,18 @@ class State:
             return self
         pools = tuple(replace(slots, lanes=slots.lanes * batch) for slots in self.pools)
         return replace(self, lanes=self.lanes * batch, pools=pools)
+
+    def tokens_fed(self, batch: int) -> Tensor:
+        """Return which columns held tokens, ``[batch, columns]`` bool, if no record of padding was dropped."""
+        fed = torch.ones(batch, self.columns, dtype=torch.bool, device="cpu")
+        for record in self.past:
+            for row in range(batch):
+                real = record.real[row if len(record.real) > 1 else 0]
+                if real is not None:
+                    call = fed[row, record.start : record.start + record.columns]
+                    call.zero_()
+                    call[list(real)] = True
+        return fed
 
     def cloned(self) -> State:
         """Return the same in tensors of its own."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinkwindow.attention.mask import additive
 from sinkwindow.storage import ring
-from sinkwindow.storage.bank import KeyValue
+from sinkwindow.storage.bank import KeyValue, unlike
 
 if TYPE_CHECKING:
     from sinkwindow.attention.rotation import Rotary
@@ -74,7 +74,7 @@ class Steps:
     def __init__(self, stream: Stream, layer_types: list[str]) -> None:
         self.stream = stream
         self._layer_types = layer_types
-        self.seen = torch.zeros(0, dtype=torch.long)
+        self.seen = torch.zeros(0, dtype=torch.long, device="cpu")
         self.step: Step | None = None
         self.layers: dict[int, StepLayer] = {}
         self._sizes: list[int] = []
@@ -128,10 +128,19 @@ class Steps:
             layer: The model's layer index.
             key: ``[batch, kv_heads, 1, head_dim]``, rotated by the model.
             value: ``[batch, kv_heads, 1, value_dim]``.
+
+        Raises:
+            RuntimeError: They require a gradient, which nothing could pass on.
+            ValueError: Their dtype or device is not that of the cached ones.
         """
         step, place = self.step, self.layers[layer]
         assert step is not None  # noqa: S101 - the cache asks only then
-        fresh, sinks = KeyValue(key.detach(), value.detach()), place.sinks
+        if key.requires_grad or value.requires_grad:
+            raise RuntimeError("A step of a static cache writes in place, which has no gradient: use torch.no_grad().")
+        pairs = ((key, place.slots.keys), (value, place.slots.values))
+        if any(new.dtype != old.dtype or new.device != old.device for new, old in pairs):
+            raise ValueError(unlike(KeyValue(key, value), place.slots))
+        fresh, sinks = KeyValue(key, value), place.sinks
         num_sinks = sinks.keys.shape[2]
         if num_sinks:
             naturals = step.naturals.to(key.device)
@@ -208,7 +217,7 @@ class Steps:
             with torch.inference_mode(mode=False):
                 self.seen = torch.zeros(state.batch, dtype=torch.long, device=device)
             _keep_addresses(self.seen)
-        self.seen.copy_(torch.tensor([lane.seen for lane in state.lanes]).expand_as(self.seen))
+        self.seen.copy_(torch.tensor([lane.seen for lane in state.lanes], device="cpu").expand_as(self.seen))
         self._base = state  # last: where this was interrupted, the next call begins it again
 
     def _find_layers(self, state: State) -> None:

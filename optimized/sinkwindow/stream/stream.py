@@ -59,11 +59,8 @@ class Stream:
         self.static = pools[0].static
         self._is_fork = state is not None
         self.longest = longest
-        self.state = self._new_state() if state is None else state
+        self.state = State(tuple(Slots() for _ in pools)) if state is None else state
         self._unfinished: tuple[Writes, State] | None = None
-
-    def _new_state(self) -> State:
-        return State(tuple(Slots() for _ in self.pools))
 
     def per_row(self, lanes: list[T]) -> list[T]:
         """Return a list with an item for every row, of one for every lane."""
@@ -290,8 +287,9 @@ class Stream:
         return replace(self.state, pools=(*self.state.pools[:index], slots, *self.state.pools[index + 1 :]))
 
     def reset(self) -> None:
-        """Forget everything, interrupted changes too."""
-        self.change(Writes([]), self._new_state())  # takes the place of a change that was interrupted
+        """Forget everything, interrupted changes too; tensors are kept for the next text."""
+        pools = tuple(pool.emptied(slots) for pool, slots in zip(self.pools, self.state.pools, strict=True))
+        self.change(Writes([]), State(pools))  # takes the place of a change that was interrupted
 
     def select_rows(self, index: Tensor) -> None:
         """Continue row ``i`` from row ``index[i]``, ``[rows]`` int64, in everything the stream knows."""

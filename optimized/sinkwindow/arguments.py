@@ -1,0 +1,73 @@
+"""Numbers and rows as callers have them, read or refused by name."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_TOKENS = 2**31 - 1  # a size beyond it is a mistake
+
+
+def read_int(name: str, value: object, least: int, most: int) -> int:
+    """Return an integer argument; integers of numpy and tensors with one integer are integers too.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is out of range.
+    """
+    number = _index(value)
+    if number is None:
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most}"
+        raise ValueError(f"{name} must be {bound}, got {number}.")
+    return number
+
+
+def _index(value: Any) -> int | None:
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) in {"bool", "torch.bool"}:
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # a tensor without data raises RuntimeError
+        return None
+
+
+def read_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse anything but one of some values, by type too: 1 is not True.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        known = " or ".join(f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be {known}, got {value!r}.")
+
+
+def read_rows(name: str, value: object, rows: int) -> Tensor:
+    """Return indices of rows as an int64 tensor, ``[indices]``; a bool mask has one value for each row.
+
+    Raises:
+        TypeError: They are not integers or bools.
+        ValueError: They are not one-dimensional, none, or out of range.
+    """
+    try:
+        index = torch.as_tensor(value, device=None if isinstance(value, Tensor) else "cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor of row indices, got {type(value).__name__}.") from error
+    shape = tuple(index.shape)
+    if index.is_floating_point() or index.is_complex():
+        raise TypeError(f"{name} must hold integers, got {index.dtype}.")
+    if index.dtype == torch.bool:
+        if shape != (rows,):
+            raise ValueError(f"{name} is a bool mask of shape {shape}; with {rows} rows it must be ({rows},).")
+        index = index.nonzero()[:, 0]
+    if index.dim() != 1 or not index.numel():
+        raise ValueError(f"{name} must name at least one row, [indices]; got shape {shape} and {index.numel()} rows.")
+    wrong = [row for row in index.tolist() if not 0 <= row < rows]
+    if wrong:
+        raise ValueError(f"{name} must be between 0 and {rows - 1}, since the cache holds {rows} rows; got {wrong[0]}.")
+    return index.long()
