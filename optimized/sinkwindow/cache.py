@@ -12,6 +12,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers import AttentionInterface, Cache
 
 from sinkwindow.arguments import read_int, read_rows
@@ -253,15 +254,21 @@ class StreamingCache(Cache, Calls):
             RuntimeError: The call does not come from the model that the cache was made for, or the cache is detached.
         """
         call = self._call  # first, and short: this runs for every layer of every token
+        if call is None and self._steps is not None and self._steps.step is not None:  # traced: no call is open
+            return self._steps.update(layer_idx, key_states, value_states)
+        if torch.compiler.is_compiling():
+            return self._update_uncompiled(key_states, value_states, layer_idx)
         if call is not None and layer_idx in call.todo and (len(call.todo) < len(self.layers) or call.is_served()):
             call.todo.remove(layer_idx)
             return call.targets[self._pool_of[layer_idx]].update(layer_idx, key_states, value_states)
-        if call is None and self._steps is not None and self._steps.step is not None:  # compiled: no call is open
-            return self._steps.update(layer_idx, key_states, value_states)
         raise RuntimeError(
             "This StreamingCache serves the model it was made with, while attached: the call comes from another model "
             "or after detach(). Make a StreamingCache(model, ...) for the model that you call."
         )
+
+    @torch.compiler.disable
+    def _update_uncompiled(self, *states: Any) -> tuple[Tensor, Tensor]:
+        return self.update(*states)
 
     # -- between calls ------------------------------------------------------------------------------------------------
 

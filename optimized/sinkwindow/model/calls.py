@@ -58,6 +58,10 @@ class Calls(Hooked):
         """What the calls that count have left."""
         return self._stream.state if self._steps is None else self._steps.state()
 
+    @property
+    def _in_call(self) -> bool:
+        return self._call is not None
+
     def _is_planned(self) -> bool:
         """Return whether a call is running that is no step at fixed shapes."""
         call = self._call
@@ -140,6 +144,7 @@ class Calls(Hooked):
             raise ValueError(
                 "Only a StreamingCache(..., static=True) can be compiled, and only calls of one token with it."
             )
+        self._call = None  # what was interrupted does not count
         return kwargs | self._steps.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
 
     def _commit_traced(self) -> None:

@@ -48,6 +48,11 @@ class Hooked(ABC):
 
     _model: weakref.ref[nn.Module]
 
+    @property
+    @abstractmethod
+    def _in_call(self) -> bool:
+        """Whether a call is open; a step that is traced opens none."""
+
     @abstractmethod
     def _open(self, module: nn.Module) -> None:
         """Open a call of a module, or join the one that the module around it has opened."""
@@ -168,8 +173,7 @@ def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
     if cache is not None and not torch.compiler.is_compiling() and cache._model() is module:
-        _run_last(module)
-        cache._open(module)
+        _open(cache, module)
 
 
 def _before_decoder(
@@ -181,28 +185,51 @@ def _before_decoder(
         return None
     if torch.compiler.is_compiling():
         return (), _begin_traced(cache, decoder, named)
-    _run_last(module)
-    cache._open(module)
-    return (), cache._begin(decoder, named)
+    return (), _begin(cache, decoder, named)
 
 
 def _after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
     cache = _cache_of(kwargs)
     if cache is None:
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not cache._in_call:
         return _commit_traced(cache, cast("PreTrainedModel", module))
-    return cache._complete(output)
+    return _complete(cache, output)
 
 
 def _after_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
-    if cache is not None and not torch.compiler.is_compiling():
-        cache._end(module)
+    if cache is not None and (cache._in_call or not torch.compiler.is_compiling()):
+        _end(cache, module)
 
 
 def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     return recompute_tables(module, _named(module, args, kwargs) if args else kwargs, output)
+
+
+# A call that is no step runs uncompiled, in the middle of a compiled model too.
+
+
+@torch.compiler.disable
+def _open(cache: Hooked, module: nn.Module) -> None:
+    _run_last(module)
+    cache._open(module)
+
+
+@torch.compiler.disable
+def _begin(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    _open(cache, decoder)
+    return cache._begin(decoder, kwargs)
+
+
+@torch.compiler.disable
+def _complete(cache: Hooked, output: Any) -> Any:
+    return cache._complete(output)
+
+
+@torch.compiler.disable
+def _end(cache: Hooked, module: nn.Module) -> None:
+    cache._end(module)
 
 
 def _begin_traced(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
