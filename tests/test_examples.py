@@ -15,7 +15,9 @@ FINDER = doctest.DocTestFinder(exclude_empty=True)
 
 def _examples(name: str) -> list[doctest.DocTest]:
     """Return the examples of a public object and of its methods, that of the object first."""
-    found = FINDER.find(getattr(sinkwindow, name), name)
+    shown = getattr(sinkwindow, name)
+    ours = [base for base in getattr(shown, "__mro__", [shown]) if base.__module__.startswith("sinkwindow")]
+    found = [test for part in ours for test in FINDER.find(part, name)]
     for test in found:
         for example in test.examples:  # as this release of transformers calls it
             example.source = example.source.replace("cache=cache", f"{CACHE_ARGUMENT}=cache")

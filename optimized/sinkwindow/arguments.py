@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,17 @@ def read_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         known = " or ".join(f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices)
         raise ValueError(f"{name} must be {known}, got {value!r}.")
+
+
+def read_path(name: str, value: object) -> Path:
+    """Return a path.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"{name} must be a path, a str or os.PathLike, got {type(value).__name__}.")
+    return Path(value)
 
 
 def read_rows(name: str, value: object, rows: int) -> Tensor:

@@ -8,8 +8,8 @@ describes the life of a call in order.
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,10 +17,10 @@ from transformers import AttentionInterface, Cache
 
 from sinkwindow.arguments import read_int, read_rows
 from sinkwindow.attention.step import STEP_NAME, step_attention
+from sinkwindow.copies import Copies
 from sinkwindow.fit import OnOverflow, Positions, check_fit, pools_of, position_bound
-from sinkwindow.model.calls import Calls
 from sinkwindow.model.families import FULL, SLIDING, frequencies_of, inspect_model
-from sinkwindow.model.hooks import attach
+from sinkwindow.model.hooks import attach, uncompiled
 from sinkwindow.model.inputs import CallChecks
 from sinkwindow.model.layer_stub import stubs_of
 from sinkwindow.model.open_call import AttentionFacts
@@ -36,12 +36,11 @@ if TYPE_CHECKING:
 
     from sinkwindow.model.layer_stub import LayerStub
     from sinkwindow.stream.events import Eviction
-    from sinkwindow.stream.state import Snapshot
 
 AttentionInterface.register(STEP_NAME, step_attention)
 
 
-class StreamingCache(Cache, Calls):
+class StreamingCache(Cache, Copies):
     """Keep the first ``num_sinks`` and the last ``window`` tokens, indefinitely (StreamingLLM, arXiv 2309.17453).
 
     Pass it as ``past_key_values=`` (``cache=`` from transformers 5.24 on) to ``model.generate`` or ``model.forward``.
@@ -105,9 +104,10 @@ class StreamingCache(Cache, Calls):
         static: bool = False,
     ) -> None:
         retention = Retention(num_sinks, window, buffer, evict)
-        self._options: dict[str, Any] = {"on_evict": on_evict, "positions": positions, "on_overflow": on_overflow}
+        options: dict[str, Any] = {"positions": positions, "on_overflow": on_overflow}
         facts = inspect_model(model)
-        check_fit(facts, retention, self._options, static=static)
+        check_fit(facts, retention, {"on_evict": on_evict, **options}, static=static)
+        self._settings: dict[str, Any] = {**asdict(retention), **options, "static": static}
         pools = pools_of(facts, retention, ranked=positions == "rank", static=static)
         super().__init__(layers=stubs_of(facts, is_compileable=static))
         self.retention = retention
@@ -123,13 +123,8 @@ class StreamingCache(Cache, Calls):
         self._on_evict = on_evict
         self._serve()
         last = facts.trained_length if positions == "original" else None
-        self._checks = CallChecks(
-            weakref.ref(facts.decoder),
-            frequencies_of(facts.decoder, types),
-            facts.counts_columns,
-            on_overflow == "evict",
-            last,
-        )
+        decoder, angles = weakref.ref(facts.decoder), frequencies_of(facts.decoder)
+        self._checks = CallChecks(decoder, angles, facts.counts_columns, on_overflow == "evict", last)
         self._model = weakref.ref(model)  # what the user calls, if not the decoder alone
         self._finalizer = attach(model, facts.decoder, self)
 
@@ -207,8 +202,13 @@ class StreamingCache(Cache, Calls):
         Args:
             query_length: Columns of the call.
             layer_idx: Index of the decoder layer.
+
+        Raises:
+            IndexError: There is no such layer.
         """
-        index = self._pool_of[layer_idx]
+        index = self._pool_of.get(layer_idx)
+        if index is None:
+            raise IndexError(f"layer_idx must be between 0 and {len(self._pool_of) - 1}, got {layer_idx!r}.")
         if query_length == 1 and self._steps is not None and self._steps.ready and not self._is_planned():
             return self._stream.pools[index].size(self._stream.state.pools[index], recording=False), 0
         held = self._held(index)
@@ -266,7 +266,7 @@ class StreamingCache(Cache, Calls):
             "or after detach(). Make a StreamingCache(model, ...) for the model that you call."
         )
 
-    @torch.compiler.disable
+    @uncompiled
     def _update_uncompiled(self, *states: Any) -> tuple[Tensor, Tensor]:
         return self.update(*states)
 
@@ -393,38 +393,3 @@ class StreamingCache(Cache, Calls):
             for stub in self.layers:
                 cast("LayerStub", stub).activate_past_recording()
             stream.record_past()
-
-    def snapshot(self) -> Snapshot:
-        """Copy the cache's content, to come back to it with ``restore`` any number of times.
-
-        Example:
-            >>> snapshot = cache.snapshot()
-            >>> cache.reset()
-            >>> cache.restore(snapshot)
-            >>> cache.seen_tokens
-            [9]
-        """
-        with self._idle("be copied") as stream:
-            return stream.snapshot()
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this cache, or of one with the same sizes on the same model.
-
-        Raises:
-            ValueError: The snapshot is of a cache with other sizes.
-        """
-        with self._idle("be restored") as stream:
-            stream.restore(snapshot)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
-        model = self._model() or self._checks.decoder()
-        if model is None:
-            raise RuntimeError("The model of this StreamingCache is gone; there is nothing to copy it for.")
-        rule = self.retention
-        sizes = rule.num_sinks, rule.window, rule.buffer, rule.evict
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # given when the original was made
-            twin = type(self)(model, *sizes, **self._options, static=self._steps is not None)
-        memo[id(self)] = twin
-        twin.restore(self.snapshot())
-        return twin

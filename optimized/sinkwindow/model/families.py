@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sinkwindow.attention.rotation import Rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from transformers import PreTrainedConfig
 
@@ -173,12 +173,13 @@ def inspect_model(model: nn.Module) -> ModelFacts:
         UnsupportedModelError: The model is not of a family that is known to stream exactly.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
+        name = type(model).__name__
+        raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {name}.{_inner(model)}")
     decoder = cast("PreTrainedModel", model.base_model)
     config = decoder.config
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UnsupportedModelError(_refusal(config))
+        raise UnsupportedModelError(_refusal(config) + _inner(model))
     if _attends_by_itself(decoder) and not family.own_attention:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {transformers.__version__}, "
@@ -211,6 +212,15 @@ def _refusal(config: PreTrainedConfig) -> str:
     if config.model_type in {"mamba", "mamba2", "rwkv", "falcon_mamba", "recurrent_gemma"}:
         return f"{name} keeps a state of fixed size instead of keys and values: it streams without a cache like this."
     return f"{name} is not known to stream exactly; known to work: {', '.join(sorted(FAMILIES))}."
+
+
+def _inner(model: nn.Module) -> str:
+    """Return advice where a model wraps one that is supported, as PEFT, ``torch.compile`` and image-text models do."""
+    parts = model.named_modules() if hasattr(model, "named_modules") else ()
+    for name, part in parts:
+        if part is not model and isinstance(part, PreTrainedModel) and part.config.model_type in FAMILIES:
+            return f" It wraps a {type(part).__name__}: pass model.{name}, and call the wrapper as before."
+    return ""
 
 
 def _attends_by_itself(decoder: nn.Module) -> bool:
@@ -283,13 +293,22 @@ class Frequencies:
         return True
 
 
-def frequencies_of(decoder: nn.Module, layer_types: Iterable[str]) -> list[Frequencies]:
-    """Return what all rotary modules' angles come from, for some types of layers."""
-    found = {}
+def frequencies_of(decoder: nn.Module) -> list[Frequencies]:
+    """Return what all rotary modules' angles come from."""
+    found = []
     for module in rotary_modules(decoder):
-        for name in {_buffer_name(module, layer_type) for layer_type in layer_types}:
-            found[module, name] = Frequencies(weakref.ref(module), name, getattr(module, name))
-    return list(found.values())
+        for name in _frequency_names(module):
+            original = name.replace("inv_freq", "original_inv_freq")
+            name = original if isinstance(getattr(module, original, None), Tensor) else name  # noqa: PLW2901
+            found.append(Frequencies(weakref.ref(module), name, getattr(module, name)))
+    return found
+
+
+def layer_devices(decoder: PreTrainedModel, count: int) -> list[torch.device]:
+    """Return the device of each decoder layer; the decoder's own where a layer is off-loaded or cannot be told."""
+    stacks = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    found = [next(layer.parameters(), None) for layer in stacks[0]] if stacks else [None] * count
+    return [decoder.device if weight is None or weight.is_meta else weight.device for weight in found]
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
@@ -314,10 +333,10 @@ def _kinds(decoder: PreTrainedModel, family: Family, windows: list[int | None]) 
     groups: dict[tuple[int | None, bool], list[int]] = {}
     for layer, window in enumerate(windows):
         groups.setdefault((window if mixed else None, family.rotates(config, layer)), []).append(layer)
-    kinds = [
-        LayerKind(_rotary(decoder, family, SLIDING if window else FULL, rotates), window, layers)
-        for (window, rotates), layers in groups.items()
-    ]
+    kinds = []
+    for (window, rotates), layers in groups.items():
+        layer_type = FULL if windows[layers[0]] is None else SLIDING
+        kinds.append(LayerKind(_rotary(decoder, family, layer_type, rotates), window, layers))
     return sorted(kinds, key=lambda kind: kind.window is not None)
 
 

@@ -19,7 +19,7 @@ import weakref
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
+Function = TypeVar("Function", bound="Callable[..., Any]")
+uncompiled: Callable[[Function], Function] = torch.compiler.disable  # typed
 CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
 # Methods in which a cache spends its time during a call: to measure that time, wrap them on one cache.
 CACHE_WORK = ("_begin", "update", "_end")
@@ -210,24 +212,24 @@ def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 # A call that is no step runs uncompiled, in the middle of a compiled model too.
 
 
-@torch.compiler.disable
+@uncompiled
 def _open(cache: Hooked, module: nn.Module) -> None:
     _run_last(module)
     cache._open(module)
 
 
-@torch.compiler.disable
+@uncompiled
 def _begin(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     _open(cache, decoder)
     return cache._begin(decoder, kwargs)
 
 
-@torch.compiler.disable
+@uncompiled
 def _complete(cache: Hooked, output: Any) -> Any:
     return cache._complete(output)
 
 
-@torch.compiler.disable
+@uncompiled
 def _end(cache: Hooked, module: nn.Module) -> None:
     cache._end(module)
 
@@ -257,11 +259,11 @@ def _run_last(module: nn.Module) -> None:
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Hooked | None:
-    for name in CACHE_NAMES:
-        cache = kwargs.get(name)
-        if isinstance(cache, Hooked):
-            return cache
-    return None
+    given = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
+    ours = next((cache for cache in given if isinstance(cache, Hooked)), None)
+    if ours is not None and any(cache is not ours for cache in given):
+        raise ValueError(f"{' and '.join(CACHE_NAMES)} are two names of one argument, and got two caches: pass one.")
+    return ours
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

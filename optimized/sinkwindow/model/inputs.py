@@ -135,14 +135,20 @@ def _read_tokens(kwargs: dict[str, Any], batch: int | None) -> tuple[int, int, t
     """Return a call's rows and columns, and the device of its tokens."""
     name = tokens_of(kwargs)
     tokens, floats = kwargs.get(name), name == "inputs_embeds"
-    if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape[:2]:  # noqa: PLR2004 - [batch, columns]
-        raise ValueError(
-            "input_ids must hold at least one new token per call, [batch, tokens]; the cache has the earlier ones "
-            "already. For another text, call reset() first."
-        )
-    if tokens.dim() != 2 + floats or tokens.is_floating_point() != floats or tokens.dtype == torch.bool:
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.dim() != 2 + floats
+        or tokens.is_floating_point() != floats
+        or tokens.dtype == torch.bool
+    ):
         wanted = "[batch, tokens, width] of floats" if floats else "[batch, tokens] of integers"
-        raise ValueError(f"{name} must be {wanted}, got {tokens.dtype} of shape {tuple(tokens.shape)}.")
+        got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"{name} must be a tensor, {wanted}, got {got}.")
+    if 0 in tokens.shape[:2]:
+        raise ValueError(
+            f"{name} must hold at least one new token per call; the cache has the earlier ones already. For another "
+            "text, call reset() first."
+        )
     rows, columns = tokens.shape[:2]
     if batch is not None and rows != batch:
         raise ValueError(

@@ -23,7 +23,9 @@ PER_CALL = ("output_attentions", "output_router_logits")
 
 def tokens_of(kwargs: dict[str, Any]) -> str:
     """Return the name of the argument that holds a call's tokens."""
-    return "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+    return (
+        "inputs_embeds" if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None else "input_ids"
+    )
 
 
 def arguments_of(kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -85,10 +85,6 @@ class Slots:
         """Bytes of the tensors in use, not of spare ones."""
         return sum(tensor.nbytes for bank in self.banks for tensor in bank.tensors)
 
-    def cloned(self) -> Slots:
-        """Return the same in tensors of its own."""
-        return replace(self, banks=tuple(bank.map(torch.clone) for bank in self.banks), spare=())
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:

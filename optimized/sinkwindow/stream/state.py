@@ -6,16 +6,18 @@ A call, a roll-back or a reordering makes another ``State``, and one assignment 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sinkwindow.lanes import Lane
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-    from sinkwindow.retention import Retention
+    from sinkwindow.storage.bank import Bank
     from sinkwindow.storage.slots import Slots
 
 
@@ -87,16 +89,49 @@ class State:
 
     def cloned(self) -> State:
         """Return the same in tensors of its own."""
-        return replace(self, pools=tuple(slots.cloned() for slots in self.pools))
+        return self.with_banks([tuple(bank.map(torch.clone) for bank in slots.banks) for slots in self.pools])
+
+    def with_banks(self, banks: Sequence[tuple[Bank, ...]]) -> State:
+        """Return the same with other tensors in each pool."""
+        pools = (replace(slots, banks=own, spare=()) for slots, own in zip(self.pools, banks, strict=True))
+        return replace(self, pools=tuple(pools))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """A copy of a cache's content, for ``StreamingCache.restore``; opaque."""
+    """A copy of a cache's content, for ``StreamingCache.restore``; opaque.
 
-    rules: list[Retention]
-    static: bool
+    Attributes:
+        settings: Arguments of the cache by name: its rule, ``positions``, ``on_overflow`` and ``static``.
+        model: The fingerprint of its model.
+        state: What it held.
+    """
+
+    settings: dict[str, Any]
+    model: dict[str, str]
     state: State
+
+    def check(self, settings: dict[str, Any], model: dict[str, str]) -> None:
+        """Refuse a cache that cannot go on from here.
+
+        Args:
+            settings: Of that cache.
+            model: Of that cache.
+
+        Raises:
+            ValueError: The two caches differ; the message names the first difference.
+        """
+        for what, own, other in (("cache", self.settings, settings), ("model", self.model, model)):
+            for name, value in other.items():
+                if own.get(name) == value or name == "on_overflow":  # which changes no number
+                    continue
+                digests = what == "model" and len(str(value)) > 32  # noqa: PLR2004
+                values = f"with {name}={own.get(name)!r}, this one has {name}={value!r}"
+                differs = f"with other {name}" if digests else values
+                raise ValueError(
+                    f"The snapshot is of a {what} {differs}: a cache that goes on from it must have the same sizes, "
+                    "and its model the same weights and dtype."
+                )
 
 
 @dataclass(frozen=True, slots=True)

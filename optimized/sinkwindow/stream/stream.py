@@ -21,7 +21,7 @@ from sinkwindow.storage.slots import Pool, Slots
 from sinkwindow.stream.call import PoolCall, StreamCall
 from sinkwindow.stream.events import Eviction, evictions_of
 from sinkwindow.stream.history import count_evictions, cropped, recorded, select_past
-from sinkwindow.stream.state import Snapshot, State
+from sinkwindow.stream.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -356,21 +356,3 @@ class Stream:
             rows = tuple(replace(row, mark=pool.retention.first(row.evicted)) for row in slots.lanes)
             pools.append(replace(slots, lanes=rows))
         self.state = replace(self.state, pools=tuple(pools))
-
-    def snapshot(self) -> Snapshot:
-        """Return a copy of the content."""
-        return Snapshot([pool.retention for pool in self.pools], self.static, self.state.cloned())
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot.
-
-        Raises:
-            ValueError: The snapshot is of a cache with other sizes, or only one of the two is static.
-        """
-        if snapshot.rules != [pool.retention for pool in self.pools]:
-            raise ValueError(f"snapshot is of a cache with {snapshot.rules[0]}, this one has {self.rule}.")
-        if snapshot.static != self.static:
-            raise ValueError(
-                f"snapshot is of a cache with static={snapshot.static}, this one has static={not snapshot.static}."
-            )
-        self.adopt(snapshot.state.cloned())
