@@ -1,7 +1,7 @@
 """Measure the last commits that can be built, those that this machine has no numbers of, and name the others.
 
 `nox -s bench_history -- 10` measures until ten commits have numbers; further arguments are those of `asv run`. The list
-is written to .asv/results/history.md, beside the numbers: the workflow `docs` publishes both.
+is written to .asv/results/history.md; with `--list`, as in the workflow `docs`, nothing is measured for it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", nargs="?", type=int, default=10, help="commits that shall have numbers")
     parser.add_argument("--machine", default=platform.node(), help="name under which the numbers are saved")
+    parser.add_argument("--list", action="store_true", help="write the list of what was measured, and measure nothing")
     options, more = parser.parse_known_args(arguments)
     subprocess.run(["asv", "machine", "--yes", "--machine", options.machine], check=True)
     file = RESULTS / "unmeasured.txt"  # asv would take a .json file for results
@@ -62,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     left = options.count
     for commit, date, subject in commits(FARTHEST * options.count):
         found = numbers(options.machine, commit)
-        if not found and commit not in reasons:
+        if options.list:
+            reasons.setdefault(commit, "not measured yet")
+        elif not found and commit not in reasons:
             reason = run(options.machine, commit, more)
             found = numbers(options.machine, commit)
             if not found:
@@ -75,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     listed = table(("Commit", "Date", "Subject", "Numbers"), rows, words=True)
     (RESULTS / "history.md").write_text(join(["## History", listed]), encoding="utf-8")
     sys.stdout.write(f"{listed}\n")
-    return int(left == options.count)
+    return int(left == options.count and not options.list)
 
 
 if __name__ == "__main__":

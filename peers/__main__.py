@@ -49,7 +49,7 @@ def export(folder: Path) -> tuple[Path, int]:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     write_text(folder / "config.json", json.dumps(readable(config), indent=1))
     text = load_corpus(CORPUS).text[:CHARACTERS]
-    ids = AutoTokenizer.from_pretrained(source)(text).input_ids[:TOKENS]
+    ids = AutoTokenizer.from_pretrained(source, trust_remote_code=False)(text).input_ids[:TOKENS]
     write_text(folder / "ids.json", json.dumps(ids))
     return folder / "ids.json", weights.stat().st_size
 

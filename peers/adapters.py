@@ -61,7 +61,8 @@ class Adapter(ABC):
 
     def load(self, folder: str) -> Any:
         """Return the model in the dtype of its weights."""
-        return importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(folder)
+        auto = importlib.import_module("transformers").AutoModelForCausalLM
+        return auto.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
 
     def start(self, size: Size) -> None:
         """Replace the cache by an empty one of this size."""

@@ -20,7 +20,8 @@ class AttentionSinks(Adapter):
 
     def load(self, folder: str) -> Any:
         """Return the model as `attention_sinks` loads it."""
-        return importlib.import_module("attention_sinks").AutoModelForCausalLM.from_pretrained(folder)
+        auto = importlib.import_module("attention_sinks").AutoModelForCausalLM
+        return auto.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
 
     def fresh(self) -> Any:
         """Set the sizes on the object that cuts the cache; without keys, the cache is empty."""

