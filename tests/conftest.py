@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +33,9 @@ settings.register_profile("dev", **COMMON)
 # The same examples on every machine and in every run, so that a build that fails here fails locally too.
 settings.register_profile("ci", derandomize=True, **COMMON)
 settings.register_profile("nightly", max_examples=2_000, stateful_step_count=200, **COMMON)
+# A mutant is killed by the first example that fails; no time is spent on a smaller one.
+FIRST_FAILURE: Final = (Phase.explicit, Phase.generate)
+settings.register_profile("mutation", derandomize=True, max_examples=25, phases=FIRST_FAILURE, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 # Tiny tensors gain nothing from threads, and xdist workers would compete for the cores.

@@ -86,6 +86,20 @@ def test_history_goes_back_to_commits_that_can_be_built(tmp_path: Path, monkeypa
         assert rows == ["1 |", r"none: error: no such \*backend\* |", "1 |"]
 
 
+def test_history_is_listed_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--list`, the page names what saved results have, and a commit that has none yet is no error."""
+    monkeypatch.setattr(history, "RESULTS", tmp_path)
+    monkeypatch.setattr(history, "run", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(history, "commits", lambda _: [(letter * 40, "2026-01-01", letter) for letter in "ab"])
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    assert history.main(["2", "--machine", "machine", "--list"]) == 0
+    _saved(tmp_path, [1.0], "b" * 40)
+    assert history.main(["2", "--machine", "machine", "--list"]) == 0
+    rows = [line.split(" | ")[-1] for line in (tmp_path / "history.md").read_text("utf-8").splitlines()[-2:]]
+    assert rows == ["none: not measured yet |", "1 |"]
+    assert not (tmp_path / "unmeasured.txt").exists()
+
+
 def test_comparison_runs_exact_figures_and_times_separately() -> None:
     """Every benchmark is in one of two passes; the factor for exact figures allows no change."""
     exact, timed = compare.passes("base", "head", 1.2, None)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any, Final
@@ -15,11 +16,6 @@ from typing import Any, Final
 import pytest
 import torch
 from packaging.requirements import Requirement
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 OURS: Final = ("sinkwindow", "sinkwindow_reference", "sinkwindow_lab")
@@ -33,6 +29,7 @@ FOLDERS: Final = (
     "asv_benches",
     "benchmarks",
     "peers",
+    "requirements",
     ".ci",
     ".github",
 )
@@ -49,9 +46,20 @@ def _section(name: str, title: str) -> str:
     return _read(name).partition(f"\n## {title}")[2].partition("\n## ")[0]
 
 
+def _tracked() -> list[Path] | None:
+    """Return the files that git tracks; None where there is no clone or no git, as in a source distribution."""
+    try:
+        run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return [ROOT / name for name in run.stdout.split("\0") if name]
+
+
 def _text_files() -> list[Path]:
-    """Lists the project's own text files, with or without git at hand, caches of tools left out."""
-    candidates = [*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
+    """Return the project's own text files: what git tracks, or what is there, caches of tools left out."""
+    there = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+    tracked = _tracked()
+    candidates = [*ROOT.iterdir(), *there] if tracked is None else tracked
     ours = [path for path in candidates if not CACHES.search(path.relative_to(ROOT).as_posix())]
     return [path for path in ours if path.is_file() and path.suffix in SUFFIXES]
 
@@ -109,6 +117,23 @@ def test_session_runs_the_pinned_torch() -> None:
     pinned = re.search(r"^torch==(\S+)", _read("constraints.txt"), re.MULTILINE)
     assert pinned is not None
     assert torch.__version__.partition("+")[0] == pinned[1]
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_our_files_are_those_that_git_tracks(git: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """A file that is there on one desk only is not read; without git all files are."""
+    (tmp_path / "lab" / "__pycache__").mkdir(parents=True)
+    for name in ("README.md", "a.log.txt", "lab/kept.py", "lab/lost.py", "lab/__pycache__/x.py"):
+        (tmp_path / name).write_text("text", encoding="utf-8")
+    if git:
+        if _tracked() is None:
+            pytest.skip("not a git clone, or no git")
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+        subprocess.run(["git", "add", "README.md", "lab/kept.py"], cwd=tmp_path, check=True)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    names = {path.relative_to(tmp_path).as_posix() for path in _text_files()}
+    assert names == {"README.md", "lab/kept.py"} | (set() if git else {"a.log.txt", "lab/lost.py"})
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
@@ -201,12 +226,12 @@ def test_readme_warns_before_it_shows() -> None:
 # The floors of the core and of the lab, from the ground up; a module imports from its own floor and those below it.
 FLOORS: Final = {
     "optimized/sinkwindow": (
-        ("retention", "lanes"),
+        ("arguments", "retention", "lanes"),
         ("attention",),
         ("storage",),
         ("stream",),
-        ("model",),
-        ("fit",),
+        ("model", "saving"),
+        ("fit", "copies"),
         ("cache", "__init__"),
     ),
     "lab/sinkwindow_lab": (

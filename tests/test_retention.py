@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,13 @@ def test_every_query_attends_to_its_own_list(rule: Rule, total: int) -> None:
     for token, expected in enumerate(lists):
         assert retention.retained(token + 1, retention.evicted_before(token)) == expected
         assert len(expected) <= retention.capacity
+
+
+@given(rule=rules(), total=st.integers(1, 60))
+def test_tensors_of_tokens_are_counted_as_ints_are(rule: Rule, total: int) -> None:
+    """`evicted_before` returns a tensor for a tensor, an int for an int."""
+    retention = Retention(**rule.arguments)
+    assert retention.evicted_before(torch.arange(total)).tolist() == [*map(retention.evicted_before, range(total))]
 
 
 @given(rule=rules(BOTH), lengths=splits(most=200))

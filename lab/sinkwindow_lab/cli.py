@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
+
+from sinkwindow_lab.errors import explain
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments`, without the program's name (`sys.argv` by default).
 
     Raises:
-        SystemExit: always: 0 when all went well, 2 after a user's error (one line on standard error).
+        SystemExit: always: 0 when all went well, 1 when `verify` finds the cache wrong, 2 after a user's error (one
+            line on standard error).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # results are shown whatever letters the terminal knows
     try:
         from sinkwindow_lab.commands import app
-        from sinkwindow_lab.errors import LabError
-    except ModuleNotFoundError as error:
-        print(f"error: the lab needs the module {error.name!r}: pip install 'sinkwindow[lab]'", file=sys.stderr)  # noqa: T201
+
+        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help, which it has shown
+            raise SystemExit(2) from error
+        line = explain(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from error
-    try:
-        app(args=None if arguments is None else list(arguments))
-    except LabError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - one line, whatever it quotes
-        raise SystemExit(2) from error
-    except ModuleNotFoundError as error:
-        print(f"error: the lab needs the module {error.name!r}: pip install 'sinkwindow[lab]'", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from error
+    raise SystemExit(status or 0)

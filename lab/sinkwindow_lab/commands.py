@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from sinkwindow_lab import speed_commands
-from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.records import BosPolicy, Documents
+from sinkwindow_lab.errors import LabError, check_number
+from sinkwindow_lab.records import BosPolicy, Documents, Measurement, ModelRecord, TextRecord
+from sinkwindow_lab.speed_commands import say
 
 app = typer.Typer(
     help="Measures attention sinks with a sliding window: perplexity, speed, memory.",
@@ -20,6 +22,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Option(help="Hub id or folder of a causal LM; the embedded one by default.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, ...")]
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the records as JSON.")]
@@ -44,6 +47,7 @@ def tables(
     out: Annotated[Path, typer.Option(help="Folder for the report and for finished measurements.")] = Path("results"),
     only: Annotated[str | None, typer.Option(help=f"Parts, separated by commas: {PARTS}.")] = None,
     *,
+    trust_remote_code: Trust = False,
     quick: Annotated[bool, typer.Option("--quick", help="The same questions over far fewer tokens.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has finished.")] = False,
 ) -> None:
@@ -51,25 +55,28 @@ def tables(
     from sinkwindow_lab import files
     from sinkwindow_lab.inputs import corpora, models
     from sinkwindow_lab.progress import Bars
-    from sinkwindow_lab.reports.output import write_report
+    from sinkwindow_lab.reports.output import prepare, write_report
     from sinkwindow_lab.reports.tables import collect, plan
     from sinkwindow_lab.store import Store
     from sinkwindow_lab.ways.configurations import parse_list
 
     parts = plan.chosen_parts(only)
     rows = parse_list(configs or plan.DEFAULT_CONFIGURATIONS)
-    folder = files.output_folder(out)
+    folder = prepare("tables", out)
+    models.check_place(device, dtype)
     texts = [corpora.load_corpus(name) for name in corpus or plan.DEFAULT_CORPORA]
     names = [text.name for text in texts]
     for name in names:
         if names.count(name) > 1:  # columns are named by corpus
             raise LabError(f"corpus {name!r} is given twice; give each text once, and files different names")
-    loaded = models.load_model(model, device=device, dtype=dtype)
-    store = Store(folder / "measurements", fresh=fresh)
+    loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = plan.QUICK if quick else plan.FULL
-    report = collect.collect(loaded, texts, rows, chosen, parts=parts, bos=bos, store=store, progress=Bars)
-    for path in write_report(report, folder):
-        typer.echo(f"wrote {path}")
+    with files.alone_in(folder, say):
+        store = Store(folder / "measurements", fresh=fresh)
+        report = collect.collect(loaded, texts, rows, chosen, parts=parts, bos=bos, store=store, progress=Bars)
+        for path in write_report(report, folder):
+            say(f"wrote {path}", err=False)
+    warn(report.models, report.texts, report.measurements)
     if store.reused:
         typer.echo(f"note: {store.reused} measurements are from an earlier run; --fresh measures again", err=True)
 
@@ -81,11 +88,16 @@ def render(
 ) -> None:
     """Write the pages of an earlier run again, from its JSON."""
     from sinkwindow_lab import files
-    from sinkwindow_lab.reports.output import read_report, write_report
+    from sinkwindow_lab.reports.output import prepare, read_report, write_report
 
     report = read_report(source)
-    for path in write_report(report, files.output_folder(out or source.parent)):
-        typer.echo(f"wrote {path}")
+    with files.alone_in(prepare(report.kind, out or source.parent), say):
+        try:
+            paths = list(write_report(report, out or source.parent))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise LabError(f"{source} lacks what its page needs ({reason}): measure again") from error
+    say("\n".join(f"wrote {path}" for path in paths), err=False)
 
 
 @app.command()
@@ -107,24 +119,30 @@ def perplexity(
     dtype: Dtype = "float32",
     save_nll: Annotated[Path | None, typer.Option(help="Write each target's loss, as safetensors.")] = None,
     *,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Score one configuration on one text, each target once."""
     from sinkwindow_lab import files
     from sinkwindow_lab.inputs import corpora, models
     from sinkwindow_lab.inputs.tokens import encode
+    from sinkwindow_lab.measure import requirements
     from sinkwindow_lab.measure.perplexity import measure
     from sinkwindow_lab.progress import Bars
     from sinkwindow_lab.ways import configurations
 
     numbers = (sinks, window, buffer)
     chosen = configurations.streaming(*numbers) if config is None else configurations.parse(config)
+    check_number("--block=", block, 1)
     target = None if save_nll is None else files.output_file("--save-nll", save_nll)
+    models.check_place(device, dtype)
     text = corpora.load_corpus(corpus)
-    loaded = models.load_model(model, device=device, dtype=dtype)
+    loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     ids = encode(text, loaded.tokenizer, tokens=tokens, bos=bos, documents=documents)
-    if ids.ids.shape[1] < tokens:
-        typer.echo(f"note: corpus {text.name!r} has {ids.ids.shape[1]} tokens, {tokens} were requested", err=True)
+    loaded.check_ids(ids)
+    longest = max(one.shape[1] for one in ids.texts) - 1  # the last token is a target only
+    asked = f"--sinks {sinks} --window {window} --buffer {buffer}" if config is None else f"--config {config}"
+    requirements.check([chosen], loaded.model, longest, f"--tokens {tokens} {asked}")
     found = {}
     with Bars(len(METHODS[method])) as bars:
         for way in METHODS[method]:
@@ -132,7 +150,9 @@ def perplexity(
             count = 1 if way == "token" else block
             found[way] = measure(chosen, loaded.model, ids, block=count, on_block=bars.advance)
     *_, main = found.values()
+    warnings = warn([loaded.record], [ids.record()], main.measurements("perplexity"))
     content: dict[str, Any] = {"result": main.figures_by_name(), "text": ids.record().model_dump()}
+    content |= {"warnings": warnings}
     lines = [str(one) for one in found.values()]
     if method == "both":
         single = found["token"]
@@ -166,22 +186,28 @@ def speed(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     *,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Time greedy generation: TTFT, TPOT, throughput, peak memory."""
     from sinkwindow_lab.inputs import corpora, models
     from sinkwindow_lab.inputs.tokens import encode
-    from sinkwindow_lab.measure.generation import generate, rounds_of
+    from sinkwindow_lab.measure import requirements
+    from sinkwindow_lab.measure.generation import fed_tokens, generate, rounds_of
     from sinkwindow_lab.progress import Bars
     from sinkwindow_lab.render.markdown import numbers
     from sinkwindow_lab.ways.configurations import parse_list
 
     rows = parse_list(configs)
-    if rounds < 1:
-        raise LabError(f"rounds={rounds} must be 1 or more")
+    check_number("--rounds=", rounds, 1)
+    models.check_place(device, dtype)
     text = corpora.load_corpus(corpus)
-    loaded = models.load_model(model, device=device, dtype=dtype)
+    loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     ids = encode(text, loaded.tokenizer, tokens=prompt)
+    loaded.check_ids(ids)
+    longest = fed_tokens(ids.ids.shape[1], tokens)
+    requirements.check(rows, loaded.model, longest, f"--prompt {prompt} --tokens {tokens}")
+    warnings = warn([loaded.record], [ids.record()])
     made = []
     with Bars(rounds) as bars:
         for _ in range(rounds):
@@ -191,7 +217,8 @@ def speed(
     found = [rounds_of([one[row][0] for one in made], loaded.record.name) for row in range(len(rows))]
     if as_json:
         measurements = [one.model_dump() for own in found for one in own]
-        typer.echo(_as_json({"result": measurements, "text": ids.record().model_dump()}, text, loaded))
+        content = {"result": measurements, "text": ids.record().model_dump(), "warnings": warnings}
+        typer.echo(_as_json(content, text, loaded))
         return
     for own in found:
         shown = {one.metric: one.samples for one in own}
@@ -217,6 +244,43 @@ def mechanics(
 
 
 @app.command()
+def verify(
+    tokens: Annotated[int, typer.Option(help="Tokens read.")] = 512,
+    sinks: Sinks = 4,
+    window: Window = 128,
+    buffer: Buffer = 16,
+    call_length: Annotated[
+        int | None, typer.Option(help="Tokens per call; by default a long call, then single tokens.")
+    ] = None,
+    corpus: Annotated[str, typer.Option(help=CORPUS_HELP)] = "python-docs",
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    *,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the cache with the slow reference on a model; the exit status is 1 if the cache is wrong."""
+    from sinkwindow_lab.inputs import corpora, models
+    from sinkwindow_lab.inputs.tokens import encode
+    from sinkwindow_lab.measure import verify as check
+    from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.ways.configurations import streaming
+
+    rule = streaming(sinks, window, buffer)
+    check.call_lengths(rule, tokens, call_length)
+    text = corpora.load_corpus(corpus)
+    loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    ids = encode(text, loaded.tokenizer, tokens=tokens)
+    with Bars(check.PASSES) as bars:
+        found = check.verify(loaded.model, ids.ids, rule, call_length=call_length, progress=bars)
+    content = {"result": {"right": found.right, **found.model_dump()}, "text": ids.record().model_dump()}
+    typer.echo(_as_json(content, text, loaded) if as_json else f"{loaded.record.name}, {text.name}\n{found}")
+    if not found.right:
+        raise typer.Exit(1)
+
+
+@app.command()
 def configs() -> None:
     """List the forms of configuration names and what they mean."""
     from sinkwindow_lab.ways.configurations import SHAPES
@@ -229,6 +293,18 @@ def configs() -> None:
 app.command()(speed_commands.floors)
 app.command()(speed_commands.speed_report)
 app.command()(speed_commands.gpu_report)
+
+
+def warn(
+    models: Sequence[ModelRecord], texts: Sequence[TextRecord], measurements: Sequence[Measurement] = ()
+) -> list[str]:
+    """Show what is doubtful about the numbers, and return it."""
+    from sinkwindow_lab.render.doubts import doubts
+
+    found = doubts(models, texts, measurements)
+    for one in found:
+        say(f"warning: {one}")
+    return found
 
 
 def _as_json(content: dict[str, Any], text: Any, loaded: Any) -> str:

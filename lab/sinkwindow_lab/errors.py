@@ -1,9 +1,17 @@
-"""The one error that the command line shows as a single line instead of a traceback."""
+"""The errors that the command line shows as a single line instead of a traceback."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
+
+# What torch and Python say of memory that cannot be had, and of sizes that no memory has; the classes do not tell.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|Storage size calculation overflowed|multiplication overflow"
+    r"|into an index-sized integer|Overflow when unpacking long"
+)
+LONGEST = 1000  # characters of a line that is shown whole
 
 
 class LabError(ValueError):
@@ -15,4 +23,40 @@ def require(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise LabError(f"the lab needs the module {error.name!r}: pip install 'sinkwindow[lab]'") from error
+        raise LabError(_missing(error)) from error
+
+
+def check_number(option: str, value: float, least: float, most: float = float("inf")) -> None:
+    """Check that the value of an option lies between two numbers, a NaN never; `option` ends with a space or `=`."""
+    if not least <= value <= most:
+        words = "or more" if most == float("inf") else f"to {most:g}"
+        raise LabError(f"{option}{value} must be {least:g} {words}")
+
+
+def printable(words: str) -> str:
+    """Return words of which nothing acts on a terminal: line ends, escapes, marks of direction are shown as escapes."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in words)
+
+
+def explain(error: Exception) -> str | None:
+    """Return in one line what a user can do about an error; None if there is nothing, as for a mistake in the code."""
+    if isinstance(error, LabError):
+        words = str(error)
+    elif isinstance(error, ModuleNotFoundError):
+        words = _missing(error)
+    elif isinstance(error, OSError):
+        words = f"{error}: free this place, or choose another one"
+    elif isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        reason = str(error).partition(". ")[0] or type(error).__name__
+        words = f"not enough memory ({reason}): choose smaller sizes, or a smaller --dtype"
+    elif hasattr(error, "format_message"):  # typer's own: options that are unknown, or have a value of another kind
+        path = getattr(getattr(error, "ctx", None), "command_path", "sinkwindow")
+        words = f"{error.format_message().rstrip('.')}; {path} --help lists what is possible"
+    else:
+        return None
+    line = printable(" ".join(words.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return f"the lab needs the module {error.name!r}: pip install 'sinkwindow[lab]'"

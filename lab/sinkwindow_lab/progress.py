@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from typing_extensions import Self
+
+from sinkwindow_lab.errors import printable
 
 
 class Reporter:
@@ -29,7 +31,8 @@ class Bars(Reporter):
     def __init__(self, measurements: int) -> None:
         """Prepare the bars for a number of measurements."""
         self._console = Console(file=sys.stderr)
-        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        words = TextColumn("{task.description:<44}", markup=False)
+        columns = (words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._all = self._progress.add_task("measurements", total=measurements)
         self._current: TaskID | None = None
@@ -49,7 +52,7 @@ class Bars(Reporter):
         if self._current is not None:
             self._progress.remove_task(self._current)
             self._progress.advance(self._all)
-        self._count += 1
+        self._count, label = self._count + 1, printable(label)
         if not self._console.is_terminal:
             print(f"[{self._count}/{self._measurements}] {label}", file=sys.stderr, flush=True)  # noqa: T201
         self._current = self._progress.add_task(label, total=total)
@@ -61,7 +64,4 @@ class Bars(Reporter):
 
     def found(self, words: str) -> None:
         """Show a number that is finished, above the bars."""
-        if self._console.is_terminal:
-            self._progress.console.print(f"  {words}", markup=False, highlight=False)
-        else:
-            print(f"  {words}", file=sys.stderr, flush=True)  # noqa: T201
+        self._progress.console.print(f"  {printable(words)}", markup=False, highlight=False, soft_wrap=True)

@@ -36,6 +36,7 @@ class ModelRecord(Record):
     device: str
     max_positions: int | None
     attention: str
+    missing_weights: list[str] = []  # that the checkpoint lacks, so that they have random values
 
 
 class TokenizerRecord(Record):
@@ -72,6 +73,8 @@ class TextRecord(Record):
     texts: int
     target_bytes: int
     tokenizer: TokenizerRecord | None
+    bos_id: int | None = None  # of the token in front of each text; None if there is none
+    requested: int | None = None  # tokens that were asked for: more than `tokens` if the text ends before
 
 
 class MachineRecord(Record):
@@ -123,16 +126,9 @@ def measured(
     part: str, subject: str, configuration: str, at: int | None, figures: Mapping[str, tuple[str, Sequence[float]]]
 ) -> list[Measurement]:
     """Return measurements of one place; `figures` has unit and samples by metric."""
+    place = {"part": part, "subject": subject, "configuration": configuration, "at": at}
     return [
-        Measurement(
-            part=part,
-            subject=subject,
-            configuration=configuration,
-            at=at,
-            metric=metric,
-            unit=unit,
-            samples=list(samples),
-        )
+        Measurement.model_validate({**place, "metric": metric, "unit": unit, "samples": list(samples)})
         for metric, (unit, samples) in figures.items()
     ]
 

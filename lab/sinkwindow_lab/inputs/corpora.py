@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sinkwindow_lab.errors import LabError, require
+from sinkwindow_lab.errors import LabError, printable, require
 from sinkwindow_lab.inputs.hub import ask
 from sinkwindow_lab.records import CorpusRecord
 
@@ -25,6 +25,7 @@ Rows = Iterator[tuple[str, Any]]  # where each row is in its file, and the row
 BLANK_LINE = "\n\n"
 COLUMN = "text"  # of rows, in files and on the hub
 SPLIT = "test"
+HALF = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can escape one by one; no tokenizer takes them
 STREAMED_CHARACTERS = 8_000_000  # PG-19's test books are read until there is this much; far above any default
 
 
@@ -47,17 +48,9 @@ class Corpus:
 
     def record(self) -> CorpusRecord:
         """Return what identifies the text, its digest included."""
-        return CorpusRecord(
-            name=self.name,
-            source=self.source,
-            revision=self.revision,
-            config=self.config,
-            split=self.split,
-            documents=len(self.documents),
-            joiner=self.joiner,
-            characters=len(self.text),
-            sha256=hashlib.sha256(self.text.encode("utf-8", errors="surrogatepass")).hexdigest(),
-        )
+        own = {name: getattr(self, name) for name in ("name", "source", "revision", "config", "split", "joiner")}
+        digest = hashlib.sha256(self.text.encode("utf-8", errors="surrogatepass")).hexdigest()
+        return CorpusRecord(**own, documents=len(self.documents), characters=len(self.text), sha256=digest)
 
 
 @dataclass(frozen=True)
@@ -122,15 +115,17 @@ EMBEDDED: dict[str, Callable[[], Corpus]] = {"shakespeare": _shakespeare, "pytho
 
 def _from_file(name: str) -> Corpus:
     path = Path(name)
-    if not path.is_file():
-        known = ", ".join([*EMBEDDED, *HUB])
-        raise LabError(f"corpus {name!r} is neither a file nor a known name; known are {known}")
     readers = {".json": _json, ".jsonl": _json, ".ndjson": _json, ".parquet": _parquet}
     documents = []
     try:
+        if not path.is_file():
+            known = ", ".join([*EMBEDDED, *HUB])
+            raise LabError(f"corpus {name!r} is neither a file nor a known name; known are {known}")
         for place, row in readers.get(path.suffix.lower(), _plain)(path):
             text = row[COLUMN] if isinstance(row, dict) and COLUMN in row else row
             if isinstance(text, str):
+                if half := HALF.search(text):
+                    raise LabError(f"corpus {path}, {place} has half a character, {half[0]!r}: repair or remove it")
                 documents.append(text)
             elif text is not None:
                 raise LabError(f"corpus {path}, {place} has no string in a field {COLUMN!r}: rename the field")
@@ -138,7 +133,7 @@ def _from_file(name: str) -> Corpus:
         raise LabError(f"corpus {path} is not UTF-8 (byte {error.start}): convert or decompress it first") from error
     except OSError as error:
         raise LabError(f"corpus {path} cannot be read: {error.strerror or error}") from error
-    return Corpus(path.stem, tuple(documents), f"file {path.name}")
+    return Corpus(printable(path.stem), tuple(documents), f"file {printable(path.name)}")
 
 
 def _plain(path: Path) -> Rows:
@@ -153,9 +148,10 @@ def _json(path: Path) -> Rows:
     for number, part in [(1, content)] if array else enumerate(content.split("\n"), start=1):
         try:
             found: Any = json.loads(part) if part.strip() else None
-        except json.JSONDecodeError as error:
-            place = f"corpus {path}, line {number + error.lineno - 1}"
-            raise LabError(f"{place} is not JSON ({error.msg}): give one object per line, or one array") from error
+        except (ValueError, RecursionError) as error:  # not JSON; a number too long, or arrays in arrays in arrays
+            place = f"corpus {path}, line {number + getattr(error, 'lineno', 1) - 1}"
+            reason = getattr(error, "msg", None) or error
+            raise LabError(f"{place} is not JSON ({reason}): give one object per line, or one array") from error
         if array:
             yield from ((f"row {index}", row) for index, row in enumerate(found, start=1))
         else:

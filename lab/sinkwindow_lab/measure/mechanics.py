@@ -10,6 +10,7 @@ from sinkwindow import Eviction, StreamingCache
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.measure.micro import geometry
+from sinkwindow_lab.measure.requirements import check_memory
 from sinkwindow_lab.ways.sessions import cache_keyword
 
 AROUND = 2  # steps shown before and after each eviction; the others only fill the cache
@@ -20,6 +21,7 @@ def log(num_sinks: int, window: int, buffer: int, *, evictions: int = 3) -> Iter
     if evictions < 1:
         raise LabError(f"evictions={evictions} must be 1 or more")
     model, events = random_model("tiny"), list[Eviction]()
+    check_memory(model, sum(max(one, 0) for one in (num_sinks, window, buffer)), "--sinks, --window and --buffer:")
     try:
         cache = StreamingCache(model, num_sinks=num_sinks, window=window, buffer=buffer, on_evict=events.append)
     except (TypeError, ValueError) as error:

@@ -43,8 +43,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the mean loss."""
-        return math.exp(self.mean_nll)
+        """Exponential of the mean loss; infinite where it is more than a float holds."""
+        return float(self.nll.mean().exp())
 
     @property
     def bits_per_byte(self) -> float:

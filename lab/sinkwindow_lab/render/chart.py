@@ -16,6 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
+from sinkwindow_lab.errors import printable
+
 INK = "#010203"  # replaced by a color that follows the reader's setting
 GREY = "#828288"
 COLOURS = ("#2a78d6", "#d9622b", "#1a9a6c", "#8a63d2", "#b8860b")  # each readable on white and on near-black
@@ -53,7 +55,8 @@ def _marker(number: int) -> str:
 
 def _shown(name: object) -> str:
     """Return a label that matplotlib shows: it hides those that begin with an underscore."""
-    return f" {name}" if str(name).startswith("_") else str(name)
+    words = printable(str(name))
+    return f" {words}" if words.startswith("_") else words
 
 
 class Picture:
@@ -160,7 +163,7 @@ def bars(frame: pd.DataFrame, x: str, y: str, error: str, color: str, marker: st
         for number, ((way, text), rows) in enumerate(groups):
             places = rows[x].map(names.index) + 0.16 * (number - (len(groups) - 1) / 2)
             options: dict[str, Any] = {"fmt": _marker(markers.index(way)), "color": _color(colors.index(text))}
-            one.axes.errorbar(places, rows[y], yerr=rows[error], label=f"{way}, {text}", linewidth=1, **options)
+            one.axes.errorbar(places, rows[y], yerr=rows[error], label=_shown(f"{way}, {text}"), linewidth=1, **options)
         one.axes.axhline(0, color=GREY, linewidth=0.8)
         one.axes.set_xticks(range(len(names)), names)
     return one.svg

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from sinkwindow_lab.errors import printable
 from sinkwindow_lab.measure.clock import spread
 
 NOT_MEASURED = "-"
@@ -22,7 +23,7 @@ class Page:
 
 def name(words: str) -> str:
     """Return text that shows as it is on one line: nothing in it is Markdown or HTML."""
-    safe = SPECIAL.sub(lambda found: "\\" + found[0], " ".join(words.split()))
+    safe = SPECIAL.sub(lambda found: "\\" + found[0], printable(" ".join(words.split())))
     return re.sub(r"^(\d+(?=[.)])|(?=[-+=]))", r"\1\\", safe)  # would start a list or a rule at the start of a block
 
 

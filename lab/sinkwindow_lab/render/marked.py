@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.files import write_text
+from sinkwindow_lab.files import read_text, write_text
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -35,6 +35,6 @@ def fill(page: Path, found: Mapping[str, str]) -> None:
 
 def _read(page: Path) -> str:
     try:
-        return page.read_text(encoding="utf-8")
+        return read_text(page)
     except (OSError, UnicodeDecodeError) as error:
         raise LabError(f"{page} cannot be read: give a Markdown file") from error

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sinkwindow_lab.records import CorpusRecord, MachineRecord, ModelRecord, Report
-from sinkwindow_lab.render.markdown import name, table
+from sinkwindow_lab.render.doubts import doubts
+from sinkwindow_lab.render.markdown import bullets, join, name, table
 
 
 def head(report: Report, more: Sequence[tuple[str, str]] = ()) -> str:
-    """Return the table of what ran, where and when."""
+    """Return the table of what ran, where and when, and below it what is doubtful about the numbers."""
     rows = [("Model", model_line(one)) for one in report.models]
     rows += [("Corpus", corpus_line(one)) for one in report.corpora]
-    return table(("", "value"), [*rows, *more, *machine_rows(report.machine)], words=True)
+    found = doubts(report.models, report.texts, report.measurements)
+    warnings = ["**Doubtful numbers:**", bullets([*map(name, found)])] if found else []
+    return join([table(("", "value"), [*rows, *more, *machine_rows(report.machine)], words=True), *warnings]).rstrip()
 
 
 def model_line(model: ModelRecord) -> str:

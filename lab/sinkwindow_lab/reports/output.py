@@ -6,11 +6,12 @@ import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.files import output_folder, write_text
+from sinkwindow_lab.files import output_file, output_folder, read_text, write_text
 from sinkwindow_lab.records import Report
 from sinkwindow_lab.render.markdown import Page
 
@@ -25,6 +26,18 @@ def as_json(report: Report) -> str:
     return f'{json.dumps(content, indent=1)[:-2]},\n "measurements": [\n{rows}\n ]\n}}\n'
 
 
+def prepare(kind: str, folder: Path) -> Path:
+    """Return the folder for a report, checked before it is measured: files can be written, and pages be made."""
+    _pages(kind)
+    output_folder(folder)
+    if kind == "tables":
+        importlib.import_module("sinkwindow_lab.render.html")
+        output_folder(folder / FIGURES)
+    for file in (f"{NAMES[kind]}.json", f"{NAMES[kind]}.md", HTML):
+        output_file("--out", folder / file)
+    return folder
+
+
 def write_report(report: Report, folder: Path) -> Iterator[Path]:
     """Write all files of a report into an existing folder.
 
@@ -33,9 +46,8 @@ def write_report(report: Report, folder: Path) -> Iterator[Path]:
     Raises:
         OSError: If the folder cannot be written.
     """
-    pages = importlib.import_module(f"sinkwindow_lab.reports.{'tables' if report.kind == 'tables' else 'speed'}.page")
     yield _write(folder / f"{NAMES[report.kind]}.json", as_json(report))
-    made: Page = pages.page(report)
+    made: Page = _pages(report.kind).page(report)
     for name, svg in made.figures.items():
         yield _write(output_folder(folder / FIGURES) / f"{name}.svg", svg)
     yield _write(folder / f"{NAMES[report.kind]}.md", made.markdown)
@@ -48,12 +60,16 @@ def write_report(report: Report, folder: Path) -> Iterator[Path]:
 def read_report(path: Path) -> Report:
     """Read a report from its JSON."""
     try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+        return Report.model_validate_json(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise LabError(f"{path} cannot be read: give the JSON of an earlier run, such as paper_tables.json") from error
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise LabError(f"{path} is not a report of this version (at {place or 'its start'}): measure again") from error
+
+
+def _pages(kind: str) -> Any:
+    return importlib.import_module(f"sinkwindow_lab.reports.{'tables' if kind == 'tables' else 'speed'}.page")
 
 
 def _write(path: Path, text: str) -> Path:

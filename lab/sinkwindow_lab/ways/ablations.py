@@ -114,9 +114,4 @@ class AbsoluteSession(StreamingSession):
         with catch_warnings():  # about original positions: this session measures exactly that
             filterwarnings("ignore", message=".*positions.*", category=UserWarning)
             super().__init__(model, num_sinks, window, buffer, positions="original")
-
-    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        try:
-            return super()._feed(ids, last_only=last_only)
-        except OverflowError as error:
-            raise LabError(str(error)) from error
+        self.reach = inspect_model(model).trained_length

@@ -24,6 +24,7 @@ Kind = Literal[
 ]
 W = r"_(?P<window>\d+)"
 S_W_B = rf"_(?P<sinks>\d+){W}(?:_(?P<buffer>\d+))?"
+DIGITS = 15  # most of a number
 NO_SINKS = S_W_B.replace(r"\d+", "0", 1)
 
 
@@ -102,9 +103,12 @@ class Configuration:
 def parse(name: str) -> Configuration:
     """Parse a configuration's name, such as `baseline` or `streaming_8_256`; see `SHAPES`."""
     for shape in SHAPES:
-        found = re.fullmatch(shape.kind + shape.numbers, name)
+        found = re.fullmatch(shape.kind + shape.numbers, name, re.ASCII)
         if found is not None:
-            numbers = {key: int(value) for key, value in found.groupdict().items() if value is not None}
+            given = {key: value for key, value in found.groupdict().items() if value is not None}
+            if max(map(len, given.values()), default=0) > DIGITS:
+                raise LabError(f"configuration {name!r}: no machine keeps so many tokens; choose smaller numbers")
+            numbers = {key: int(value) for key, value in given.items()}
             sinks, window = numbers.get("sinks"), numbers.get("window")
             if window == 0:
                 raise LabError(f"configuration {name!r} has window 0: it must keep at least one recent token")

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from sinkwindow.model.families import UnsupportedModelError, inspect_model
 from sinkwindow_lab.errors import LabError
+
+MORE_ROWS = 4  # most rows of a table of positions that no position has
 
 
 class Session(ABC):
     """A conversation with a model: one row, no padding."""
 
     cache: Any = None
+    reach: int | None = None  # tokens that can be fed, where the model's positions end [tokens]
+    _fed = 0  # tokens so far [tokens]
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -33,7 +39,14 @@ class Session(ABC):
 
         With `last_only` it returns the last token's logits, [1, 1, vocab] (a prefill needs no others).
         """
+        self._count(ids.shape[1])
         return self._feed(ids, last_only=last_only)
+
+    def _count(self, tokens: int) -> None:
+        """Count tokens that are fed, which must stay below the end of the positions."""
+        self._fed += tokens
+        if self.reach is not None and self._fed > self.reach:
+            raise LabError(f"{self._fed} tokens are beyond the {self.reach} positions of this model: read fewer")
 
     def read(self, ids: torch.Tensor) -> None:
         """Feed tokens [1, tokens] without returning logits."""
@@ -73,6 +86,7 @@ class DenseSession(Session):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
+        self.reach = table_of_positions(model)
         self.cache = DynamicCache(config=model.config)
 
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
@@ -142,6 +156,8 @@ class RecomputeSession(Session):
 
     def __init__(self, model: PreTrainedModel, window: int) -> None:
         super().__init__(model)
+        table = table_of_positions(model)
+        self.reach = table if table is not None and table < window else None
         self._window = window
         self._context = torch.empty((1, 0), dtype=torch.long)
 
@@ -179,6 +195,19 @@ class RecomputeSession(Session):
     def cache_bytes(self) -> int:
         """Zero: only token ids are stored."""
         return 0
+
+
+def table_of_positions(model: PreTrainedModel) -> int | None:
+    """Return the length of the table that a model looks positions up in [tokens]; None if it computes them."""
+    with suppress(UnsupportedModelError):
+        facts = inspect_model(model)
+        return facts.trained_length if facts.has_table else None
+    length = getattr(model.config, "max_position_embeddings", None)
+    tables = [one for one in model.modules() if isinstance(one, torch.nn.Embedding)]
+    words = model.get_input_embeddings()
+    # Some have a few rows more than positions, such as OPT's two.
+    found = [one for one in tables if one is not words and length and 0 <= one.num_embeddings - length <= MORE_ROWS]
+    return length if found else None
 
 
 def cache_keyword(model: PreTrainedModel) -> str:

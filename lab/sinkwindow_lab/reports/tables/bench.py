@@ -44,7 +44,9 @@ class Bench:
         """Return the first `count` tokens of a text, fewer if the text ends before."""
         known = (corpus.name, count)
         if known not in self.texts:
-            self.texts[known] = tokens.encode(corpus, self.loaded.tokenizer, tokens=count, bos=self.bos)
+            text = tokens.encode(corpus, self.loaded.tokenizer, tokens=count, bos=self.bos)
+            self.loaded.check_ids(text)
+            self.texts[known] = text
         return self.texts[known]
 
     def announce(self, configuration: Configuration, corpus: Corpus, count: int) -> None:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.models import LoadedModel
+from sinkwindow_lab.measure import requirements
 from sinkwindow_lab.progress import Reporter
 from sinkwindow_lab.records import BosPolicy, Report
 from sinkwindow_lab.reports.tables import recall
@@ -40,6 +41,8 @@ def collect(
     begun = time.perf_counter()
     bench = Bench(loaded, corpora, bos, store or Store())
     todo = jobs(bench, configurations, plan, parts)
+    for job in todo:
+        requirements.check(job.ways, loaded.model, job.tokens, job.label)
     measurements = []
     with progress(len(todo)) as bench.reporter:
         for job in todo:

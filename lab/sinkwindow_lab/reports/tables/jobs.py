@@ -25,11 +25,12 @@ RECOMPUTE_PROBES = 2  # for re-computation a place is as expensive as a whole wi
 
 @dataclass(frozen=True)
 class Job:
-    """Something to measure: its name, the steps of its progress bar when it begins, its ways, and a function."""
+    """Something to measure."""
 
     label: str
-    steps: Callable[[], int]
+    steps: Callable[[], int]  # returns the steps of its progress bar when it begins
     ways: tuple[Configuration, ...]
+    tokens: int  # of the longest text that its ways are fed
     run: Callable[[], list[Measurement]]
 
 
@@ -71,7 +72,8 @@ def _readings(bench: Bench, part: str, readings: Readings, along_bin: int = 0) -
                 return score.measurements(part) + where.along(score, part, along_bin)
 
             left = partial(bench.targets_left, way, corpus, readings.tokens)
-            yield Job(f"{part}: PPL {way.name}, {corpus.name}", left, (way,), run)
+            fed = bench.text(corpus, readings.tokens).ids.shape[1] - 1  # the last token is a target only
+            yield Job(f"{part}: PPL {way.name}, {corpus.name}", left, (way,), fed, run)
 
 
 def _timings(
@@ -144,9 +146,11 @@ def _timings(
         ]
 
     total = generation.timed_steps(stages, plan.speed_places)
-    yield Job("speed, interleaved", lambda: total, tuple(rows), generate)
+    fed = generation.fed_tokens(prompt_tokens, longest)
+    yield Job("speed, interleaved", lambda: total, tuple(rows), fed, generate)
     probed = sum(len(attention_time.places(prompt_tokens, longest, count)) for count in probes)
-    yield Job("attention, interleaved", lambda: attention_time.STEPS * probed, tuple(rows), attend)
+    fed = prompt_tokens + longest
+    yield Job("attention, interleaved", lambda: attention_time.STEPS * probed, tuple(rows), fed, attend)
 
 
 def _steps(bench: Bench, plan: Plan) -> Iterator[Job]:
@@ -170,7 +174,8 @@ def _steps(bench: Bench, plan: Plan) -> Iterator[Job]:
                 part.replace(" ", "-"), key, lambda: steps.measure(bench, part, own, text.ids)
             )
 
-        yield Job(f"{part}, interleaved", partial(int, total), tuple(way for way, _, _ in own), run)
+        ways = tuple(way for way, _, _ in own)
+        yield Job(f"{part}, interleaved", partial(int, total), ways, steps.longest(own), run)
 
 
 def _where(bench: Bench, readings: Readings) -> Iterator[Job]:
@@ -184,7 +189,8 @@ def _where(bench: Bench, readings: Readings) -> Iterator[Job]:
                 pair = [bench.score(one, corpus, readings.tokens) for one in (way, dense)]
                 return where.where(*pair, evicts_at=sum(way.limits) + 1)
 
-            yield Job(f"where: {way.name}, {corpus.name}", partial(int, 1), (way,), run)
+            fed = bench.text(corpus, readings.tokens).ids.shape[1] - 1
+            yield Job(f"where: {way.name}, {corpus.name}", partial(int, 1), (way,), fed, run)
 
 
 def _recall(bench: Bench, plan: Plan) -> Iterator[Job]:
@@ -200,4 +206,5 @@ def _recall(bench: Bench, plan: Plan) -> Iterator[Job]:
             key |= {"corpus": bench.corpora[0].name, "block": BLOCK}
             return bench.store.measurements(f"recall-{way.name}", key, lambda: recall.ask(bench, way, pages))
 
-        yield Job(f"recall: {way.name}", lambda: count, (way,), run)
+        longest = max(page.ids.shape[1] for page in pages)
+        yield Job(f"recall: {way.name}", lambda: count, (way,), longest, run)

@@ -34,7 +34,8 @@ def page(report: Report) -> Page:
     texts = [corpus.name for corpus in report.corpora]
     ways = {one.name: one for one in report.configurations}
     experiments = [one for one in report.plan["experiments"] if (measured.part == one["name"]).any()]
-    bos = "added in front of each text" if report.notes["bos"] == "add" else "none added"
+    prefix = next((f" (token {one.bos_id})" for one in report.texts if one.bos_id is not None), "")
+    bos = f"added in front of each text{prefix}" if report.notes["bos"] == "add" else "none added"
     gone = "Evicted text is gone: streaming bounds memory and keeps text fluent, but nothing evicted can be recalled."
     quick = "**A quick run**: the same questions over far fewer tokens, as each title says."
     blocks = ["# Paper tables", gone, quick if report.quick else "", "## What ran", head(report, [("BOS", bos)])]

@@ -25,18 +25,12 @@ def along(score: Score, part: str, bin_tokens: int) -> list[Measurement]:
     """
     if not bin_tokens:
         return []
-    return [
-        Measurement(
-            part=part,
-            subject=score.text.corpus,
-            configuration=score.configuration,
-            at=min(start + bin_tokens, len(score.nll)),
-            metric="NLL of a bin",
-            unit="nat",
-            samples=[float(score.nll[start : start + bin_tokens].mean())],
-        )
-        for start in range(0, len(score.nll), bin_tokens)
-    ]
+    found = []
+    for start in range(0, len(score.nll), bin_tokens):
+        losses = score.nll[start : start + bin_tokens]
+        figures = {"NLL of a bin": ("nat", [float(losses.mean())])}
+        found += measured(part, score.text.corpus, score.configuration, start + len(losses), figures)
+    return found
 
 
 def where(streaming: Score, dense: Score, *, evicts_at: int) -> list[Measurement]:
