@@ -153,6 +153,7 @@ LINES: Final[dict[str, list[Line]]] = {
                     for value in (
                         *("None", "'0'", "1", "[0.0]", "[]", "[2]", "[-1]", "[[0, 1]]", "torch.tensor([0.0, nan])"),
                         *("torch.tensor([True])", "torch.tensor([True, False, True])", "torch.tensor([False, False])"),
+                        "torch.zeros(2, dtype=torch.long, device='meta')",
                     )
                 ),
             )

@@ -68,12 +68,12 @@ def read_rows(name: str, value: object, rows: int) -> Tensor:
         ValueError: They are not one-dimensional, none, or out of range.
     """
     try:
-        index = torch.as_tensor(value, device=None if isinstance(value, Tensor) else "cpu")
+        index = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor of row indices, got {type(value).__name__}.") from error
     shape = tuple(index.shape)
-    if index.is_floating_point() or index.is_complex():
-        raise TypeError(f"{name} must hold integers, got {index.dtype}.")
+    if index.is_floating_point() or index.is_complex() or index.is_meta:
+        raise TypeError(f"{name} must hold integers, got {index.dtype} on {index.device}.")
     if index.dtype == torch.bool:
         if shape != (rows,):
             raise ValueError(f"{name} is a bool mask of shape {shape}; with {rows} rows it must be ({rows},).")

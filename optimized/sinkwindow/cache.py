@@ -218,6 +218,7 @@ class StreamingCache(Cache, Copies):
         """Return the column of a call's first query, counted as in ``get_mask_sizes``."""
         return self._held(0)
 
+    @uncompiled
     def _held(self, index: int) -> int:
         """Return the columns that a call gets in front of its own, in the layers of a pool."""
         call = self._call

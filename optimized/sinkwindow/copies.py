@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 from sinkwindow.model.calls import Calls
 from sinkwindow.model.families import layer_devices
 from sinkwindow.model.fingerprint import fingerprint
-from sinkwindow.saving import placed, read, write
+from sinkwindow.saving import check, encoded, placed, read, write
 from sinkwindow.stream.state import Snapshot
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ class Copies(Calls):
         Raises:
             OSError: It cannot be written; what was there is unchanged.
         """
-        write(path, self.snapshot())
+        with self._idle("be saved") as stream:
+            content = encoded(Snapshot(self._settings, self._fingerprint(), stream.state))
+        write(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, *, on_evict: OnEvict = None) -> Self:
@@ -99,13 +101,18 @@ class Copies(Calls):
         """
         snapshot = read(path)
         cache = cls(model, **snapshot.settings, on_evict=on_evict)
-        snapshot.check(cache._settings, cache._fingerprint())
-        cache._go_on_from(placed(snapshot.state, layer_devices(cache._decoder(), len(cache._pool_of))))
+        try:
+            snapshot.check(cache._settings, cache._fingerprint())
+            check(snapshot.state, cache._stream.pools)
+            cache._go_on_from(snapshot.state)
+        except BaseException:
+            cache._finalizer()  # now: the exception's traceback refers to the cache
+            raise
         return cache
 
     def _go_on_from(self, state: State) -> None:
         with self._idle("be restored") as stream:
-            stream.adopt(state)
+            stream.adopt(placed(state, layer_devices(self._decoder(), len(self._pool_of))))
 
     def _fingerprint(self) -> dict[str, str]:
         return fingerprint(self._decoder(), [pool.rotary.inv_freq for pool in self._stream.pools])

@@ -12,11 +12,12 @@ import os
 import uuid
 from contextlib import suppress
 from dataclasses import astuple
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sinkwindow.arguments import read_path
 from sinkwindow.lanes import Lane
@@ -25,18 +26,42 @@ from sinkwindow.storage.slots import PoolLane, Slots
 from sinkwindow.stream.state import CallRecord, Snapshot, State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
+    from sinkwindow.storage.slots import Pool
+
 FORMAT = 1  # changes when a file's content is read in another way
 HEADER, CHECKSUM = "sinkwindow", "sha256"  # names in the metadata
+SETTINGS = {
+    **dict.fromkeys(("num_sinks", "window", "buffer"), int),
+    **dict.fromkeys(("evict", "positions", "on_overflow"), str),
+    "static": bool,
+}
+NONSENSE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)  # what a nonsense header raises
 COUNTS = ("columns", "batch", "num_evictions", "forwarded", "forgot", "recording")
 
 
-def write(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
-    """Write a snapshot to a file, in the place of what is there.
+def encoded(snapshot: Snapshot) -> bytes:
+    """Return a snapshot as the content of a file."""
+    tensors = _tensors(snapshot.state)
+    header = json.dumps(
+        {"format": FORMAT, "settings": snapshot.settings, "model": snapshot.model, "state": _counts(snapshot.state)}
+    )
+    return save(tensors, {HEADER: header, CHECKSUM: _checksum(header, tensors)})
+
+
+def write(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file, in the place of what is there.
 
     It is written beside it, flushed to the disk and renamed: at any moment there is the old file or the new one.
 
@@ -44,23 +69,22 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
         TypeError: ``path`` is no path.
         OSError: It cannot be written; what is there is unchanged.
     """
-    target, tensors = read_path("path", path), _tensors(snapshot.state)
-    header = json.dumps(
-        {"format": FORMAT, "settings": snapshot.settings, "model": snapshot.model, "state": _counts(snapshot.state)}
-    )
-    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    target = read_path("path", path)
+    part = target.parent / f".{uuid.uuid4().hex}.part"
     try:
-        part.touch(exist_ok=False)
-        save_file(tensors, part, {HEADER: header, CHECKSUM: _checksum(header, tensors)})
-        _flush(part)
+        with part.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(target)
-        _flush(target.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError) as error:  # a ValueError of a path that no system takes
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"The cache cannot be saved to path {target}, which is unchanged: {reason}.") from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             part.unlink()
+    with suppress(OSError):  # the file is there already, and not every file system can flush a folder
+        _flush(target.parent)
 
 
 def read(path: str | os.PathLike[str]) -> Snapshot:
@@ -74,25 +98,39 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
     path = read_path("path", path)
     if not path.is_file():
         raise FileNotFoundError(f"path {path} is no file.")
+    header, tensors = _content(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        content = json.loads(header)
+        number = content["format"]
+        if number == FORMAT:
+            settings = content["settings"]
+            if {name: type(value) for name, value in settings.items()} != SETTINGS:
+                raise TypeError(f"settings {settings}")
+            return Snapshot(settings, dict(content["model"]), _state(content["state"], tensors))
+        age = "a newer" if number > FORMAT else "an older"
+    except NONSENSE as error:
+        raise ValueError(f"{path} is no file that StreamingCache.save has written: {error!r}.") from error
+    raise ValueError(
+        f"{path} has format {number}, of {age} sinkwindow, and this one reads format {FORMAT}: "
+        "load it with the release that wrote it."
+    )
+
+
+def _content(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return a file's header and tensors, once its checksum is right."""
+    try:
+        with torch.inference_mode(mode=False), safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if HEADER not in metadata:
                 raise ValueError(f"{path} is a safetensors file, but not one that StreamingCache.save has written.")
-            header = metadata[HEADER]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            # Copies, since others can still write to the file that memory is mapped from; and in memory that is aligned
+            # like the original's, on which the last bits of a product depend.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is no file that StreamingCache.save has written, or is cut off: {error}") from error
-    if metadata.get(CHECKSUM) != _checksum(header, tensors):
+    if metadata.get(CHECKSUM) != _checksum(metadata[HEADER], tensors):
         raise ValueError(f"{path} is damaged: its content is not what was written. Use another copy.")
-    content = json.loads(header)
-    if content["format"] != FORMAT:
-        age = "a newer" if content["format"] > FORMAT else "an older"
-        raise ValueError(
-            f"{path} has format {content['format']}, of {age} sinkwindow, and this one reads format {FORMAT}: "
-            "load it with the release that wrote it."
-        )
-    return Snapshot(content["settings"], content["model"], _state(content["state"], tensors))
+    return metadata[HEADER], tensors
 
 
 def placed(state: State, devices: Sequence[torch.device]) -> State:
@@ -118,11 +156,11 @@ def placed(state: State, devices: Sequence[torch.device]) -> State:
     return state.with_banks([tuple(new for bank in slots.banks for new in split(bank)) for slots in state.pools])
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name != "posix" and path.is_dir():  # cannot be opened there
+def _flush(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if os.name != "posix":  # a folder cannot be opened there
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -188,3 +226,75 @@ def _record(
     start: int, columns: int, real: list[Any], seen: list[int], evicted: list[list[int]], num_evictions: int
 ) -> CallRecord:
     return CallRecord(start, columns, tuple(real), tuple(seen), tuple(map(tuple, evicted)), num_evictions)
+
+
+# -- whether a state makes sense --------------------------------------------------------------------------------------
+
+
+def check(state: State, pools: Sequence[Pool]) -> None:
+    """Refuse a state that no stream holds.
+
+    Args:
+        state: From a file.
+        pools: Of the stream that is to go on from it.
+
+    Raises:
+        ValueError: Its counts, layers or shapes do not go together.
+    """
+    try:
+        fits = _fits(state, pools)
+    except NONSENSE:
+        fits = False
+    if not fits:
+        raise ValueError("The file says what no cache of its sizes holds: StreamingCache.save has not written it.")
+
+
+def _fits(state: State, pools: Sequence[Pool]) -> bool:
+    lanes = len(state.lanes)
+    return (
+        all(type(number) is int and number >= 0 for number in _numbers(state))
+        and (state.batch is None or state.batch > 0)
+        and lanes in {1, state.batch}
+        and {type(state.forgot), type(state.recording)} == {bool}
+        and state.columns <= state.forwarded
+        and all(lane.seen <= state.columns for lane in state.lanes)
+        and all(
+            len(record.evicted) == len(pools)
+            and {len(record.real), *map(len, record.evicted)} == {len(record.seen)} <= {1, lanes}
+            for record in state.past
+        )
+        and all(_pool_fits(pool, slots, state) for pool, slots in zip(pools, state.pools, strict=True))
+    )
+
+
+def _numbers(state: State) -> Iterator[int]:
+    """Yield all numbers that count something."""
+    yield from (state.columns, state.num_evictions, state.forwarded, state.batch or 0)
+    for lane in state.lanes:
+        yield from astuple(lane)
+    for record in state.past:
+        yield from (record.start, record.columns, record.num_evictions, *record.seen)
+        yield from chain(*record.evicted, *(real or () for real in record.real))
+    for row in chain(*(slots.lanes for slots in state.pools)):
+        yield from (row.evicted, row.offset, row.floor, row.mark, row.placed + 1)
+
+
+def _pool_fits(pool: Pool, slots: Slots, state: State) -> bool:
+    rule, held = pool.retention, pool.held(slots, state.lanes)
+    if any(lane.seen < row.evicted for lane, row in zip(state.lanes, slots.lanes, strict=True)):
+        return False
+    if state.batch is None or not slots.banks:
+        return state.batch is None and not slots.banks and not state.columns
+    size = slots.banks[0].slots.keys.shape[3]
+    if not (rule.capacity <= size and (pool.static or held <= slots.end <= size)):
+        return False
+    for bank in slots.banks:
+        front = (len(bank.layers), state.batch, bank.slots.keys.shape[2])
+        shapes = [(*front, tokens, pair.shape[4]) for tokens in (size, rule.num_sinks) for pair in bank.slots]
+        kinds = [(tensor.shape, tensor.dtype) for tensor in bank.tensors]
+        if kinds != list(zip(shapes, [tensor.dtype for tensor in bank.slots] * 2, strict=True)):
+            return False
+    if any(list(bank.layers.values()) != list(range(len(bank.layers))) for bank in slots.banks):
+        return False
+    layers = [layer for bank in slots.banks for layer in bank.layers]
+    return sorted(layers) == sorted(pool.layers) and (not pool.static or len(slots.banks) == len(layers))

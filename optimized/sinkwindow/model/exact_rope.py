@@ -54,7 +54,7 @@ def marked(positions: Tensor, decoder: PreTrainedModel, reach: int, float32_from
 def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return a rotary module's tables from float64 angles, if its positions are marked; else its output."""
     positions, layer_type = arguments["position_ids"], arguments.get("layer_type")
-    if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64):
+    if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64) or positions.is_meta:
         return output
     exact, tables = _tables(module, positions, layer_type), []
     for which, layout in _form(module, layer_type):

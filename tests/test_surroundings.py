@@ -1,0 +1,384 @@
+"""What is around a call: modes of torch, casts and moves of the model, wrappers, copies, processes.
+
+In each a cache does what a ``DynamicCache`` does, or refuses the call by name; one property per surrounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from families import build
+from sinkwindow_reference import reference_logits
+from strategies import (
+    CACHE_NAME,
+    EXACT,
+    ModelSpec,
+    Rule,
+    budget,
+    call,
+    fresh_model,
+    model_specs,
+    observe,
+    rules,
+    seeds,
+    splits,
+    stream,
+    tokens,
+    worst,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from sinkwindow import StreamingCache
+
+RULE = Rule(2, 5, 1)
+WIDE = Rule(1, 80, 0)  # evicts nothing: there a stock cache is the judge
+LENGTHS = [9, 1, 1, 7, 1, 12, 1]
+FEW = [9, 1, 7, 1]  # for the compiler, which takes its time
+KINDS = pytest.mark.parametrize("static", [False, True])
+
+
+def _logits(model: Any, cache: object, ids: Tensor) -> Tensor:
+    """Call a model as it is, in the modes that are on."""
+    logits: Tensor = model(input_ids=ids, **{CACHE_NAME: cache}).logits
+    return logits
+
+
+def _parts(ids: Tensor, lengths: list[int]) -> list[Tensor]:
+    return list(torch.split(ids, lengths, dim=1))
+
+
+# -- modes of torch -----------------------------------------------------------------------------------------------
+
+
+@budget(0.3)
+@given(
+    spec=model_specs(),
+    rule=rules(),
+    seed=seeds(),
+    lengths=splits(most=40),
+    inside=st.integers(0, 2**20),
+    static=st.booleans(),
+)
+def test_calls_and_changes_may_be_inside_or_outside_of_inference_mode(
+    spec: ModelSpec, rule: Rule, seed: int, lengths: list[int], inside: int, *, static: bool
+) -> None:
+    """Whichever calls, reorderings, copies and restorations are inside it, logits are the reference's."""
+    if static and spec.rope == "dynamic":
+        spec = spec.with_(rope="default")
+    model, ids, dice = spec.model(), tokens(seed, 2, sum(lengths)), inside
+    expected, cache, end = reference_logits(model, ids, **rule.arguments), rule.cache(model, static=static), 0
+    for length in lengths:
+        with torch.inference_mode(mode=bool(dice & 1)):
+            logits = _logits(model, cache, ids[:, end : end + length])
+        with torch.inference_mode(mode=bool(dice & 2)):
+            cache = _changed(cache, dice % 4)
+        assert worst(logits - expected[:, end : end + length]) < EXACT
+        end, dice = end + length, dice >> 2 or inside
+
+
+def _changed(cache: StreamingCache, how: int) -> StreamingCache:
+    """Make the tensors of a cache anew, in one of four ways."""
+    if how == 1:
+        return copy.deepcopy(cache)
+    if how == 2:
+        cache.reorder_cache(torch.tensor([0, 1]))
+    if how == 3:
+        cache.restore(cache.snapshot())
+    return cache
+
+
+@budget(0.3)
+@given(
+    rule=rules(),
+    family=st.sampled_from(["llama", "gpt_neox", "qwen3"]),
+    seed=seeds(),
+    before=st.integers(0, 20),
+    columns=st.integers(1, 25),
+)
+def test_the_gradient_of_a_call_is_right(rule: Rule, family: str, seed: int, before: int, columns: int) -> None:
+    """It is the derivative of the call's logits, cached keys and values being constants; later calls are unharmed."""
+    model = copy.deepcopy(ModelSpec(family=family, kv_heads=2, max_positions=24).model()).requires_grad_()
+    ids = tokens(seed, 2, before + columns + 3)
+    cache = rule.cache(model)
+    if before:
+        call(model, cache, ids[:, :before])
+    filled, generator = copy.deepcopy(cache), torch.Generator().manual_seed(seed)
+    logits = _logits(model, cache, ids[:, before : before + columns])
+    weights = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
+    ahead = [torch.randn(one.shape, generator=generator, dtype=one.dtype) for one in model.parameters()]
+    after = call(model, cache, ids[:, before + columns :])  # what is written does not change what the graph has kept
+    (logits * weights).sum().backward()  # type: ignore[no-untyped-call]
+    slope = sum(
+        float((one.grad * way).sum())
+        for one, way in zip(model.parameters(), ahead, strict=True)
+        if one.grad is not None
+    )
+    sides = []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            for one, way in zip(model.parameters(), ahead, strict=True):
+                one.add_(way, alpha=step)
+            sides.append(float((call(model, copy.deepcopy(filled), ids[:, before : before + columns]) * weights).sum()))
+            for one, way in zip(model.parameters(), ahead, strict=True):
+                one.sub_(way, alpha=step)
+    assert abs((sides[0] - sides[1]) / 2e-6 - slope) < 1e-5 * max(1.0, abs(slope))
+    expected = reference_logits(model, ids, **rule.arguments)[:, before + columns :]
+    assert worst(after - expected) < EXACT
+
+
+def test_a_gradient_through_pieces_or_a_static_step_is_refused() -> None:
+    """Where a call must run in pieces, or writes in place, the error says how to do without a gradient."""
+    model, ids = copy.deepcopy(build("falcon")).requires_grad_(), tokens(0, 1, 40)
+    cache = RULE.cache(model)
+    with pytest.raises(ValueError, match=r"a gradient needs a call in one piece.*no_grad"):
+        _logits(model, cache, ids)
+    assert cache.seen_tokens == [0]
+    model = copy.deepcopy(ModelSpec().model()).requires_grad_()
+    cache = RULE.cache(model, static=True)
+    _logits(model, cache, ids[:, :9])
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        _logits(model, cache, ids[:, 9:10])
+    assert cache.seen_tokens == [9]
+    expected = reference_logits(model, ids, **RULE.arguments)
+    assert worst(call(model, cache, ids[:, 9:]) - expected[:, 9:]) < EXACT
+
+
+def _autocast(*, on: bool) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16) if on else nullcontext()
+
+
+@budget(0.2)
+@given(seed=seeds(), on=st.lists(st.booleans(), min_size=len(LENGTHS), max_size=len(LENGTHS)))
+def test_autocast_may_be_on_in_some_calls(seed: int, on: list[bool]) -> None:
+    """Without evictions logits are a stock cache's; with them the cache goes on, and keeps the wider dtype."""
+    model, ids = ModelSpec(max_positions=128).model(torch.float32), tokens(seed, 2, sum(LENGTHS))
+    ours, stock, narrow = WIDE.cache(model), DynamicCache(config=model.config), RULE.cache(model)
+    for part, mode in zip(_parts(ids, LENGTHS), on, strict=True):
+        with torch.no_grad(), _autocast(on=mode):
+            expected = _logits(model, stock, part)
+            assert worst(_logits(model, ours, part) - expected) <= 2 * torch.finfo(torch.bfloat16).eps * worst(expected)
+            _logits(model, narrow, part)
+    with torch.no_grad():
+        expected = reference_logits(model, ids, **RULE.arguments)[:, -1:]
+    again = RULE.cache(model)
+    assert worst(stream(model, again, ids, LENGTHS)[:, -1:] - expected) < 1e-4  # nothing of autocast is left
+    assert narrow.seen_tokens == again.seen_tokens
+    assert narrow.retained_tokens == again.retained_tokens
+
+
+@KINDS
+@pytest.mark.parametrize("first", [False, True])
+def test_switching_autocast_never_breaks_a_call_of_a_static_cache_in_silence(*, static: bool, first: bool) -> None:
+    """A static cache cannot widen its tensors in place: it says what has changed, and goes on when that is undone."""
+    model, ids = ModelSpec().model(torch.float32), tokens(3, 1, 30)
+    cache = RULE.cache(model, static=static)
+    with torch.no_grad():
+        with _autocast(on=first):
+            _logits(model, cache, ids[:, :9])
+        before = observe(cache)
+        with _autocast(on=not first), ExitStack() as stack:
+            if static:
+                stack.enter_context(pytest.raises(ValueError, match="autocast was switched"))
+            _logits(model, cache, ids[:, 9:10])
+        assert not static or observe(cache) == before
+        with _autocast(on=first):
+            _logits(model, cache, ids[:, 10:])
+
+
+def test_training_mode_is_a_mode_like_another_and_checkpointing_is_refused() -> None:
+    """Where dropout is 0 the logits are those of evaluation; layers that are run again would be given no cache."""
+    model, ids = fresh_model(ModelSpec()).double(), tokens(1, 1, 30)
+    expected = stream(model, RULE.cache(model), ids, [12, 1, 17])
+    model.train()
+    assert torch.equal(stream(model, RULE.cache(model), ids, [12, 1, 17]), expected)
+    model.requires_grad_()
+    layers: Any = model.base_model.layers
+    for layer in layers:
+        layer.gradient_checkpointing = True  # what the methods do, which have other names in each release
+        layer._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+    cache = RULE.cache(model)
+    with pytest.raises(ValueError, match="Gradient checkpointing gives no cache"):
+        _logits(model, cache, ids)
+    assert cache.seen_tokens == [0]
+    assert torch.equal(stream(model, cache, ids, [12, 1, 17]), expected)  # without a gradient nothing is run again
+    model.train(mode=False)
+    assert worst(_logits(model, RULE.cache(model), ids).detach() - expected) < EXACT
+
+
+@budget(0.2)
+@given(rule=rules(("token", "call")), seed=seeds(), lengths=splits(most=30), static=st.booleans(), padded=st.booleans())
+def test_another_default_device_changes_nothing(
+    rule: Rule, seed: int, lengths: list[int], *, static: bool, padded: bool
+) -> None:
+    """Tensors are made where the model's are, under any ``torch.set_default_device``."""
+    static = static and rule.evict == "token"
+    model, ids = ModelSpec(max_positions=24).model(), tokens(seed, 2, sum(lengths))
+    mask = torch.ones_like(ids)
+    mask[0, : lengths[0] - 1] = 0
+    more = mask if padded else None
+    expected, cache = stream(model, rule.cache(model, static=static), ids, lengths, more), None
+    with torch.device("meta"):
+        cache = rule.cache(model, static=static)
+        found = stream(model, cache, ids, lengths, more)
+        twin = copy.deepcopy(cache)
+        cache.crop(0)
+        cache.reorder_cache(torch.tensor([1, 0], device="cpu"))
+        cache.restore(twin.snapshot())
+    assert torch.equal(found, expected)
+    assert observe(cache) == observe(twin)
+
+
+# -- casts and moves of the model ---------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_cast_that_rounds_frequencies_is_refused(*, static: bool, filled: bool) -> None:
+    """Keys in the cache, and its own rotations, belong to the old frequencies; a cache made after the cast is right."""
+    model, ids = fresh_model(ModelSpec(head_dim=16)), tokens(2, 1, 40)
+    cache = RULE.cache(model, static=static)
+    if filled:
+        call(model, cache, ids[:, :9])
+    before = observe(cache)
+    model.bfloat16()
+    with pytest.raises(ValueError, match=r"rotary frequencies are others.*after the cast"):
+        call(model, cache, ids[:, 9:12])
+    assert observe(cache) == before
+    model.double()
+    expected = reference_logits(model, ids, **RULE.arguments)
+    assert worst(stream(model, RULE.cache(model, static=static), ids, [9, 1, 1, 29]) - expected) < EXACT
+
+
+@KINDS
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_cast_that_keeps_frequencies_does_what_a_stock_cache_does(*, static: bool, filled: bool) -> None:
+    """From float32 to float64 it goes on in float64; a static cache that is filled cannot, and says so."""
+    model, ids = fresh_model(ModelSpec(max_positions=128)), tokens(2, 1, 40)
+    ours, stock = WIDE.cache(model, static=static), DynamicCache(config=model.config)
+    if filled:
+        assert torch.equal(call(model, ours, ids[:, :9]), call(model, stock, ids[:, :9]))
+    model.double()
+    with pytest.raises(ValueError, match="was cast or moved") if static and filled else nullcontext():
+        for part in _parts(ids[:, 9:], [1, 30]):
+            assert worst(call(model, ours, part) - call(model, stock, part)) < 1e-4  # stock angles are float32
+        banks = [bank for slots in ours._stream.state.pools for bank in slots.banks]
+        assert {tensor.dtype for bank in banks for tensor in bank.tensors} == {torch.float64}
+
+
+@KINDS
+def test_a_moved_model_is_refused_by_a_filled_cache(*, static: bool) -> None:
+    """The devices are named; an empty cache serves the model where it is."""
+    model, ids = fresh_model(ModelSpec()), tokens(2, 1, 30)
+    filled, empty = RULE.cache(model, static=static), RULE.cache(model, static=static)
+    call(model, filled, ids[:, :9])
+    before = observe(filled)
+    torch.nn.Module.to(model, "meta")
+    with pytest.raises(ValueError, match=r"on meta, and this StreamingCache holds .* on cpu"):
+        call(model, filled, ids[:, 9:12].to("meta"))
+    assert observe(filled) == before
+    assert call(model, empty, ids.to("meta")).device.type == "meta"
+
+
+# -- wrappers, compilers, copies, processes -----------------------------------------------------------------------
+
+
+class _Wrapper(torch.nn.Module):
+    """What PEFT, ``DataParallel`` and ``torch.compile`` have in common: a module around the model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+
+@KINDS
+@pytest.mark.parametrize("wrap", [_Wrapper, torch.nn.DataParallel])
+def test_a_cache_of_the_inner_model_serves_calls_of_its_wrapper(wrap: Callable[..., Any], *, static: bool) -> None:
+    """Without a device to copy to, ``DataParallel`` calls the model itself."""
+    model, ids = ModelSpec().model(), tokens(3, 1, sum(LENGTHS))
+    expected = reference_logits(model, ids, **RULE.arguments)
+    cache, wrapper = RULE.cache(model, static=static), wrap(model)
+    with torch.no_grad():
+        logits = torch.cat([_logits(wrapper, cache, part) for part in _parts(ids, LENGTHS)], dim=1)
+    assert worst(logits - expected) < EXACT
+
+
+def test_a_replica_of_the_model_is_refused() -> None:
+    """``DataParallel`` on several devices calls copies of the model, which the cache does not know."""
+    model, ids = ModelSpec().model(), tokens(3, 1, 12)
+    cache = RULE.cache(model)
+    with pytest.raises((ValueError, RuntimeError), match="another model"):
+        call(copy.deepcopy(model), cache, ids)
+    assert cache.seen_tokens == [0]
+
+
+@pytest.mark.parametrize(("family", "static"), [("llama", False), ("llama", True), ("falcon", False)])
+def test_a_compiled_model_takes_every_call(family: str, *, static: bool) -> None:
+    """Steps of a static cache are compiled; all other calls run uncompiled, and all are exact."""
+    torch._dynamo.reset()
+    model = build(family) if family == "falcon" else ModelSpec(layers=1).model()
+    ids = tokens(4, 1, sum(FEW))
+    plain, cache = RULE.cache(model, static=static), RULE.cache(model, static=static)
+    expected = stream(model, plain, ids, FEW)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        logits = torch.cat([_logits(compiled, cache, part) for part in _parts(ids, FEW)], dim=1)
+    assert worst(logits - expected) < EXACT
+    assert observe(cache) == observe(plain)
+
+
+@KINDS
+@pytest.mark.parametrize("order", ["model first", "cache first", "cache alone"])
+def test_copies_serve_the_model_that_was_copied_with_them(order: str, *, static: bool) -> None:
+    """A copy of model and cache is a pair of its own; where the cache came first, it stays with the old model."""
+    model, ids = copy.deepcopy(ModelSpec().model()), tokens(5, 1, 40)
+    cache = RULE.cache(model, static=static)
+    call(model, cache, ids[:, :20])
+    if order == "cache alone":
+        twin, served = copy.deepcopy(cache), model
+    elif order == "model first":
+        served, twin = copy.deepcopy((model, cache))
+    else:
+        twin, other = copy.deepcopy((cache, model))
+        served = model
+        with pytest.raises((ValueError, RuntimeError), match="another model"):
+            call(other, twin, ids[:, 20:])
+    expected = reference_logits(model, ids, **RULE.arguments)[:, 20:]
+    assert worst(stream(served, twin, ids[:, 20:], [1, 19]) - expected) < EXACT
+    assert worst(stream(model, cache, ids[:, 20:], [19, 1]) - expected) < EXACT
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@KINDS
+def test_a_forked_process_goes_on_alone(*, static: bool) -> None:
+    """Parent and child have each their own cache after a fork, and neither sees the other's calls."""
+    model, ids = ModelSpec().model(), tokens(6, 1, 40)
+    expected, cache = reference_logits(model, ids, **RULE.arguments)[:, 20:], RULE.cache(model, static=static)
+    call(model, cache, ids[:, :20])
+    child = os.fork()
+    if not child:  # leaves without pytest's clean-up, whatever happens
+        try:
+            right = worst(stream(model, cache, ids[:, 20:], [1, 1, 18]) - expected) < EXACT
+        except BaseException:  # noqa: BLE001 - the parent reports it
+            right = False
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert cache.seen_tokens == [20]
+    assert worst(stream(model, cache, ids[:, 20:], [20]) - expected) < EXACT
