@@ -38,12 +38,19 @@ def recorded(state: State, call: StreamCall) -> tuple[CallRecord, ...]:
     record = CallRecord(
         start=state.columns,
         columns=call.lanes[0].columns,
-        real=tuple(lane.real for lane in call.lanes),
+        real=tuple(_compact(lane.real) for lane in call.lanes),
         seen=tuple(lane.before.seen for lane in call.lanes),
         evicted=tuple(tuple(row.evicted for row in slots.lanes) for slots in call.state.pools),
         num_evictions=state.num_evictions,
     )
     return (*state.past, record)[-MOST:]
+
+
+def _compact(real: Sequence[int] | None) -> Sequence[int] | None:
+    """Return columns as a range where nothing is between them, as behind padding: a record is small then."""
+    if real and real[-1] - real[0] + 1 == len(real):
+        return range(real[0], real[-1] + 1)
+    return real
 
 
 def select_past(past: Sequence[CallRecord], rows: Sequence[int]) -> tuple[CallRecord, ...]:
@@ -154,6 +161,6 @@ def _shortened(past: tuple[CallRecord, ...], column: int) -> tuple[CallRecord, .
     kept = [record for record in past if record.start < column]
     if kept and kept[-1].start + kept[-1].columns > column:
         columns = column - kept[-1].start
-        real = tuple(None if r is None else [place for place in r if place < columns] for r in kept[-1].real)
+        real = tuple(None if r is None else _compact([place for place in r if place < columns]) for r in kept[-1].real)
         kept[-1] = replace(kept[-1], columns=columns, real=real)
     return tuple(kept)

@@ -36,7 +36,7 @@ class CallRecord:
 
     start: int
     columns: int
-    real: tuple[list[int] | None, ...]
+    real: tuple[Sequence[int] | None, ...]
     seen: tuple[int, ...]
     evicted: tuple[tuple[int, ...], ...]
     num_evictions: int
