@@ -343,9 +343,9 @@ class StreamingCache(Cache, Copies):
     def can_crop(self, columns: int) -> bool:
         """Return whether the newest ``columns`` columns can be taken back exactly.
 
-        They can while the tokens that they evicted are still in their slots: always within the last call, if the slots
-        (S + W + B + 1 and a sixteenth more, at least 8) hold the list before it and the call together; further back
-        with ``activate_past_recording``.
+        They can while the tokens that they evicted are still in their slots: always within the last call, if fewer than all
+        slots (S + W + B + 1 and a sixteenth more, at least 8) hold the list before it and the call; further back with
+        ``activate_past_recording``.
 
         Raises:
             TypeError: ``columns`` is not an int.

@@ -48,7 +48,7 @@ class Aside:
     ) -> None:
         self._pool, self._lanes, self._held = pool, lanes, held
         self._size = pool.size(slots, recording=recording)
-        fits = held + lanes[0].columns <= self._size  # then what the call evicts stays, for a roll-back
+        fits = held + lanes[0].columns < self._size  # then what the call evicts stays, for a roll-back
         rows, self._end, self._counts = [], 0, []
         for lane, row, gone in zip(lanes, slots.lanes, evicted, strict=True):
             oldest = pool.retention.first(row.evicted)  # of the cached columns
