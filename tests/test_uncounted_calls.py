@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Final
+import itertools
+import sys
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
@@ -26,6 +28,9 @@ from strategies import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
     from sinkwindow import Eviction
 
 PLACES: Final = {
@@ -121,6 +126,52 @@ def test_a_callback_that_is_interrupted_is_told_the_rest_later() -> None:
     assert (len(told), cache.seen_tokens) == (2, [40])
     call(model, cache, ids[:, 40:])
     assert told == heard
+
+
+@pytest.mark.parametrize("length", [4, 40])  # the second runs in pieces
+def test_no_eviction_is_lost_or_told_twice_wherever_a_call_is_interrupted(length: int) -> None:
+    """Ctrl-C before any line of what counts a call and reports its evictions: fed on, all are told once, in order."""
+    model, ids = SPEC.model(), tokens(9, 1, 70)
+    heard = list["Eviction"]()
+    stream(model, RULE.cache(model, on_evict=heard.append), ids, [20, length, 1, 49 - length])
+    for fatal in itertools.count():
+        told = list["Eviction"]()
+        cache = RULE.cache(model, on_evict=told.append)
+        call(model, cache, ids[:, :20])
+        with _interrupting_line(fatal, ("_commit", "adopt", "_collect_news", "_tell")) as interrupted:
+            call(model, cache, ids[:, 20 : 20 + length])
+        if not interrupted:
+            break
+        for stop in (20 + length, 21 + length, 70):
+            start = cache.seen_tokens[0]
+            assert start in (20, 20 + length, 21 + length)
+            if start < stop:
+                call(model, cache, ids[:, start:stop])
+        assert told == heard
+    assert fatal > 20
+
+
+@contextmanager
+def _interrupting_line(fatal: int, functions: tuple[str, ...]) -> Iterator[list[int]]:
+    """Raise a KeyboardInterrupt before line number `fatal` of some functions of ours; name it if there is one."""
+    lines, found = itertools.count(), list[int]()
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_name not in functions or "sinkwindow" not in frame.f_code.co_filename:
+            return None
+        if event == "line" and next(lines) == fatal:
+            found.append(frame.f_lineno)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield found
+    except KeyboardInterrupt:
+        assert found
+    finally:
+        sys.settrace(before)
 
 
 # -- interrupted steps ------------------------------------------------------------------------------------------------

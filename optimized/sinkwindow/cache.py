@@ -19,6 +19,7 @@ from sinkwindow.arguments import read_int, read_rows
 from sinkwindow.attention.step import STEP_NAME, step_attention
 from sinkwindow.copies import Copies
 from sinkwindow.fit import OnOverflow, Positions, check_fit, pools_of, position_bound
+from sinkwindow.model.calls import News
 from sinkwindow.model.families import FULL, SLIDING, frequencies_of, inspect_model
 from sinkwindow.model.hooks import attach, uncompiled
 from sinkwindow.model.inputs import CallChecks
@@ -292,7 +293,7 @@ class StreamingCache(Cache, Copies):
             [0]
         """
         with self._idle("be reset", repair=False) as stream:  # we may be recovering from an out-of-memory error
-            self._untold.clear()
+            self._news = News()
             for stub in self.layers:
                 cast("LayerStub", stub).record_past = False
             stream.reset()
@@ -343,9 +344,9 @@ class StreamingCache(Cache, Copies):
     def can_crop(self, columns: int) -> bool:
         """Return whether the newest ``columns`` columns can be taken back exactly.
 
-        They can while the tokens that they evicted are still in their slots: always within the last call, if fewer than all
-        slots (S + W + B + 1 and a sixteenth more, at least 8) hold the list before it and the call; further back with
-        ``activate_past_recording``.
+        They can while the tokens that they evicted are still in their slots: always within the last call, if the list
+        before it and the call fill fewer than all slots (S + W + B + 1 and a sixteenth more, at least 8); further back
+        with ``activate_past_recording``.
 
         Raises:
             TypeError: ``columns`` is not an int.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sinkwindow.model.hooks import Hooked
@@ -16,7 +17,7 @@ from sinkwindow.model.open_call import AttentionFacts, OpenCall, module_frame
 
 if TYPE_CHECKING:
     import weakref
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
     from sinkwindow.stream.stream import Stream
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What ``on_evict`` has not heard of.
+
+    Attributes:
+        untold: Evictions to report.
+        state: The stream after a call that is about to count.
+        due: The evictions of that call.
+    """
+
+    untold: deque[Eviction] = field(default_factory=deque)
+    state: State | None = None
+    due: Sequence[Eviction] = ()
+
+
 class Calls(Hooked):
     """Serve the calls of one cache; the base of ``StreamingCache``, which has the public methods.
 
@@ -35,7 +51,7 @@ class Calls(Hooked):
         _stream: What the calls that count have left.
         _steps: Steps at fixed shapes, if the cache is static.
         _call: The call that is open, or one that was interrupted and does not count.
-        _untold: Evictions to report.
+        _news: Evictions to report, and those of a call that counts once the stream has its state.
         _lock: Held while a call opens and while the stream changes between calls.
     """
 
@@ -50,7 +66,7 @@ class Calls(Hooked):
     def _serve(self) -> None:
         """Begin to serve calls; once, before hooks can call."""
         self._call: OpenCall | None = None
-        self._untold: deque[Eviction] = deque()
+        self._news = News()
         self._lock = threading.RLock()
 
     @property
@@ -116,24 +132,30 @@ class Calls(Hooked):
                 self._steps.commit()
             return
         assert call.stream is not None  # noqa: S101 - a plan has one
-        evictions = call.evictions + call.stream.commit(call.plan)
-        if call.stream is not self._stream:
-            self._stream.adopt(call.stream.state)
+        state, evictions = call.stream.after(call.plan)
         if self._on_evict is not None:
-            self._untold += evictions
+            self._news = News(self._news.untold, state, [*call.evictions, *evictions])
+        self._stream.adopt(state)
         if self._steps is not None:
             with suppress(RuntimeError, MemoryError):  # the call counts already; the next one tries again
                 self._steps.follow()
-        if self._untold:
+        if self._on_evict is not None:
             self._tell()
+
+    def _collect_news(self) -> None:
+        """Add the evictions of the last call, if it counts, to those to report."""
+        news = self._news
+        if news.state is not None:
+            due = news.due if news.state is self._stream.state else []
+            self._news = News(deque([*news.untold, *due]))  # one assignment: no event is lost, and none comes twice
 
     def _tell(self) -> None:
         """Report evictions, each once; the first exception is raised when all have been reported."""
+        self._collect_news()
         errors: list[Exception] = []
-        while self._untold and self._on_evict is not None:
-            event = self._untold.popleft()
+        while self._news.untold and self._on_evict is not None:
             try:
-                self._on_evict(event)
+                self._on_evict(self._news.untold.popleft())
             except Exception as error:  # noqa: BLE001 - raised below
                 errors.append(error)
         if errors:
@@ -153,6 +175,7 @@ class Calls(Hooked):
 
     def _repair(self) -> None:
         """Finish, or undo, what was interrupted."""
+        self._collect_news()
         self._stream.repair()
         if self._steps is not None:
             self._steps.follow()

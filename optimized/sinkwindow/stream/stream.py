@@ -188,7 +188,7 @@ class Stream:
 
     def commit(self, call: StreamCall) -> list[Eviction]:
         """Count a call that has succeeded, and return what it evicted."""
-        state, events = self._after(call)
+        state, events = self.after(call)
         self.adopt(state)
         return events
 
@@ -214,10 +214,11 @@ class Stream:
 
         This stream stays before the call, until ``adopt`` takes the state of the other one over.
         """
-        state, events = self._after(call)
+        state, events = self.after(call)
         return Stream(self.pools, self.bound, longest=self.longest, state=state), events
 
-    def _after(self, call: StreamCall) -> tuple[State, list[Eviction]]:
+    def after(self, call: StreamCall) -> tuple[State, list[Eviction]]:
+        """Return what the stream holds once a call counts, and what the call evicted."""
         events, state = evictions_of(call), call.state
         columns = call.lanes[0].columns
         counting = call.plain and self.rule.evict == "token"  # is enough to undo the call
