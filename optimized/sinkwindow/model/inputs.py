@@ -246,9 +246,10 @@ def _check_cached_columns(is_token: Tensor, counts: list[int], state: State) -> 
         row = int(differs.nonzero()[0]) if differs.any() else None
     if row is not None:
         raise ValueError(
-            f"attention_mask has {counts[row]} tokens in row {row} of the {state.columns} cached columns, but "
-            f"{seen[row]} were fed there, or others: cached tokens cannot be hidden afterwards. Pass the mask that "
-            "they were fed with, or one of the new columns alone; take tokens back with crop()."
+            f"attention_mask says that row {row} has {counts[row]} tokens in the {state.columns} cached columns, and "
+            f"{seen[row]} were fed{' in other places' if counts[row] == seen[row] else ''}: cached tokens cannot be "
+            "hidden afterwards. Pass the mask that they were fed with, or one of the new columns alone; take tokens "
+            "back with crop()."
         )
 
 
