@@ -1,7 +1,7 @@
 """Install dependency groups of pyproject.toml, every file checked against its hash in lock.txt.
 
 `python requirements/install.py [--lab] [GROUP...]`; `--lab` adds what the package and its lab depend on, and the
-embedded data. Needs pip 26.1, the first that takes versions and hashes of dependencies from a constraints file.
+embedded data. An older pip than 26.1, the first that takes hashes from a constraints file, is replaced.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -31,12 +32,20 @@ def cpu_torch() -> None:
     pip("--quiet", "--no-index", "--no-deps", *HASHED, "--requirement", str(HERE / "torch-cpu.txt"))
 
 
+def newer_pip() -> int:
+    """Replace a pip that is too old, as a virtualenv of some years ago brings it, by the locked one."""
+    old = tuple(map(int, version("pip").split(".")[:2])) < (26, 1)
+    return pip("--no-deps", "--require-hashes", "--requirement", str(HERE / "nox.txt")) if old else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Install, and return pip's exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lab", action="store_true", help="what the package and its lab depend on, and the data")
     parser.add_argument("groups", nargs="*", help="dependency groups of pyproject.toml")
     options = parser.parse_args(arguments)
+    if newer_pip():
+        return 1
     wanted = [f"--group={PYPROJECT}:{group}" for group in options.groups]
     if not options.lab:
         return pip(*LOCKED, *wanted)
