@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PARALLEL: Final = ("-n", "logical", "--maxprocesses", "4")
 # The oldest release that pyproject.toml allows, one in between, and the newest that the tests run on.
 COMPAT: Final = ("5.21.0", "5.22.2", "5.24.0")
+LEAST_CAUGHT: Final = 95  # [%] of the mutants of each module
 VERSIONS: Final = (
     "import platform, torch, transformers;"
     "print('python', platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"
@@ -87,6 +89,43 @@ def coverage(session: nox.Session) -> None:
     install_project(session, "coverage")
     session.run("coverage", "run", "-m", "pytest", *session.posargs, env=ONE_THREAD)
     session.run("coverage", "report")
+
+
+def mutants(folder: Path) -> list[str]:
+    """Return a table of what became of the mutants, module by module; the last column is what tests or mypy caught."""
+    rows = ["| module | mutants | by tests | by mypy | timeouts | survived | caught |", f"|---|{'---:|' * 6}"]
+    for meta in sorted(folder.rglob("*.meta")):
+        codes = [code for code in json.loads(meta.read_text("utf-8"))["exit_code_by_key"].values() if code is not None]
+        caught = [sum(code in kind for code in codes) for kind in ((1, 3), (37,), (-24, 24, 36, 152, 255))]
+        if codes:
+            name, left = meta.relative_to(folder).with_suffix(""), len(codes) - sum(caught)
+            share = f"{100 * sum(caught) / len(codes):.1f}%"
+            rows.append(f"| `{name}` | {' | '.join(map(str, (len(codes), *caught, left, share)))} |")
+    return rows
+
+
+@nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """Change the code in small ways, one at a time, and list changes that no test notices: `-- lanes storage.ring`.
+
+    In build/mutation, `mutmut show NAME` shows one of those that it lists.
+    """
+    install_project(session, "mutation")
+    # mutmut takes packages from src/ alone, and copies them, with what it makes of them, and the tests to mutants/.
+    place = Path("build", "mutation")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    for name in ("src", "tests", "pyproject.toml"):
+        (place / name).symlink_to(Path("..", "..", "optimized" if name == "src" else name))
+    with session.chdir(place):
+        modules = [f"sinkwindow.{module}.*" for module in session.posargs or ["*"]]
+        session.run("mutmut", "run", *modules, env={**ONE_THREAD, "HYPOTHESIS_PROFILE": "mutation", "MYPYPATH": "src"})
+        session.run("mutmut", "results")
+        rows = mutants(Path("mutants", "src", "sinkwindow"))
+    session.log("\n".join(["", *rows]))
+    below = [row for row in rows[2:] if float(row.split()[-2].rstrip("%")) < LEAST_CAUGHT]
+    if below:
+        session.error(f"less than {LEAST_CAUGHT}% caught")
 
 
 @nox.session(default=False)

@@ -100,7 +100,7 @@ LINES: Final[dict[str, list[Line]]] = {
         *_refused("feed(None, inputs_embeds=embeds[0])", "feed(ids, inputs_embeds=embeds)"),
         Line("feed(None, inputs_embeds=embeds)", "feed(ids)"),
         Line("feed(ids.int())", "feed(ids)"),
-        Line("feed(ids, use_cache=False)", "feed(ids)"),
+        Line("feed(ids, use_cache=True)", "feed(ids)"),
         Line("feed(ids, both=cache)", "feed(ids)"),
         *_refused(
             "feed(ids, both=twin)",

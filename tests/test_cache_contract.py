@@ -31,6 +31,8 @@ from strategies import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 # -- what transformers relies on ------------------------------------------------------------------------------------
@@ -237,3 +239,35 @@ def test_bad_arguments_are_refused_and_leave_no_hook(
     with pytest.raises(kind, match=message):
         StreamingCache(model, **({"num_sinks": 1, "window": 4, "buffer": 1} | arguments))
     assert not model.base_model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda cache: cache.batch_repeat_interleave(0), "repeats must be at least 1, got 0"),
+        (lambda cache: cache.batch_repeat_interleave(2**16 + 1), "repeats must be at most 65536, got 65537"),
+        (lambda cache: cache.reorder_cache(torch.tensor([1])), "beam_idx must be between 0 and 0"),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), "indices must be between 0 and 0"),
+        (lambda cache: cache.can_crop(-1), "columns must be at least 0, got -1"),
+        (lambda cache: cache.crop(10**30), "tokens_to_remove must be at most"),
+    ],
+    ids=range(6),
+)
+def test_methods_name_the_argument_that_they_refuse(act: Callable[[StreamingCache], object], message: str) -> None:
+    """The error has the argument's name, what is allowed, and the value."""
+    model = ModelSpec().model()
+    cache = Rule(1, 4, 1).cache(model)
+    cache.batch_repeat_interleave(2**16)  # of no rows yet
+    call(model, cache, tokens(0, 1, 3))
+    cache.batch_repeat_interleave(1)
+    with pytest.raises(ValueError, match=message):
+        act(cache)
+
+
+def test_slots_are_there_from_the_first_call_on() -> None:
+    """`debug_state` shows none before it, then S + W + B + 1 and the free ones."""
+    model = ModelSpec().model()
+    cache = Rule(1, 4, 1).cache(model)
+    assert (cache.debug_state().size, cache.nbytes) == (0, 0)
+    call(model, cache, tokens(0, 1, 3))
+    assert cache.debug_state().size == 1 + 4 + 1 + 1 + 8

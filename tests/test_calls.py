@@ -320,17 +320,18 @@ def test_a_compiled_step_shows_no_other_attention(monkeypatch: pytest.MonkeyPatc
 
 # -- a cache inside its own call --------------------------------------------------------------------------------------
 
-METHODS: Final[dict[str, Callable[[StreamingCache], object]]] = {
-    "activate_past_recording": lambda cache: cache.activate_past_recording(),
-    "batch_repeat_interleave": lambda cache: cache.batch_repeat_interleave(2),
-    "batch_select_indices": lambda cache: cache.batch_select_indices(torch.tensor([0])),
-    "can_crop": lambda cache: cache.can_crop(1),
-    "crop": lambda cache: cache.crop(-1),
-    "detach": lambda cache: cache.detach(),
-    "reorder_cache": lambda cache: cache.reorder_cache(torch.tensor([0])),
-    "reset": lambda cache: cache.reset(),
-    "rollback": lambda cache: cache.rollback(),
-    "snapshot": lambda cache: cache.snapshot(),
+METHODS: Final[dict[str, tuple[str, Callable[[StreamingCache], object]]]] = {
+    "activate_past_recording": ("begin to record", lambda cache: cache.activate_past_recording()),
+    "batch_repeat_interleave": ("reorder rows", lambda cache: cache.batch_repeat_interleave(2)),
+    "batch_select_indices": ("reorder rows", lambda cache: cache.batch_select_indices(torch.tensor([0]))),
+    "can_crop": ("be asked what it can crop", lambda cache: cache.can_crop(1)),
+    "crop": ("be cropped", lambda cache: cache.crop(-1)),
+    "detach": ("be detached", lambda cache: cache.detach()),
+    "reorder_cache": ("reorder rows", lambda cache: cache.reorder_cache(torch.tensor([0]))),
+    "reset": ("be reset", lambda cache: cache.reset()),
+    "rollback": ("roll back", lambda cache: cache.rollback()),
+    "save": ("be saved", lambda cache: cache.save("nowhere")),
+    "snapshot": ("be copied", lambda cache: cache.snapshot()),
 }
 
 
@@ -346,8 +347,8 @@ def test_methods_are_refused_inside_a_call(method: str, length: int, *, static: 
     found = [call(model, cache, parts[0])]
 
     def hook(*_: object) -> None:
-        for act in (METHODS[method], lambda cache: call(model, cache, ids[:, :3])):
-            with pytest.raises(RuntimeError, match="from inside it; the call goes on"):
+        for words, act in (METHODS[method], ("", lambda cache: call(model, cache, ids[:, :3]))):
+            with pytest.raises(RuntimeError, match=f"cannot {words}.* from inside it; the call goes on"):
                 act(cache)
             refused.append(cache.seen_tokens)
 

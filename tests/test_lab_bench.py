@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sinkwindow_lab.inputs.corpora import Corpus
     from sinkwindow_lab.measure.perplexity import Score
-    from sinkwindow_lab.ways.configurations import Configuration
+    from sinkwindow_lab.records import Configuration
 
 # -- stored -----------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def test_another_key_is_another_measurement(tmp_path: Path) -> None:
     assert keeper.reused == 1
     key = {"a": 1, "code": store.code_version("measure.perplexity")}
     assert store.code_version("measure.perplexity") != store.code_version("measure.perplexity", "ways.sessions")
-    assert keeper._path("x", key, "json") != keeper._path("x", {**key, "a": 2}, "json")
+    assert keeper._path("x", key) != keeper._path("x", {**key, "a": 2})
 
 
 def test_broken_files_are_measured_again(tmp_path: Path) -> None:

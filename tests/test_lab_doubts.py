@@ -15,7 +15,7 @@ from sinkwindow_lab.cli import main
 from sinkwindow_lab.inputs import models, tokens
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.measure.perplexity import Score
-from sinkwindow_lab.render.doubts import doubts
+from sinkwindow_lab.render.origins import doubts
 from sinkwindow_lab.reports.output import read_report
 from sinkwindow_lab.reports.tables import plan
 

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lab_tiny import random_ids, tiny_model
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.measure import attention_time, generation, memory
+from sinkwindow_lab.measure import generation, memory, steps
 from sinkwindow_lab.measure.clock import HostClock, Side, interleave, spread
 from sinkwindow_lab.ways.configurations import open_session, parse
 from sinkwindow_lab.ways.sessions import Session
@@ -323,7 +323,7 @@ def test_a_device_that_cannot_be_measured_gives_no_number() -> None:
 def test_stop_watch_adds_outer_calls_only() -> None:
     """A timed call inside a timed call is not added again; as a clock it times the wrapped part of a sample alone."""
     time = FakeTime()
-    watch = attention_time.StopWatch(time.clock())
+    watch = steps.StopWatch(time.clock())
     inner = watch.wrap(time.work(1.0))
 
     def outer() -> None:
@@ -348,7 +348,7 @@ def test_watching_counts_every_layer_and_changes_nothing(name: str, calls: int) 
     model, ids = tiny_model(), random_ids(9)
     expected = model(input_ids=ids, use_cache=False).logits
     session = open_session(parse(name), model)
-    with attention_time.attention_watched([session.cache], HostClock()) as watch:
+    with steps.attention_watched([session.cache], HostClock()) as watch:
         assert (session.feed(ids) - expected).abs().max() < 1e-5
     session.close()
     assert watch.calls == calls
@@ -361,7 +361,7 @@ def test_attention_that_cannot_be_isolated_is_an_error() -> None:
     """If attention is not called through transformers, there is an error rather than a wrong number."""
     with (
         pytest.raises(LabError, match="cannot be isolated"),
-        attention_time.attention_watched([DynamicCache()], HostClock()),
+        steps.attention_watched([DynamicCache()], HostClock()),
     ):
         pass
     assert "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
@@ -371,23 +371,15 @@ def test_probes_of_attention_take_turns() -> None:
     """Probes are spread over the generation from the end of the prompt; configurations are interleaved at each."""
     rows = [parse(name) for name in ("baseline", "streaming_2_6_3", "recompute_8")]
     told: list[str] = []
-    found = attention_time.measure(
-        rows,
-        tiny_model(),
-        random_ids(30),
-        subject="tiny",
-        prompt_tokens=12,
-        new_tokens=20,
-        probes=[4, 4, 2],
-        on_step=lambda name: told.append(name[0]),
-    )
+    probes = [(way, steps.places(12, 20, count), steps.STEPS) for way, count in zip(rows, (4, 4, 2), strict=True)]
+    found = steps.measure("attention", "tiny", probes, tiny_model(), random_ids(30), lambda name: told.append(name[0]))
     assert "".join(told) == "bsr" * 6 + "bs" * 6
     assert [(one.configuration, one.at) for one in found] == [
         *(("baseline", place) for place in (12, 17, 22, 27)),
         *(("streaming_2_6_3", place) for place in (12, 17, 22, 27)),
         *(("recompute_8", place) for place in (12, 22)),
     ]
-    assert all(len(one.samples) == attention_time.STEPS and min(one.samples) > 0 for one in found)
+    assert all(len(one.samples) == steps.STEPS and min(one.samples) > 0 for one in found)
     assert {(one.part, one.subject, one.metric, one.unit) for one in found} == {
         ("attention", "tiny", "attention", "ms")
     }
@@ -395,5 +387,5 @@ def test_probes_of_attention_take_turns() -> None:
 
 def test_short_generations_have_fewer_probes() -> None:
     """Probes never overlap, and there is always at least one."""
-    assert attention_time.places(500, 7, 16) == [500, 503]
-    assert attention_time.places(500, 2, 16) == [500]
+    assert steps.places(500, 7, 16) == [500, 503]
+    assert steps.places(500, 2, 16) == [500]

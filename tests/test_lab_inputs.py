@@ -17,7 +17,7 @@ from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs import corpora, hub, models
 from sinkwindow_lab.inputs.corpora import load_corpus
 from sinkwindow_lab.inputs.shapes import random_model
-from sinkwindow_lab.ways.configurations import SHAPES, parse, parse_list, streaming
+from sinkwindow_lab.ways.configurations import MEANINGS, SHAPES, parse, parse_list, streaming
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,13 +47,12 @@ def test_names_are_configurations(name: str, kind: str, numbers: tuple[int | Non
     found = parse(name)
     assert (found.name, found.kind, (found.num_sinks, found.window, found.buffer)) == (name, kind, numbers)
     assert found.ablation is (kind in {"stale_ranks", "eager_eviction", "absolute"})
-    assert found.record().model_dump() == vars(found)
 
 
 def test_examples_are_names_of_their_kind() -> None:
     """What the command `configs` lists can be measured."""
     assert [parse(shape.example).kind for shape in SHAPES] == [shape.kind for shape in SHAPES]
-    assert all(parse(shape.example).meaning == shape.meaning for shape in SHAPES)
+    assert all(parse(shape.example).meaning == MEANINGS[shape.kind] for shape in SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_zero_windows_are_refused(name: str) -> None:
 @pytest.mark.parametrize("numbers", [(-1, 4, 4), (4, 0, 4), (4, 4, -1)])
 def test_numbers_out_of_range_are_named(numbers: tuple[int, int, int]) -> None:
     """The error names the number, its value, and the least that works."""
-    with pytest.raises(LabError, match=r"(sinks|window|buffer)=-?\d+ is too small: it must be [01] or more"):
+    with pytest.raises(LabError, match=r"(sinks|window|buffer)=-?\d+ must be [01] or more"):
         streaming(*numbers)
     assert streaming(0, 1, 0) == parse("streaming_0_1_0")
 

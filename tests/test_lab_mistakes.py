@@ -154,6 +154,7 @@ def test_numbers_out_of_range(
         (("speed", "--configs", f"baseline,call_4_{10**12}"), f"--prompt 500 --tokens 200: call_4_{10**12} keeps"),
         (("speed", "--tokens", 10**12, "--configs", "baseline"), f"--tokens {10**12}: baseline keeps"),
         (("tables", "--configs", f"window_0_{10**12}"), "choose smaller sizes"),
+        (("verify", "--buffer", 10**12, "--tokens", 2 * 10**12, "--call-length", 10**12), "choose smaller sizes"),
     ],
 )
 def test_sizes_that_no_machine_has(
@@ -292,7 +293,7 @@ def test_tokens_that_a_model_does_not_know(folder: Path, tmp_path: Path, capsys:
     small = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1))
     small.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    for command in ("perplexity", "speed"):
+    for command in ("perplexity", "speed", "verify"):
         line = refused(capsys, command, "--model", tmp_path, "--corpus", folder / "text.txt")
         assert "gives token 31 and it knows 8" in line
 
@@ -305,6 +306,7 @@ def test_tokens_that_a_model_does_not_know(folder: Path, tmp_path: Path, capsys:
     [
         ("perplexity", "psutil"),
         ("speed", "psutil"),
+        ("verify", "psutil"),
         ("tables", "psutil"),
         ("tables", "markdown_it"),
         ("floors", "psutil"),
@@ -320,7 +322,7 @@ def test_missing_modules_are_found_before_measuring(
     """Not when a result is written; the line says what to install."""
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "sinkwindow_lab.render.html", raising=False)
-    for measure in ("perplexity.measure", "perplexity.measure_stages", "generation.generate"):
+    for measure in ("perplexity.measure", "perplexity.measure_stages", "generation.generate", "verify.verify"):
         monkeypatch.setattr(f"sinkwindow_lab.measure.{measure}", lambda *_, **__: pytest.fail("measures"))
     fixed = ["--shape", "tiny"] if command == "floors" else flat(inputs(command, folder))
     assert "pip install 'sinkwindow[lab]'" in refused(capsys, command, *fixed)

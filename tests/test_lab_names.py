@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from lab_tiny import random_text, save_tiny
-from sinkwindow_lab import progress, speed_commands
+from sinkwindow_lab import progress
 from sinkwindow_lab.cli import main
-from sinkwindow_lab.errors import printable
+from sinkwindow_lab.errors import printable, say
 from sinkwindow_lab.inputs.corpora import load_corpus
 from sinkwindow_lab.render.markdown import name as shown
 
@@ -48,7 +48,7 @@ def test_names_do_not_act(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert [printable(line) for line in shown_lines] == shown_lines
         assert "x1b" in out or command[0] == "speed"
     assert shown(ACTS) == r"\\x1b\[2J\\u202e\[red\]"
-    speed_commands.say(f"{ACTS}\nsecond")
+    say(f"{ACTS}\nsecond")
     assert capsys.readouterr().err == "\\x1b[2J\\u202e[red]\nsecond\n"
 
 

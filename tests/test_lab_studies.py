@@ -14,9 +14,10 @@ from sinkwindow_lab import store
 from sinkwindow_lab.cli import main
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.corpora import Corpus
+from sinkwindow_lab.measure import steps
 from sinkwindow_lab.reports.output import as_json, read_report
-from sinkwindow_lab.reports.tables import collect, plan, recall, steps, where
-from sinkwindow_lab.reports.tables.jobs import jobs
+from sinkwindow_lab.reports.tables import collect, plan, recall, where
+from sinkwindow_lab.reports.tables.collect import jobs
 from sinkwindow_lab.reports.tables.page import page
 from sinkwindow_lab.ways.configurations import parse, parse_list
 from sinkwindow_lab.ways.sessions import Session
@@ -201,14 +202,14 @@ def test_distance_bins_hold_every_target_once() -> None:
     """Bins are from near to far, then for targets that never occurred; empty bins are left out."""
     distances = [1, 64, 65, 1024, 1025, None, None]
     bins = where.distance_bins(torch.arange(7, dtype=torch.float64), distances)
-    assert [(nearest, values.tolist()) for _, nearest, values in bins] == [
+    assert [(nearest, values.tolist()) for nearest, values in bins] == [
         (1, [0.0, 1.0]),
         (65, [2.0]),
         (257, [3.0]),
         (1025, [4.0]),
         (None, [5.0, 6.0]),
     ]
-    assert [nearest for _, nearest, _ in where.distance_bins(torch.ones(1), [None])] == [None]
+    assert [nearest for nearest, _ in where.distance_bins(torch.ones(1), [None])] == [None]
 
 
 def test_before_the_first_eviction_nothing_is_lost() -> None:
@@ -269,9 +270,9 @@ def test_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return feed(self, ids, last_only=last_only)
 
     monkeypatch.setattr(Session, "feed", noted)
-    one, names = tiny_bench(), ("baseline", *steps.pair(8))
+    one, names = tiny_bench(), ("baseline", *plan.step_pair(8))
     rows: list[steps.Row] = [(parse(name), (10, 30), 1 if "recompute" in name else 3) for name in names]
-    steps.measure(one, "steps", rows, one.text(one.corpora[0], 40).ids)
+    steps.measure("steps", "tiny", rows, one.loaded.model, one.text(one.corpora[0], 40).ids)
     assert "".join(fed) == 2 * "DSRDSRDSDS"
 
 
@@ -301,7 +302,7 @@ def test_too_few_lines_are_an_error(distances: tuple[int, ...]) -> None:
 def test_answers_in_tokens() -> None:
     """An answer has the places of its tokens and the distance from the fact."""
     made = recall.Lines("w1 w2 w3 w4 w2 .", (recall.Question(1, 5, 11, 14),))
-    ids, (answer,) = recall.in_tokens(made, tiny_tokenizer())
+    _, (ids,), (answer,) = recall.in_tokens(made, tiny_tokenizer())
     assert (answer.places, answer.tokens_back) == ((4,), 3)
     assert ids[4] == ids[1]
     with pytest.raises(LabError, match="fast tokenizer"):

@@ -98,7 +98,7 @@ def report(
             )
         ],
         corpora=[corpus(name) for name in texts or ("plays", "docs")],
-        configurations=[parse(name).record() for name in dict.fromkeys(one.configuration for one in measurements)],
+        configurations=[parse(name) for name in dict.fromkeys(one.configuration for one in measurements)],
         measurements=measurements,
         notes={"bos": "none", "recall example": "The number of the <bell> is 123.", "recall tokens": "101"},
         seconds=1.0,

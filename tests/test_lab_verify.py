@@ -224,6 +224,18 @@ def test_numbers_that_check_nothing_are_refused(
     assert message in err
 
 
+def test_a_text_that_ends_too_early_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text is named, before anything is compared; one that ends early and suffices is a warning, also in JSON."""
+    (folder / "short.txt").write_text(random_text(10), encoding="utf-8")
+    status, out, err = run(folder, capsys, "--corpus", str(folder / "short.txt"))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "corpus 'short', tokens: 10: streaming_2_6_1 evicts none that matters; use 11 or more" in err
+    status, out, err = run(folder, capsys, "--tokens", "200", "--json")
+    warning = "corpus 'text' has 100 tokens, 200 were requested: fewer were read"
+    assert (status, json.loads(out)["warnings"]) == (0, [warning])
+    assert f"warning: {warning}\n" in err
+
+
 def test_the_fewest_tokens_show_an_eviction() -> None:
     """With the fewest tokens that are accepted, one more token dropped is still found."""
     assert sum(call_lengths(RULE, 11)) == 11

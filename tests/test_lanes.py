@@ -12,7 +12,7 @@ from sinkwindow.lanes import Inputs, Lane, LaneCall, batch_slice
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 PADDED = LaneCall(Lane(5, 2), Lane(7, 2), 4, [1, 3])
 PLAIN = LaneCall(Lane(5, 2), Lane(7, 2), 2, None)
 
@@ -20,7 +20,7 @@ PLAIN = LaneCall(Lane(5, 2), Lane(7, 2), 2, None)
 @pytest.fixture(autouse=True)
 def _another_default_device() -> Iterator[None]:
     """Make the default device one that holds no values: a tensor without a device of its own cannot be read."""
-    with torch.device("meta"):
+    with META:
         yield
 
 
@@ -53,6 +53,7 @@ def test_columns_have_natural_indices_and_positions() -> None:
     assert first.positions(CPU).tolist() == [0, -3, -2]
     for lane in (PLAIN, PADDED):
         assert (lane.naturals(CPU).dtype, lane.positions(CPU).dtype) == (torch.int64, torch.int64)
+        assert (lane.naturals(META).device, lane.positions(META).device) == (META, META)
 
 
 def test_a_lane_is_a_row_or_all_rows() -> None:

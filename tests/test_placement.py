@@ -46,6 +46,7 @@ def test_no_tensor_is_shared_across_devices() -> None:
     for columns in (1, 3, 1, 12):
         _feed(stream, columns)
     stream.crop(5)
+    stream.select_rows(torch.tensor([0]))
     _feed(stream, 2)
     assert [list(bank.layers) for bank in stream.state.pools[0].banks] == [[0, 2], [1]]
     for layers, tensor in _tensors(stream):

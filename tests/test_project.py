@@ -241,7 +241,7 @@ FLOORS: Final = {
         ("measure",),
         ("render",),
         ("reports",),
-        ("commands", "speed_commands"),
+        ("commands",),
         ("cli",),
         ("__main__",),
     ),

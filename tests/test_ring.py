@@ -71,6 +71,7 @@ def test_slots_are_read_in_the_order_of_an_index(index: list[list[int]]) -> None
     copies = ring.read(slots, torch.tensor(index, device="cpu"))
     for row in range(2):
         assert torch.equal(copies[:, row], slots[:, row][:, :, index[row % len(index)]])
+    assert ring.read(slots.to("meta"), torch.tensor(index, device="cpu")).device.type == "meta"
 
 
 def test_the_newest_tokens_are_written_to_their_slots() -> None:
@@ -87,3 +88,9 @@ def test_one_lane_writes_all_rows() -> None:
     window = torch.tensor([[4.0, 5.0], [14.0, 15.0]], device="cpu").view(2, 1, 2, 1)
     ring.write(slots, window, [Lane(6)], [2], S)
     assert slots[:, 0, 4:6, 0].tolist() == [[4, 5], [14, 15]]
+
+
+def test_lanes_without_a_count_are_refused() -> None:
+    """A row is never left out without a word."""
+    with pytest.raises(ValueError, match="zip"):
+        ring.write(torch.zeros(2, 1, SIZE, 1), torch.zeros(2, 1, 1, 1), [Lane(1), Lane(1)], [1], S)

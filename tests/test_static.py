@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
 from families import FAMILIES as EVERY_FAMILY
-from families import FLOAT32_ISLAND, build, can_be_static
+from families import FLOAT32_ISLAND, TRAINED, build, can_be_static
 from sinkwindow import StreamingCache
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
@@ -269,6 +269,36 @@ def test_generate_modes_are_those_of_a_dynamic_cache(mode: dict[str, int]) -> No
         for static in (True, False)
     )
     assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2_windows", "gpt_oss"])
+def test_generate_takes_prompts_beyond_the_models_own_windows(family: str) -> None:
+    """Its 4D masks hide what is behind them: that is no padding."""
+    model, ids = build(family), tokens(9, 2, TRAINED + 3)
+    found, again = (
+        model.generate(  # type: ignore[operator]
+            ids, **{CACHE_NAME: StreamingCache(model, 2, 6, 2, static=static)}, max_new_tokens=4, do_sample=False
+        )
+        for static in (True, False)
+    )
+    assert torch.equal(found, again)
+
+
+def test_generate_takes_padding_in_a_later_turn() -> None:
+    """Also after evictions, where columns of the mask are not columns of the ring."""
+    model, first, second = ModelSpec().model(), tokens(9, 2, 14).clamp(min=1), tokens(10, 2, 6)
+    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    texts, counts = [], []
+    for static in (True, False):
+        cache = StreamingCache(model, 2, 5, 1, static=static)
+        text = model.generate(first, **{CACHE_NAME: cache}, **how)  # type: ignore[operator]
+        mask = torch.ones(2, 24, dtype=torch.long)
+        mask[0, 18:21] = 0
+        arguments = {"attention_mask": mask, CACHE_NAME: cache, **how}
+        texts.append(model.generate(torch.cat([text, second], dim=1), **arguments))  # type: ignore[operator]
+        counts.append(cache.seen_tokens)
+    assert torch.equal(*texts)
+    assert counts == [[24, 27]] * 2
 
 
 def test_a_failed_step_leaves_the_cache_unchanged() -> None:

@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from sinkwindow_lab.errors import explain
+from sinkwindow_lab.errors import explain, say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,6 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = explain(error)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)  # noqa: T201
+        say(f"error: {line}")
         raise SystemExit(2) from error
     raise SystemExit(status or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from typing import Any
 
 # What torch and Python say of memory that cannot be had, and of sizes that no memory has; the classes do not tell.
@@ -36,6 +37,11 @@ def check_number(option: str, value: float, least: float, most: float = float("i
 def printable(words: str) -> str:
     """Return words of which nothing acts on a terminal: line ends, escapes, marks of direction are shown as escapes."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in words)
+
+
+def say(what: str, *, err: bool = True) -> None:
+    """Show lines, on standard error unless they are results; no name in them acts."""
+    print("\n".join(map(printable, what.splitlines())), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def explain(error: Exception) -> str | None:

@@ -69,21 +69,13 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file in one step: readers see the old text or the new one, also after a crash.
-
-    Raises:
-        OSError: if the folder cannot be written; the old file is then untouched.
-    """
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path, text: str) -> Path:
+    """Write a UTF-8 file in one step: readers see the old text or the new one, also after a crash."""
+    return write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one step, as `write_text` does.
-
-    Raises:
-        OSError: if the folder cannot be written; the old file is then untouched.
-    """
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file in one step, as `write_text` does."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PREFIX)
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -96,3 +88,4 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             Path(temporary).unlink()
         raise
+    return path

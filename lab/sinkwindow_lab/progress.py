@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from sinkwindow_lab.errors import printable
+from sinkwindow_lab.errors import printable, say
 
 
 class Reporter:
@@ -42,9 +41,7 @@ class Bars(Reporter):
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def begin(self, label: str, total: int) -> None:
@@ -52,10 +49,10 @@ class Bars(Reporter):
         if self._current is not None:
             self._progress.remove_task(self._current)
             self._progress.advance(self._all)
-        self._count, label = self._count + 1, printable(label)
+        self._count += 1
         if not self._console.is_terminal:
-            print(f"[{self._count}/{self._measurements}] {label}", file=sys.stderr, flush=True)  # noqa: T201
-        self._current = self._progress.add_task(label, total=total)
+            say(f"[{self._count}/{self._measurements}] {label}")
+        self._current = self._progress.add_task(printable(label), total=total)
 
     def advance(self, steps: int = 1) -> None:
         """Count steps as done."""

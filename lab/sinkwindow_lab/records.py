@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sinkwindow_lab.errors import LabError
+
 BosPolicy = Literal["none", "add"]
 Documents = Literal["concat", "apart"]
 
@@ -27,8 +29,8 @@ class ModelRecord(Record):
 
     name: str
     source: str
-    revision: str | None
-    sha256: str | None
+    revision: str | None = None
+    sha256: str | None = None
     model_type: str
     parameters: int
     weight_bytes: int
@@ -93,16 +95,44 @@ class MachineRecord(Record):
     dirty: bool | None
 
 
-class ConfigurationRecord(Record):
-    """One row's way of remembering (see `ways/configurations.py`)."""
+class Configuration(Record):
+    """One way of remembering (see `ways/configurations.py`); S, W and B are None if the kind does not have them."""
 
     name: str
     kind: str
-    num_sinks: int | None
-    window: int | None
-    buffer: int | None
+    num_sinks: int | None = None
+    window: int | None = None
+    buffer: int | None = None
     ablation: bool
     meaning: str
+
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """S, W and B of a configuration that evicts; a `LabError` for other kinds."""
+        if self.num_sinks is None or self.window is None or self.buffer is None:
+            raise LabError(f"configuration {self.name!r} has no sinks, window and buffer")
+        return self.num_sinks, self.window, self.buffer
+
+    @property
+    def size(self) -> int:
+        """S + W, or W."""
+        return (self.num_sinks or 0) + (self.window or 0)
+
+    @property
+    def depends_on_calls(self) -> bool:
+        """Whether losses depend on where one call ends and the next begins; by the paper's rule they do not."""
+        return self.kind in ("call", "eager_eviction")
+
+    @property
+    def title(self) -> str:
+        """The name as tables show it; ablations are marked."""
+        return f"{self.name} (ablation)" if self.ablation else self.name
+
+    def explained(self) -> str:
+        """Describe it in words, with its numbers."""
+        named = (("S", self.num_sinks), ("W", self.window), ("B", self.buffer))
+        shown = ", ".join(f"{letter}={value}" for letter, value in named if value is not None)
+        return f"**{self.name}**: {self.meaning}{f' ({shown})' if shown else ''}."
 
 
 class Measurement(Record):
@@ -144,7 +174,7 @@ class Report(Record):
     models: list[ModelRecord]
     corpora: list[CorpusRecord] = []
     texts: list[TextRecord] = []
-    configurations: list[ConfigurationRecord] = []
+    configurations: list[Configuration] = []
     measurements: list[Measurement]
     skipped: list[str] = []
     notes: dict[str, str] = {}

@@ -124,8 +124,8 @@ class StreamingCache(Cache, Copies):
         self._on_evict = on_evict
         self._serve()
         last = facts.trained_length if positions == "original" else None
-        decoder, angles = weakref.ref(facts.decoder), frequencies_of(facts.decoder)
-        self._checks = CallChecks(decoder, angles, facts.counts_columns, on_overflow == "evict", last)
+        limits = facts.counts_columns, facts.native_window, on_overflow == "evict", last
+        self._checks = CallChecks(weakref.ref(facts.decoder), frequencies_of(facts.decoder), *limits)
         self._model = weakref.ref(model)  # what the user calls, if not the decoder alone
         self._finalizer = attach(model, facts.decoder, self)
 
@@ -213,11 +213,12 @@ class StreamingCache(Cache, Copies):
         if query_length == 1 and self._steps is not None and self._steps.ready and not self._is_planned():
             return self._stream.pools[index].size(self._stream.state.pools[index], recording=False), 0
         held = self._held(index)
-        return held + query_length, self._held(0) - held if index else 0
+        return held + query_length, self.get_query_offset() - held
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the column of a call's first query, counted as in ``get_mask_sizes``."""
-        return self._held(0)
+        # For a static cache generate cuts a 2D mask by it, in which evicted columns still have a place.
+        return self._held(0) if self._steps is None else self._state.columns
 
     @uncompiled
     def _held(self, index: int) -> int:

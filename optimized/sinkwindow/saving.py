@@ -13,7 +13,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import astuple
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sinkwindow.storage.slots import Pool
+
+T = TypeVar("T", Lane, PoolLane)
 
 FORMAT = 1  # changes when a file's content is read in another way
 HEADER, CHECKSUM = "sinkwindow", "sha256"  # names in the metadata
@@ -55,7 +57,8 @@ def encoded(snapshot: Snapshot) -> bytes:
     """Return a snapshot as the content of a file."""
     tensors = _tensors(snapshot.state)
     header = json.dumps(
-        {"format": FORMAT, "settings": snapshot.settings, "model": snapshot.model, "state": _counts(snapshot.state)}
+        {"format": FORMAT, "settings": snapshot.settings, "model": snapshot.model, "state": _counts(snapshot.state)},
+        default=list,  # of a range
     )
     return save(tensors, {HEADER: header, CHECKSUM: _checksum(header, tensors)})
 
@@ -133,13 +136,13 @@ def _content(path: Path) -> tuple[str, dict[str, Tensor]]:
     return metadata[HEADER], tensors
 
 
-def placed(state: State, devices: Sequence[torch.device]) -> State:
-    """Return a state with each layer's tensors on that layer's device."""
+def placed(state: State, devices: Sequence[torch.device | None]) -> State:
+    """Return a state with each layer's tensors on that layer's device, where it is known."""
 
     def split(bank: Bank) -> list[Bank]:
         groups: dict[torch.device, list[int]] = {}
         for layer in bank.layers:
-            groups.setdefault(devices[layer], []).append(layer)
+            groups.setdefault(devices[layer] or bank.slots.keys.device, []).append(layer)
         if len(groups) == 1:
             return [bank.map(lambda tensor: tensor.to(next(iter(groups))))]
         return [
@@ -213,13 +216,18 @@ def _state(counts: dict[str, Any], tensors: Mapping[str, Tensor]) -> State:
             slots = KeyValue(tensors[f"{name}.keys"], tensors[f"{name}.values"])
             sinks = KeyValue(tensors[f"{name}.sink_keys"], tensors[f"{name}.sink_values"])
             banks.append(Bank(dict(layers), slots, sinks))
-        pools.append(Slots(tuple(banks), tuple(PoolLane(*lane) for lane in pool["lanes"]), pool["end"]))
+        pools.append(Slots(tuple(banks), tuple(_made(PoolLane, lane) for lane in pool["lanes"]), pool["end"]))
     return State(
         pools=tuple(pools),
-        lanes=tuple(Lane(*lane) for lane in counts["lanes"]),
+        lanes=tuple(_made(Lane, lane) for lane in counts["lanes"]),
         past=tuple(_record(*fields) for fields in counts["past"]),
         **{name: counts[name] for name in COUNTS},
     )
+
+
+def _made(kind: type[T], values: list[int]) -> T:
+    """Return an object of a dataclass with a value for each field, those with a default too."""
+    return kind(**dict(zip(kind.__dataclass_fields__, values, strict=True)))
 
 
 def _record(

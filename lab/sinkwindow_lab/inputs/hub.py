@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sinkwindow_lab.errors import require
 
 TIMEOUT = 10.0  # of the one request [s]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """Whether the hub answered, a refusal included, and the commit of the branch, so that a result can name it."""
 
     reachable: bool

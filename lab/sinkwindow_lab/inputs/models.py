@@ -55,11 +55,7 @@ class LoadedModel:
 def load_model(
     name: str | None = None, *, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False
 ) -> LoadedModel:
-    """Load a causal language model in eval mode, its tokenizer and its record.
-
-    `name` is a hub id or a folder; None is the embedded model, which needs no network. `dtype` is a key of `DTYPES`.
-    Code of the model's own is run only with `trust_remote_code`.
-    """
+    """Load a causal language model in eval mode: a hub id, a folder, or None, the embedded one, without a network."""
     place, kind = check_place(device, dtype)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if name is None:
@@ -89,20 +85,13 @@ def load_model(
 
 
 def describe(
-    model: PreTrainedModel,
-    name: str,
-    source: str,
-    *,
-    revision: str | None = None,
-    sha256: str | None = None,
-    missing: Iterable[str] = (),
+    model: PreTrainedModel, name: str, source: str, *, missing: Iterable[str] = (), **origin: str | None
 ) -> ModelRecord:
     """Return the record of a model, which must be on its final device and in its final dtype."""
     return ModelRecord(
         name=printable(name),
         source=source,
-        revision=revision,
-        sha256=sha256,
+        **origin,
         model_type=str(model.config.model_type),
         parameters=sum(one.numel() for one in model.parameters()),  # tied ones are listed once
         weight_bytes=sum(one.nbytes for one in model.parameters()),
@@ -115,7 +104,7 @@ def describe(
 
 
 def usable_device(name: str) -> torch.device:
-    """Return the torch device of this name, or raise a `LabError` if this machine does not have it."""
+    """Return the torch device of this name; a `LabError` if this machine does not have it."""
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # what is computed there can be read: not so on `meta`
@@ -180,26 +169,12 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _from_pretrained(
-    place: str,
-    dtype: torch.dtype,
-    *,
-    local_files_only: bool = True,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> tuple[PreTrainedModel, Any, Iterable[str]]:
+def _from_pretrained(place: str, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, Any, Iterable[str]]:
     """Return a model, its tokenizer, and the names of the weights that its files lack."""
-    options |= {"local_files_only": local_files_only}
+    # Said, not left out: otherwise transformers asks on standard input whether to run the code of a model's folder.
+    options = {"local_files_only": True, "trust_remote_code": False, **options}
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # our own words name missing weights
     loader: Any = AutoModelForCausalLM
-    # Said, not left out: otherwise transformers asks on standard input whether to run the code of a model's folder.
-    model, found = loader.from_pretrained(
-        place,
-        dtype=dtype,
-        output_loading_info=True,
-        weights_only=True,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
+    model, found = loader.from_pretrained(place, dtype=dtype, output_loading_info=True, weights_only=True, **options)
+    tokenizer = AutoTokenizer.from_pretrained(place, **options)
     return model, tokenizer, found["missing_keys"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,13 +25,7 @@ SOFTMAX = (torch.softmax, torch.nn.functional.softmax, Tensor.softmax)
 class StayWide(TorchFunctionMode):
     """Keep float64 tensors in float64 where the code converts them to float32."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         named = kwargs or {}
         narrows = func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *named.values()))
         if narrows and args[0].dtype == torch.float64:
@@ -51,10 +45,20 @@ def wide_copy(model: PreTrainedModel) -> PreTrainedModel:
         ) from error
     if hasattr(twin, "set_experts_implementation"):
         twin.set_experts_implementation("eager")  # grouped matrix products do not support float64
-    norms = [module for module in twin.modules() if type(module).__name__.endswith("Norm")]
-    for module in (*decoder_layers(twin), *norms):  # not the whole model: it rotates by float32 angles
-        module.forward = functools.partial(_forward, module)
+    keep_wide(decoder_layers(twin))  # not the whole model: it rotates by float32 angles
+    keep_norms_wide(twin)
     return twin
+
+
+def keep_norms_wide(model: nn.Module) -> None:
+    """Make every norm of a float64 model compute in float64."""
+    keep_wide(module for module in model.modules() if type(module).__name__.endswith("Norm"))
+
+
+def keep_wide(modules: Iterable[nn.Module]) -> None:
+    """Make modules of a float64 model compute in float64."""
+    for module in modules:
+        module.forward = functools.partial(_forward, module)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

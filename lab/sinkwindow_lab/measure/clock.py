@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 
-class Clock(Protocol):
+class Clock(ABC):
     """Marks points in time, read afterwards."""
 
+    @abstractmethod
     def mark(self) -> Any:
         """Mark a point in time, after the work that was issued before it."""
 
     def seconds(self, begin: Any, end: Any) -> float:
         """Return the time between two marks [s]."""
+        return float(end - begin)
 
 
 def _nothing() -> None:
@@ -26,7 +29,7 @@ def _nothing() -> None:
 
 
 @dataclass
-class HostClock:
+class HostClock(Clock):
     """Reads a host clock `now` [s], after `wait` has returned: then the device is idle."""
 
     now: Callable[[], float] = time.perf_counter
@@ -37,12 +40,8 @@ class HostClock:
         self.wait()
         return self.now()
 
-    def seconds(self, begin: float, end: float) -> float:
-        """Return the time between two marks [s]."""
-        return end - begin
 
-
-class CudaClock:
+class CudaClock(Clock):
     """CUDA events: no synchronization per mark, which would inflate short steps; one wait when times are read."""
 
     def mark(self) -> torch.cuda.Event:
@@ -69,6 +68,16 @@ def waiter(device: torch.device) -> Callable[[], None]:
 def clock_for(device: torch.device) -> Clock:
     """Return the clock for a device: events on CUDA, otherwise the host's clock with a wait."""
     return CudaClock() if device.type == "cuda" else HostClock(wait=waiter(device))
+
+
+def repeated(step: Callable[[], object], turn: int) -> Callable[[], object]:
+    """Return a function that runs consecutive steps."""
+
+    def steps() -> None:
+        for _ in range(turn):
+            step()
+
+    return step if turn == 1 else steps
 
 
 @dataclass(frozen=True)
@@ -100,9 +109,8 @@ def interleave(
 ) -> dict[str, Timed]:
     """Time sides interleaved: one sample of each, then another one of each.
 
-    Each sample begins and ends with the device idle. A side with fewer samples than others stops earlier. `warm_up`
-    counts untimed rounds before the samples. A `clock` that advances inside a part of `run` alone times that part; by
-    default it is that of the device. `on_sample` is told the side of each sample.
+    Each sample begins and ends with the device idle. `warm_up` counts untimed rounds before the samples. A `clock` that
+    advances inside a part of `run` alone times that part. `on_sample` is told the side of each sample.
     """
     if samples < 1:
         raise ValueError(f"samples={samples} must be 1 or more")
@@ -140,11 +148,7 @@ class Spread:
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """Summarize samples as median and quartiles, with their number.
-
-    Raises:
-        ValueError: If there is no sample.
-    """
+    """Summarize samples as median and quartiles, with their number; a `ValueError` if there is none."""
     if not samples:
         raise ValueError("samples is empty: nothing was measured")
     if len(samples) == 1:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.measure.clock import Clock, Side, interleave
-from sinkwindow_lab.measure.memory import generation_peaks, read_on, weight_bytes
-from sinkwindow_lab.records import Measurement, measured
-from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.measure.clock import Clock, Side, interleave, repeated
+from sinkwindow_lab.measure.memory import generation_peaks, weight_bytes
+from sinkwindow_lab.records import Configuration, Measurement, measured
+from sinkwindow_lab.ways.configurations import open_session
+from sinkwindow_lab.ways.sessions import Reader
 
 WARM_UP_TOKENS = 4  # decode steps before anything is timed: threads start, kernels are chosen, weights are paged in
 TURN = 65  # consecutive timed steps: one eviction of the default buffer, B + 1 [tokens]
@@ -77,11 +78,12 @@ def rounds_of(generations: Sequence[Generation], subject: str) -> list[Measureme
 
 
 class _Run:
-    """The generation of one configuration, and its token to feed next."""
+    """The generation of one configuration: its token to feed next, and what was timed so far."""
 
     def __init__(self, configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor) -> None:
         self._open = partial(open_session, configuration, model)
-        self._prompt = self._token = prompt
+        self._prompt = prompt
+        self.name, self.steps, self.decode_ms, self.found = configuration.name, list[float](), 0.0, list[Generation]()
         self.start()
 
     def start(self) -> None:
@@ -97,12 +99,16 @@ class _Run:
         """Feed the prompt, or the last token; the answer is the next one."""
         self._token = self.session.feed(self._token, last_only=True).argmax(dim=-1)
 
+    def end_stage(self, new_tokens: int, count: int, timed: Sequence[float], ttft_ms: list[float]) -> None:
+        """Count the time of `count` tokens, by those of them that were timed, and note the generation so far."""
+        self.steps += timed
+        self.decode_ms += statistics.fmean(timed) * count
+        state = self.session.kept_tokens, self.session.cache_bytes, self.session.evictions
+        self.found.append(Generation(self.name, new_tokens, ttft_ms, [*self.steps], self.decode_ms, *state, None))
+
 
 def turns(count: int, places: int | None) -> list[tuple[int, int]]:
-    """Split `count` steps into runs: how many are not timed before each, and how many are.
-
-    With `places`, so many runs of `TURN` steps are timed, spread evenly; the rest of the last one is not timed.
-    """
+    """Split `count` steps into runs: how many are read before each, and how many timed, in `places` runs of `TURN`."""
     if places is None or count <= places * TURN:
         return [(0, count)]
     starts = [count * place // places + (count // places - TURN) // 2 for place in range(places)]
@@ -141,58 +147,33 @@ def generate(
     shortest = min(min(own) for own in stages)
     if shortest < 2:  # noqa: PLR2004 - see above
         raise LabError(f"new_tokens={shortest} has no time per output token: generate 2 or more")
-    prompt = prompt.to(model.device)
-    runs: dict[str, _Run] = {}
-    wanted = {one.name: own for one, own in zip(configurations, stages, strict=True)}
-    facts: dict[tuple[str, int], tuple[int, int, int]] = {}
-    timed_until: dict[tuple[str, int], int] = {}
-    decode_ms: dict[tuple[str, int], float] = {}
-    steps: dict[str, list[float]] = {one.name: [] for one in configurations}
+    prompt, runs = prompt.to(model.device), list[_Run]()
     with ExitStack() as stack:
-        for one in configurations:
-            run = runs[one.name] = _Run(one, model, prompt)
+        for way in configurations:
+            run = _Run(way, model, prompt)
+            runs.append(run)
             stack.callback(lambda run=run: run.session.close())  # type: ignore[misc]  # the session open then
-            for _ in range(1 + WARM_UP_TOKENS):
-                run.feed()
-        sides = {name: Side(run.feed, ready=run.restart) for name, run in runs.items()}
+            repeated(run.feed, 1 + WARM_UP_TOKENS)()
+        sides = {run.name: Side(run.feed, ready=run.restart) for run in runs}
         prompts = interleave(sides, PROMPTS, model.device, warm_up=0, clock=clock)
         for before, stage in itertools.pairwise([1, *sorted({one for own in stages for one in own})]):
-            going = {name: run for name, run in runs.items() if wanted[name][-1] >= stage}
-            known = {name: len(steps[name]) for name in going}
+            going = [run for run, own in zip(runs, stages, strict=True) if own[-1] >= stage]
+            timed: dict[str, list[float]] = {run.name: [] for run in going}
+            sides = {run.name: Side(run.feed) for run in going}
             for untimed, count in turns(stage - before, places):
-                for name, ms in _go_on(going, prompt, untimed, count, clock, on_token).items():
-                    steps[name] += ms
-            for name, run in going.items():
-                facts[name, stage] = run.session.kept_tokens, run.session.cache_bytes, run.session.evictions
-                timed_until[name, stage] = len(steps[name])
-                mean = statistics.fmean(steps[name][known[name] :])  # each part of a generation by its own steps
-                decode_ms[name, stage] = decode_ms.get((name, before), 0.0) + mean * (stage - before)
+                warm_up = 1 if untimed and count else 0  # the step after a long call warms the caches of the CPU
+                for run in going:
+                    Reader(run.session, prompt).read_to(untimed - warm_up)
+                if count:
+                    found = interleave(sides, count, model.device, warm_up=warm_up, clock=clock, on_sample=on_token)
+                    for name, one in found.items():
+                        timed[name] += one.ms
+            for run in going:  # each part of a generation by its own steps
+                run.end_stage(stage, stage - before, timed[run.name], prompts[run.name].ms)
     generations = []
-    for one, own in zip(configurations, stages, strict=True):
-        peaks = generation_peaks(one, model, prompt, own)
-        found_here = []
-        for stage, peak in zip(own, peaks, strict=True):
-            times = prompts[one.name].ms, steps[one.name][: timed_until[one.name, stage]], decode_ms[one.name, stage]
-            most = None if peak is None else weight_bytes(model) + peak
-            found_here.append(Generation(one.name, stage, *times, *facts[one.name, stage], most))
-        generations.append(found_here)
+    for way, run, own in zip(configurations, runs, stages, strict=True):
+        wanted = [made for made in run.found if made.new_tokens in own]
+        counted = generation_peaks(way, model, prompt, own)
+        peaks = [None if peak is None else weight_bytes(model) + peak for peak in counted]
+        generations.append([replace(made, peak_bytes=peak) for made, peak in zip(wanted, peaks, strict=True)])
     return generations
-
-
-def _go_on(
-    runs: Mapping[str, _Run],
-    prompt: torch.Tensor,
-    untimed: int,
-    count: int,
-    clock: Clock | None,
-    on_token: Callable[[str], object] | None,
-) -> dict[str, list[float]]:
-    """Read some tokens, then generate `count` more, interleaved; return the times of these [ms]."""
-    warm_up = 1 if untimed and count else 0  # the step after a long call warms the caches of the CPU
-    for run in runs.values():
-        read_on(run.session, prompt, untimed - warm_up)
-    if not count:
-        return {}
-    sides = {name: Side(run.feed) for name, run in runs.items()}
-    found = interleave(sides, count, prompt.device, warm_up=warm_up, clock=clock, on_sample=on_token)
-    return {name: one.ms for name, one in found.items()}

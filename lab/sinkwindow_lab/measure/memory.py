@@ -21,27 +21,22 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from sinkwindow_lab.ways.configurations import Configuration, open_session
-from sinkwindow_lab.ways.sessions import Session
+from sinkwindow_lab.measure.clock import repeated
+from sinkwindow_lab.records import Configuration
+from sinkwindow_lab.ways.configurations import open_session
+from sinkwindow_lab.ways.sessions import Reader
 
 COUNTED = ("cpu", "cuda")  # devices that report their memory
 PIECE = "sinkwindow: piece {}"  # name of a piece of work in the profiler
-FEED = 256  # tokens of a call between the watched steps [tokens]
 
 
 def tensor_peak(device: torch.device, work: Callable[[], object]) -> int:
-    """Run `work` and return the peak of its live tensors above what was allocated before [bytes].
-
-    On a CPU the profiler makes the work slow: do not time it.
-    """
+    """Run `work`, slowly, and return the peak of its live tensors above what was allocated before [bytes]."""
     return tensor_peaks(device, [work])[0]
 
 
 def tensor_peaks(device: torch.device, pieces: Sequence[Callable[[], object]]) -> list[int]:
-    """Run pieces of work in order and return the peak of each above what was allocated before the first [bytes].
-
-    All are watched together, since a piece may free what another one allocated.
-    """
+    """Run pieces of work in order and return the peak of each above what was allocated before the first [bytes]."""
     gc.collect()  # otherwise it would be freed, and subtracted, later
     return _allocator_peaks(device, pieces) if device.type == "cuda" else _profiled_peaks(pieces)
 
@@ -86,39 +81,21 @@ def generation_peaks(
     """
     if prompt.device.type not in COUNTED:
         return [None] * len(stages)
-    session, seen = open_session(configuration, model), prompt.shape[1]
-
-    def take(steps: int) -> None:
-        for _ in range(steps):
-            session.feed(prompt[:, :1], last_only=True)
-
-    pieces: list[Callable[[], object]] = [partial(session.feed, prompt, last_only=True)]
-    for stage in stages:
-        end = prompt.shape[1] + stage - 1  # the last token is not fed
-        steps = min(_cycle(configuration), end - seen)
-        pieces += [partial(read_on, session, prompt, end - steps - seen), partial(take, steps)]
-        seen = end
-    try:
+    with open_session(configuration, model) as session:
+        reader, seen = Reader(session, prompt), 0
+        pieces: list[Callable[[], object]] = [partial(session.feed, prompt, last_only=True)]
+        for stage in stages:
+            steps = min(_cycle(configuration), stage - 1 - seen)  # the last token is not fed
+            seen = stage - 1
+            pieces += [partial(reader.read_to, seen - steps), repeated(reader.step, steps)]
         first, *peaks = tensor_peaks(prompt.device, pieces)
-    finally:
-        session.close()
     highest = itertools.accumulate([first, *peaks[1::2]], max)  # the long calls are not part of the generation
     found: list[int | None] = [*highest]
     return found[1:]
 
 
-def read_on(session: Session, text: torch.Tensor, count: int) -> None:
-    """Feed some more tokens in long calls, which leave the cache as single tokens would; `text` is fed repeatedly."""
-    step = min(FEED, text.shape[1])
-    for start in range(0, count, step):
-        session.read(text[:, : min(step, count - start)])
-
-
 def _cycle(configuration: Configuration) -> int:
-    """Return a number of steps that covers an eviction, the longest list, and a move of the window to the first slots.
-
-    A list is longest once in B + 1 steps. The free slots, a sixteenth of it but at least eight, last as many more.
-    """
+    """Return steps that cover an eviction, the longest list (of B + 1 steps), and a move of the window to the front."""
     if configuration.kind in ("baseline", "recompute"):
         return 1
     sinks, window, buffer = configuration.limits
@@ -127,7 +104,7 @@ def _cycle(configuration: Configuration) -> int:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Return the size of a model's parameters [bytes]."""
-    return sum(one.numel() * one.element_size() for one in model.parameters())
+    return sum(one.nbytes for one in model.parameters())
 
 
 def give_back() -> None:

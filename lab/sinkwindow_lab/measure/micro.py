@@ -7,11 +7,12 @@ model with the reference, so that a wrong cache is never timed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -26,12 +27,13 @@ from sinkwindow.retention import Retention
 from sinkwindow.storage.bank import KeyValue, allocate
 from sinkwindow.storage.slots import Slots
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.records import Configuration
+from sinkwindow_lab.ways.configurations import open_session
 from sinkwindow_lab.ways.sessions import Session
 
 FILL = 256  # columns of a call while a cache is being filled [tokens]
 TOLERANCE = 1e-4  # largest error that float32 explains at any length; a rank that is off by one costs 0.01 and more
-LayerWork = Callable[[int, dict[str, Any]], object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,38 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tor
     return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
 
 
-class AttentionSteps:
-    """Decode steps through one configuration's cache: only update and attention, in every layer.
+def draw(
+    heads: int, model: PreTrainedModel, tokens: int, batch: int = 1, random: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return random queries, keys or values, [batch, heads, tokens, head_dim]."""
+    shape = (batch, heads, tokens, geometry(model).head_dim)
+    return torch.randn(shape, generator=random, device=model.device, dtype=model.dtype)
 
-    Attributes:
-        session: The session of the cache; the model itself can continue from a filled cache.
-        cache: Its cache.
-    """
+
+@dataclass(frozen=True)
+class BareAttention:
+    """Attention of one token over ready-made keys and values of each layer."""
+
+    query: torch.Tensor
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @torch.inference_mode()
+    def step(self) -> torch.Tensor:
+        """Run the attention of one token in all layers; return the last one's output, [batch, heads, 1, head_dim]."""
+        return [attend(self.query, keys, values) for keys, values in self.layers][-1]
+
+
+def bare_attention(model: PreTrainedModel, tokens: int, *, batch: int = 1) -> BareAttention:
+    """Return the lower bound: over random, contiguous tensors; `tokens` counts the keys, the query's own included."""
+    sizes = geometry(model)
+    keys = [draw(sizes.kv_heads, model, tokens, batch) for _ in range(2 * sizes.layers)]
+    return BareAttention(draw(sizes.heads, model, 1, batch), list(itertools.pairwise(keys))[::2])
+
+
+class AttentionSteps:
+    """Decode steps through the `cache` of one `session`: only update and attention, in every layer."""
 
     def __init__(self, configuration: Configuration, model: PreTrainedModel, *, batch: int = 1) -> None:
-        """Open the cache and create the tensors of one token; the model gives geometry, device and dtype."""
         self.sizes = geometry(model)
         self.session: Session = open_session(configuration, model)
         self.cache: Any = self.session.cache
@@ -81,22 +105,16 @@ class AttentionSteps:
         self._streams = isinstance(self.cache, StreamingCache)
         self._token = self._ids(1)
         self._query, self._key, self._value = self.draw(1)
-        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _ids(self, columns: int) -> torch.Tensor:
         return torch.zeros((self._batch, columns), dtype=torch.long, device=self._model.device)
 
     def draw(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return random query, key and value of some tokens, [batch, heads, columns, head_dim] each."""
-        sizes, model = self.sizes, self._model
-        random = torch.Generator(device=model.device).manual_seed(columns)
-        query, key, value = (
-            torch.randn(
-                (self._batch, heads, columns, sizes.head_dim), generator=random, device=model.device, dtype=model.dtype
-            )
-            for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
-        )
-        return query, key, value
+        random = torch.Generator(device=self._model.device).manual_seed(columns)
+        shared = self._model, columns, self._batch, random
+        query = draw(self.sizes.heads, *shared)
+        return query, draw(self.sizes.kv_heads, *shared), draw(self.sizes.kv_heads, *shared)
 
     @torch.inference_mode()
     def fill(self, tokens: int) -> None:
@@ -110,36 +128,25 @@ class AttentionSteps:
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
         """Run cache update and attention of one token; return the last layer's output, [batch, heads, 1, head_dim]."""
-        outputs: list[torch.Tensor] = []
-
-        def layer_work(layer: int, _: dict[str, Any]) -> None:
-            outputs.append(attend(self._query, *self.cache.update(self._key, self._value, layer)))
-
-        self.call(1, layer_work)
-        return outputs[-1]
+        return self.call(1, lambda layer, _: attend(self._query, *self.cache.update(self._key, self._value, layer)))[-1]
 
     @torch.inference_mode()
     def long_call(self, columns: int) -> torch.Tensor:
-        """Feed many tokens in one call, through the attention function that a model would call.
-
-        Returns the last layer's output, [batch, columns, heads, head_dim].
-        """
+        """Feed many tokens in one call, as models do; return the last layer's output, [batch, columns, heads, size]."""
         query, key, value = self.draw(columns)
         groups = self.sizes.heads // self.sizes.kv_heads
         module = SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
         attention = ALL_ATTENTION_FUNCTIONS[getattr(self._model.config, "_attn_implementation", "sdpa")]
-        outputs: list[torch.Tensor] = []
 
-        def layer_work(layer: int, arguments: dict[str, Any]) -> None:
+        def layer_work(layer: int, arguments: dict[str, Any]) -> torch.Tensor:
             keys, values = self.cache.update(key, value, layer)
             module.layer_idx = layer
             shape = (1, 1, columns, keys.shape[2])
             causal = torch.ones(shape, dtype=torch.bool, device=keys.device).tril(shape[3] - columns)
             mask = arguments["attention_mask"] if arguments else causal
-            outputs.append(attention(cast("torch.nn.Module", module), query, keys, values, mask)[0])
+            return cast("torch.Tensor", attention(cast("torch.nn.Module", module), query, keys, values, mask)[0])
 
-        self.call(columns, layer_work)
-        return outputs[-1]
+        return self.call(columns, layer_work)[-1]
 
     @torch.inference_mode()
     def update(self) -> None:
@@ -149,13 +156,12 @@ class AttentionSteps:
     @torch.inference_mode()
     def hold(self) -> None:
         """Keep what the layers return for one more token, for `attention_alone`."""
-        self._held = []
-        self.call(1, lambda layer, _: self._held.append(self.cache.update(self._key, self._value, layer)))
+        held = self.call(1, lambda layer, _: self.cache.update(self._key, self._value, layer))
+        self._held = BareAttention(self._query, held)
 
-    @torch.inference_mode()
     def attention_alone(self) -> torch.Tensor:
         """Run one token's attention over what `hold` kept; return the last layer's, [batch, heads, 1, head_dim]."""
-        return [attend(self._query, keys, values) for keys, values in self._held][-1]
+        return self._held.step()
 
     def rewind(self, tokens: int) -> None:
         """Return to the state before the last sample: crop a stock cache to `tokens`, which it was filled to.
@@ -171,40 +177,20 @@ class AttentionSteps:
         """Remove the cache from the model."""
         self.session.close()
 
-    def call(self, columns: int, layer_work: LayerWork) -> None:
-        """Do what a model's forward does to its cache; `layer_work` gets layer and decoder's arguments, rewritten."""
+    def call(self, columns: int, layer_work: Callable[[int, dict[str, Any]], T]) -> list[T]:
+        """Do what a model's forward does to its cache; `layer_work` gets layer and decoder's arguments, rewritten.
+
+        Returns what it returned, by layer.
+        """
         kwargs = {"input_ids": self._token if columns == 1 else self._ids(columns)}
         decoder = cast("PreTrainedModel", self._model.base_model)
         no_hooks: AbstractContextManager[dict[str, Any]] = nullcontext({})
         with call_by_hand(self.cache, decoder, kwargs) if self._streams else no_hooks as arguments:
-            for layer in range(self.sizes.layers):
-                layer_work(layer, arguments)
-
-
-class BareAttention:
-    """The lower bound: attention over ready-made, contiguous keys and values of the same length."""
-
-    def __init__(self, model: PreTrainedModel, tokens: int, *, batch: int = 1) -> None:
-        """Create the tensors; `tokens` counts the keys, the query's own included."""
-        sizes = geometry(model)
-
-        def draw(heads: int, columns: int) -> torch.Tensor:
-            return torch.randn((batch, heads, columns, sizes.head_dim), device=model.device, dtype=model.dtype)
-
-        self._query = draw(sizes.heads, 1)
-        self._layers = [(draw(sizes.kv_heads, tokens), draw(sizes.kv_heads, tokens)) for _ in range(sizes.layers)]
-
-    @torch.inference_mode()
-    def step(self) -> torch.Tensor:
-        """Run the attention of one token in all layers; return the last one's output, [batch, heads, 1, head_dim]."""
-        return [attend(self._query, keys, values) for keys, values in self._layers][-1]
+            return [layer_work(layer, arguments) for layer in range(self.sizes.layers)]
 
 
 def relocation(configuration: Configuration, model: PreTrainedModel, *, stay: bool) -> Callable[[], object]:
-    """Return the work of a rebase of full slots: keys are rotated where they are, or moved to the front as well.
-
-    It acts on random keys and values of its own, in all layers of one row; each call plans it anew.
-    """
+    """Return the work of a rebase of full slots of random keys: rotated where they are, or moved to the front."""
     rule, sizes = Retention(*configuration.limits), geometry(model)
     (pool,) = pools_of(inspect_model(model), rule, ranked=True, static=False)
     one = torch.empty((1, sizes.kv_heads, 1, sizes.head_dim), device=model.device, dtype=model.dtype)
@@ -218,19 +204,15 @@ def relocation(configuration: Configuration, model: PreTrainedModel, *, stay: bo
 
 @torch.inference_mode()
 def check_logits(configuration: Configuration, model: PreTrainedModel, tokens: int) -> float:
-    """Compare the logits of one long call and three single tokens with those of the definition.
+    """Compare a long call and three single tokens with the definition, which is slow: `model` should be small.
 
-    Returns the largest difference, relative to the largest logit. `model` should be small and in float32: the reference
-    is slow. `tokens` is at least four.
+    Returns the largest difference of a logit, relative to the largest one.
     """
     random = torch.Generator().manual_seed(tokens)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=random).to(model.device)
-    session = open_session(configuration, model)
-    try:
+    with open_session(configuration, model) as session:
         pieces = torch.split(ids, [tokens - 3, 1, 1, 1], dim=1)
         logits = torch.cat([session.feed(piece) for piece in pieces], dim=1)
-    finally:
-        session.close()
     dense = configuration.kind == "baseline"
     right = model(input_ids=ids, use_cache=False).logits if dense else reference_pass(configuration, model, ids)
     difference = float((logits - right).abs().max() / right.abs().max())

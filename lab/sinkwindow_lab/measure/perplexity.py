@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.tokens import LEAST, TokenText
-from sinkwindow_lab.measure.clock import Clock, clock_for
-from sinkwindow_lab.records import Measurement, measured
-from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.measure.clock import clock_for
+from sinkwindow_lab.records import Configuration, Measurement, measured
+from sinkwindow_lab.ways.configurations import open_session
 from sinkwindow_lab.ways.sessions import Session
 
+OnBlock = Callable[[int], object] | None  # gets the number of targets that each block added
+ADDED = ("seconds", "evictions")  # facts that are added up over several texts; of the others the largest counts
 BLOCK = 256  # tokens per call: logits of a block are the largest tensor of an evaluation
 
 
@@ -89,14 +91,8 @@ class Score:
         return measured(part, self.text.corpus, self.configuration, self.text.ids.shape[1], self.figures())
 
 
-def token_losses(
-    session: Session, ids: torch.Tensor, *, block: int = BLOCK, on_block: Callable[[int], object] | None = None
-) -> torch.Tensor:
-    """Return the negative log likelihoods of tokens 1 .. n-1 of `ids` [1, n], as float64 on the CPU, [n - 1].
-
-    `session` is fresh. A chunk-invariant session gives the same losses for any `block`, the tokens per call. `on_block`
-    gets the number of targets that each block added.
-    """
+def token_losses(session: Session, ids: torch.Tensor, *, block: int = BLOCK, on_block: OnBlock = None) -> torch.Tensor:
+    """Return the negative log likelihoods of tokens 1 .. n-1 of `ids` [1, n], as float64 on the CPU, [n - 1]."""
     if block < 1:
         raise LabError(f"block={block} must be 1 or more")
     if ids.shape[1] < LEAST:
@@ -124,63 +120,56 @@ def _block_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def measure(
-    configuration: Configuration,
+    way: Configuration,
     model: PreTrainedModel,
     text: TokenText,
     *,
     block: int = BLOCK,
-    clock: Clock | None = None,
-    on_block: Callable[[int], object] | None = None,
+    on_block: OnBlock = None,
 ) -> Score:
     """Score one configuration on one text; texts that are read apart have a fresh session each."""
-    clock = clock or clock_for(model.device)
-    facts = dict.fromkeys(("seconds", "evictions", "kept_tokens", "cache_bytes"), 0.0)
-    losses = []
-    for ids in text.texts:
-        session = open_session(configuration, model)
-        try:
-            begin = clock.mark()
-            losses.append(token_losses(session, ids.to(model.device), block=block, on_block=on_block))
-            facts["seconds"] += clock.seconds(begin, clock.mark())
-            facts["evictions"] += session.evictions
-            facts["kept_tokens"] = max(facts["kept_tokens"], session.kept_tokens)
-            facts["cache_bytes"] = max(facts["cache_bytes"], session.cache_bytes)
-        finally:
-            session.close()
-    return Score(configuration.name, text, block, torch.cat(losses), facts)
+    read = [_read(way, model, [ids], block, on_block) for ids in text.texts]
+    losses, found = zip(*itertools.chain(*read), strict=True)
+    facts = {fact: (sum if fact in ADDED else max)(one[fact] for one in found) for fact in found[0]}
+    return Score(way.name, text, block, torch.cat(losses), facts)
 
 
 def measure_stages(
-    configuration: Configuration,
+    way: Configuration,
     model: PreTrainedModel,
     texts: Sequence[TokenText],
     *,
     block: int = BLOCK,
-    on_block: Callable[[int], object] | None = None,
+    on_block: OnBlock = None,
 ) -> Iterator[Score]:
     """Read a text once and yield the score of several lengths; a loss does not depend on what comes later.
 
     `texts` are starts of one text, ascending; a call ends at each of their lengths, too. Yields for each what `measure`
     finds, as soon as the reading is there.
     """
-    _check_starts(configuration, texts)
-    clock, session = clock_for(model.device), open_session(configuration, model)
-    nll, seconds = torch.empty(0, dtype=torch.float64), 0.0
-    try:
-        for text in texts:
+    _check_starts(way, texts)
+    found = _read(way, model, [text.ids for text in texts], block, on_block)
+    for text, (nll, facts) in zip(texts, found, strict=True):
+        yield Score(way.name, text, block, nll, facts)
+
+
+def _read(
+    way: Configuration, model: PreTrainedModel, texts: Sequence[torch.Tensor], block: int, on_block: OnBlock
+) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+    """Read starts of one text, [1, tokens] each; yield the losses and the facts of each as soon as they are there."""
+    clock, nll, seconds = clock_for(model.device), torch.empty(0, dtype=torch.float64), 0.0
+    with open_session(way, model) as session:
+        for ids in texts:
             begin = clock.mark()
-            further = text.ids[:, len(nll) :].to(model.device)
+            further = ids[:, len(nll) :].to(model.device)
             nll = torch.cat((nll, token_losses(session, further, block=block, on_block=on_block)))
             seconds += clock.seconds(begin, clock.mark())
             facts = {"seconds": seconds, "evictions": float(session.evictions)}
-            facts |= {"kept_tokens": float(session.kept_tokens), "cache_bytes": float(session.cache_bytes)}
-            yield Score(configuration.name, text, block, nll, facts)
-    finally:
-        session.close()
+            yield nll, facts | {"kept_tokens": float(session.kept_tokens), "cache_bytes": float(session.cache_bytes)}
 
 
 def _check_starts(configuration: Configuration, texts: Sequence[TokenText]) -> None:
-    if configuration.depends_on_calls:
+    if configuration.depends_on_calls and len(texts) > 1:
         raise LabError(
             f"{configuration.name} gives losses that depend on where calls end: measure each length separately"
         )

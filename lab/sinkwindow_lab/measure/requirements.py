@@ -10,14 +10,12 @@ from transformers import PreTrainedModel
 
 from sinkwindow_lab.errors import LabError, require
 from sinkwindow_lab.measure.micro import geometry
-from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.records import Configuration
+from sinkwindow_lab.ways.configurations import open_session
 
 
 def check(configurations: Iterable[Configuration], model: PreTrainedModel, tokens: int, asked: str) -> None:
-    """Check that all configurations fit the model, the memory, and `tokens` of one text.
-
-    `asked` is what the user gave for them, such as `--tokens 200`: errors begin with it.
-    """
+    """Check that all fit the model, the memory, and `tokens` of one text; errors begin with what the user `asked`."""
     for one in configurations:
         numbers = (one.num_sinks, one.window, one.buffer)
         kept = tokens if one.kind == "baseline" else sum(number or 0 for number in numbers)

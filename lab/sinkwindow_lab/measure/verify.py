@@ -8,7 +8,7 @@ same dtype: both against the reference in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import mode
 
@@ -19,8 +19,7 @@ from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.wide import decoder_layers, wide_copy
 from sinkwindow_lab.measure.clock import clock_for, spread
 from sinkwindow_lab.progress import Reporter
-from sinkwindow_lab.records import Record
-from sinkwindow_lab.ways.configurations import Configuration
+from sinkwindow_lab.records import Configuration, Record
 from sinkwindow_lab.ways.sessions import StreamingSession
 
 PASSES = 4  # runs of the model: reference and cache, in float64 and in its own dtype
@@ -103,18 +102,27 @@ class Verdict(Record):
             yield f"  {number:>5}  " + "  ".join(f"{error:>18.2e}" for error in errors)
 
 
-def call_lengths(rule: Configuration, tokens: int, length: int | None = None) -> list[int]:
-    """Return the lengths of the calls that feed `tokens`: all `length`; by default a long one, then single tokens."""
-    sinks, window, buffer = rule.limits
-    if tokens <= sinks + window + buffer + 1:  # the eviction must come before the last token, to have an effect
-        raise LabError(
-            f"{tokens} tokens: {rule.name} evicts none that matters; use {sinks + window + buffer + 2} or more"
-        )
+def call_lengths(rule: Configuration, tokens: int, length: int | None = None, of: str = "--tokens") -> list[int]:
+    """Return the lengths of calls that feed `tokens` (named `of` what): all `length`, or a long one, then 1."""
+    least = sum(rule.limits) + 2  # the eviction must come before the last token, to have an effect
+    if tokens < least:
+        raise LabError(f"{of} {tokens}: {rule.name} evicts none that matters; use {least} or more")
     if length is None:
         return [tokens // 2, *[1] * (tokens - tokens // 2)]
     if not 1 <= length <= tokens:
         raise LabError(f"--call-length {length} must be between 1 and the {tokens} tokens")
     return [min(length, tokens - start) for start in range(0, tokens, length)]
+
+
+def largest_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the largest error of logits or hidden states [batch, tokens, size]; NaN if there is one."""
+    pairs = zip(torch.split(ours, ROWS, dim=1), torch.split(exact, ROWS, dim=1), strict=True)
+    return float(torch.stack([(one.double() - right).abs().max() for one, right in pairs]).max())
+
+
+def rounding_step(exact: torch.Tensor, dtype: torch.dtype) -> float:
+    """Return what one rounding changes at most: errors may be twice those of the reference in `dtype`, plus this."""
+    return float(torch.finfo(dtype).eps * exact.abs().max())
 
 
 def verify(
@@ -125,157 +133,131 @@ def verify(
     call_length: int | None = None,
     progress: Reporter | None = None,
 ) -> Verdict:
-    """Compare the cache with the reference on a model, which is not changed.
-
-    `ids` are [1, tokens], `rule` is a streaming configuration. A model that cannot stream is a `LabError`.
-    """
-    calls, progress, ids = call_lengths(rule, ids.shape[1], call_length), progress or Reporter(), ids.to(model.device)
+    """Compare the cache with the reference on a model, which is not changed, and on `ids` [1, tokens]."""
+    calls, ids = call_lengths(rule, ids.shape[1], call_length), ids.to(model.device)
     StreamingSession(model, *rule.limits).close()  # refuse a model before anything slow
-    twin = wide_copy(model)
-    exact = _Exact(*_reference(twin, ids, rule, progress))
-    double = run = _stream(twin, ids, rule, calls, exact, progress)
+    check, twin = _Check(ids, rule, calls, progress or Reporter()), wide_copy(model)
+    exact = check.reference(twin)
+    runs = [check.stream(twin, exact, None)]
     del twin  # the larger of the two models
-    own = None
     if model.dtype != torch.float64:
-        logits, layers = _reference(model, ids, rule, progress)
-        plain = exact.error(logits, 0)
-        del logits
-        run = _stream(model, ids, rule, calls, exact, progress)
-        own = Comparison(
-            dtype=_name(model.dtype),
-            logits=run.error,
-            plain=plain,
-            allowed=2 * plain + torch.finfo(model.dtype).eps * exact.largest,
-            judged=not any(getattr(model.config.get_text_config(), name, None) for name in EXPERTS),
-            layers=run.layers,
-            plain_layers=exact.layer_errors(layers),
-        )
-    wrong = [one.differs_after for one in (double, run) if one.differs_after is not None]
+        plain = exact.errors(check.reference(model))
+        runs.append(check.stream(model, exact, plain))
     return Verdict(
         configuration=rule.name,
         calls=calls,
-        evictions=run.evictions,
-        lists_differ_after=min(wrong, default=None),
-        largest_logit=exact.largest,
-        double=Comparison(
-            dtype="float64",
-            logits=double.error,
-            plain=None,
-            allowed=DOUBLE * exact.largest,
-            layers=double.layers,
-            plain_layers=[],
-        ),
-        own=own,
-        ms_per_token=run.ms_per_token,
+        evictions=runs[-1].evictions,
+        lists_differ_after=min((one.differs_after for one in runs if one.differs_after is not None), default=None),
+        largest_logit=float(exact.logits.abs().max()),
+        double=runs[0].comparison,
+        own=runs[1].comparison if len(runs) > 1 else None,
+        ms_per_token=runs[-1].ms_per_token,
     )
 
 
 @dataclass(frozen=True)
-class _Exact:
-    """What the reference finds in float64: logits [1, tokens, vocab], and each layer's [1, tokens, width]."""
+class _States:
+    """What a run finds: logits [1, tokens, vocab], and each layer's hidden states [1, tokens, width]."""
 
     logits: torch.Tensor
     layers: list[torch.Tensor]
 
-    @property
-    def largest(self) -> float:
-        """The largest logit."""
-        return float(self.logits.abs().max())
-
-    def error(self, logits: torch.Tensor, start: int) -> float:
-        """Return the largest error of the logits [1, tokens, vocab] of tokens from `start` on; NaN if there is one."""
-        right = self.logits[:, start : start + logits.shape[1]]
-        pairs = zip(torch.split(logits, ROWS, dim=1), torch.split(right, ROWS, dim=1), strict=True)
-        return float(torch.stack([(ours.double() - exact).abs().max() for ours, exact in pairs]).max())
-
     def layer_errors(self, layers: list[torch.Tensor]) -> list[float]:
-        """Return the largest error after each layer, as a share of its largest value."""
-        pairs = zip(layers, self.layers, strict=True)
-        return [float((ours.double() - exact).abs().max() / exact.abs().max()) for ours, exact in pairs]
+        """Return the largest error after each layer, as a share of its largest value, if these are exact."""
+        return [
+            largest_error(ours, exact) / float(exact.abs().max())
+            for ours, exact in zip(layers, self.layers, strict=True)
+        ]
+
+    def errors(self, found: _States) -> tuple[float, list[float]]:
+        """Return the largest error of a logit, and those after each layer, if these are exact."""
+        return largest_error(found.logits, self.logits), self.layer_errors(found.layers)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What the cache found; the fields are those of `Comparison` and `Verdict`."""
+    """What the cache found; the fields are those of `Verdict`."""
 
-    error: float
-    layers: list[float]
+    comparison: Comparison
     differs_after: int | None
     evictions: int
     ms_per_token: list[float]
 
 
-def _stream(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    rule: Configuration,
-    calls: list[int],
-    exact: _Exact,
-    progress: Reporter,
-) -> _Run:
-    """Feed the cache call by call, and compare it after each."""
-    from sinkwindow_reference import RetainedList
+@dataclass(frozen=True)
+class _Check:
+    """What all runs of a check have in common."""
 
-    kept, clock, session = RetainedList(*rule.limits), clock_for(model.device), StreamingSession(model, *rule.limits)
-    errors, times, seen = [], [], 0
-    differs_after: int | None = None
-    with closing(session), _watch(model, f"cache in {_name(model.dtype)}", ids.shape[1], progress) as layers:
-        for call in torch.split(ids, calls, dim=1):
-            begin = clock.mark()
-            logits = session.feed(call)
-            times.append((call.shape[1], begin, clock.mark()))
-            errors.append(exact.error(logits, seen))
-            for token in range(seen, seen + call.shape[1]):
-                kept.append(token)
-                kept.evict_if_full()
-            seen += call.shape[1]
-            if differs_after is None and session.cache.retained_tokens != [kept.tokens]:
-                differs_after = seen
-    usual = mode(calls)
-    return _Run(
-        error=float(torch.tensor(errors, dtype=torch.float64).max()),  # a NaN stays one, unlike in Python's max
-        layers=exact.layer_errors([torch.cat(parts, dim=1) for parts in layers]),
-        differs_after=differs_after,
-        evictions=session.evictions,
-        ms_per_token=[1e3 * clock.seconds(begin, end) / usual for length, begin, end in times if length == usual],
-    )
+    ids: torch.Tensor
+    rule: Configuration
+    calls: list[int]
+    progress: Reporter
+
+    def reference(self, model: PreTrainedModel) -> _States:
+        """Return what the reference computes in the model's dtype."""
+        from sinkwindow_reference import reference_logits
+
+        sinks, window, buffer = self.rule.limits
+        with self._watch(model, "reference") as layers:
+            try:
+                logits = reference_logits(model, self.ids, num_sinks=sinks, window=window, buffer=buffer, upcast=False)
+            except (ValueError, RuntimeError) as error:
+                raise LabError(f"the reference cannot run this model in {_name(model.dtype)}: {error}") from error
+        return _States(logits, [torch.cat(parts, dim=1) for parts in layers])
+
+    def stream(self, model: PreTrainedModel, exact: _States, plain: tuple[float, list[float]] | None) -> _Run:
+        """Feed the cache call by call, and compare it; `plain` are the errors of the reference in this dtype."""
+        from sinkwindow_reference import RetainedList
+
+        session, clock = StreamingSession(model, *self.rule.limits), clock_for(model.device)
+        errors, times, kept, seen = [], [], RetainedList(*self.rule.limits), 0
+        differs_after: int | None = None
+        with session, self._watch(model, "cache") as layers:
+            for call in torch.split(self.ids, self.calls, dim=1):
+                begin = clock.mark()
+                logits = session.feed(call)
+                times.append((call.shape[1], begin, clock.mark()))
+                errors.append(largest_error(logits, exact.logits[:, seen : seen + call.shape[1]]))
+                for token in range(seen, seen + call.shape[1]):
+                    kept.append(token)
+                    kept.evict_if_full()
+                seen += call.shape[1]
+                if differs_after is None and session.cache.retained_tokens != [kept.tokens]:
+                    differs_after = seen
+        usual = mode(self.calls)
+        own = None if plain is None else 2 * plain[0] + rounding_step(exact.logits, model.dtype)
+        comparison = Comparison(
+            dtype=_name(model.dtype),
+            logits=float(torch.tensor(errors, dtype=torch.float64).max()),  # a NaN stays one, unlike in Python's max
+            plain=None if plain is None else plain[0],
+            allowed=DOUBLE * float(exact.logits.abs().max()) if own is None else own,
+            judged=own is None or not any(getattr(model.config.get_text_config(), name, None) for name in EXPERTS),
+            layers=exact.layer_errors([torch.cat(parts, dim=1) for parts in layers]),
+            plain_layers=[] if plain is None else plain[1],
+        )
+        spent = [1e3 * clock.seconds(begin, end) / usual for length, begin, end in times if length == usual]
+        return _Run(comparison, differs_after, session.evictions, spent)
+
+    @contextmanager
+    def _watch(self, model: PreTrainedModel, what: str) -> Iterator[list[list[torch.Tensor]]]:
+        """Collect the hidden states that each layer returns within the block, call by call, and report progress."""
+        layers = decoder_layers(model)
+        found: list[list[torch.Tensor]] = [[] for _ in layers]
+
+        def hook(number: int) -> Callable[..., None]:
+            def collect(_module: object, _args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+                states = output if isinstance(output, torch.Tensor) else output[0]
+                found[number].append(states.detach())
+                self.progress.advance(states.shape[1])
+
+            return collect
+
+        self.progress.begin(f"{what} in {_name(model.dtype)}", self.ids.shape[1] * len(layers))
+        with ExitStack() as stack:
+            for number, layer in enumerate(layers):
+                stack.callback(layer.register_forward_hook(hook(number)).remove)
+            yield found
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _reference(
-    model: PreTrainedModel, ids: torch.Tensor, rule: Configuration, progress: Reporter
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the reference's logits [1, tokens, vocab] and each layer's hidden states, in the model's dtype."""
-    from sinkwindow_reference import reference_logits
-
-    sinks, window, buffer = rule.limits
-    with _watch(model, f"reference in {_name(model.dtype)}", ids.shape[1], progress) as layers:
-        try:
-            logits = reference_logits(model, ids, num_sinks=sinks, window=window, buffer=buffer, upcast=False)
-        except (ValueError, RuntimeError) as error:
-            raise LabError(f"the reference cannot run this model in {_name(model.dtype)}: {error}") from error
-    return logits, [torch.cat(parts, dim=1) for parts in layers]
-
-
-@contextmanager
-def _watch(model: PreTrainedModel, label: str, tokens: int, progress: Reporter) -> Iterator[list[list[torch.Tensor]]]:
-    """Collect the hidden states that each layer returns within the block, call by call, and report progress."""
-    layers = decoder_layers(model)
-    found: list[list[torch.Tensor]] = [[] for _ in layers]
-
-    def hook(number: int) -> Callable[..., None]:
-        def collect(_module: object, _args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-            states = output if isinstance(output, torch.Tensor) else output[0]
-            found[number].append(states.detach())
-            progress.advance(states.shape[1])
-
-        return collect
-
-    progress.begin(label, tokens * len(layers))
-    with ExitStack() as stack:
-        for number, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(hook(number)).remove)
-        yield found

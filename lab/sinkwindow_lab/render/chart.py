@@ -45,12 +45,9 @@ SETTINGS: dict[str, Any] = {
 STYLE = "<style>:root { color: #1d1d1f } @media (prefers-color-scheme: dark) { :root { color: #e8e8ea } }</style>"
 
 
-def _color(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _marker(number: int) -> str:
-    return MARKERS[number % len(MARKERS)]
+def _look(number: int) -> tuple[str, str]:
+    """Return the color and the marker of a series."""
+    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
 def _shown(name: object) -> str:
@@ -122,13 +119,13 @@ def lines(
     """
     with picture(labels, columns=columns) as one:
         for number, (series, rows) in enumerate(frame.groupby(hue, sort=False)):
-            marker = _marker(number) if marks else None
-            one.axes.plot(rows[x], rows[y], label=_shown(series), color=_color(number), marker=marker)
+            color, marker = _look(number)
+            one.axes.plot(rows[x], rows[y], label=_shown(series), color=color, marker=marker if marks else None)
             if levels and series in levels:
                 label = f"{_shown(series)}, dense"
-                one.axes.axhline(levels[str(series)], color=_color(number), linewidth=1, linestyle="--", label=label)
+                one.axes.axhline(levels[str(series)], color=color, linewidth=1, linestyle="--", label=label)
             if verticals and series in verticals:
-                one.axes.axvline(verticals[str(series)], color=_color(number), linewidth=0.8, linestyle=":")
+                one.axes.axvline(verticals[str(series)], color=color, linewidth=0.8, linestyle=":")
         if "x" in logarithmic:
             one.logarithmic("x", sorted(set(frame[x])))
         if "y" in logarithmic:
@@ -146,8 +143,8 @@ def points(frame: pd.DataFrame, x: str, y: str, hue: str, *, label: str) -> str:
     names = list(dict.fromkeys(frame[y]))
     with picture((label, ""), height=0.6 + 0.3 * len(names), columns=2) as one:
         for number, (series, rows) in enumerate(frame.groupby(hue, sort=False)):
-            places = rows[y].map(names.index)
-            one.axes.plot(rows[x], places, _marker(number), color=_color(number), label=_shown(series))
+            color, marker = _look(number)
+            one.axes.plot(rows[x], rows[y].map(names.index), marker, color=color, label=_shown(series))
         one.axes.set_yticks(range(len(names)), names)
         one.axes.invert_yaxis()
         one.axes.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.5)
@@ -162,7 +159,7 @@ def bars(frame: pd.DataFrame, x: str, y: str, error: str, color: str, marker: st
     with picture(labels) as one:
         for number, ((way, text), rows) in enumerate(groups):
             places = rows[x].map(names.index) + 0.16 * (number - (len(groups) - 1) / 2)
-            options: dict[str, Any] = {"fmt": _marker(markers.index(way)), "color": _color(colors.index(text))}
+            options: dict[str, Any] = {"fmt": _look(markers.index(way))[1], "color": _look(colors.index(text))[0]}
             one.axes.errorbar(places, rows[y], yerr=rows[error], label=_shown(f"{way}, {text}"), linewidth=1, **options)
         one.axes.axhline(0, color=GREY, linewidth=0.8)
         one.axes.set_xticks(range(len(names)), names)

@@ -17,8 +17,9 @@ from sinkwindow_lab.render.markdown import Page
 def html_page(page: Page) -> str:
     """Write a page as HTML; its pictures are embedded, its level 2 headings become contents below the title."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    for kind, rule in {"image": _image, "table_open": _table_open, "table_close": _table_close}.items():
-        parser.add_render_rule(kind, rule)
+    parser.add_render_rule("image", _image)
+    parser.add_render_rule("table_open", lambda *_: '<div class="scroll" tabindex="0"><table>\n')
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     tokens = parser.parse(page.markdown)
     headings = [(one, words) for one, words in itertools.pairwise(tokens) if one.type == "heading_open"]
     titles = [(one.tag, _anchor(_words(inline)), _words(inline)) for one, inline in headings]
@@ -47,16 +48,5 @@ def _image(renderer: Any, tokens: Any, index: int, options: Any, env: Any) -> st
     file = str(tokens[index].attrGet("src")).rpartition("/")[2].removesuffix(".svg")
     address = "data:image/svg+xml;base64," + base64.b64encode(env["figures"][file].encode()).decode()
     caption = renderer.renderInlineAsText(tokens[index].children, options, env)
-    return (
-        Environment(autoescape=True)
-        .from_string('<img src="{{ address }}" alt="{{ caption }}"><span class="caption">{{ caption }}</span>')
-        .render(address=address, caption=caption)
-    )
-
-
-def _table_open(*_: Any) -> str:
-    return '<div class="scroll" tabindex="0"><table>\n'
-
-
-def _table_close(*_: Any) -> str:
-    return "</table></div>\n"
+    shown = '<img src="{{ address }}" alt="{{ caption }}"><span class="caption">{{ caption }}</span>'
+    return Environment(autoescape=True).from_string(shown).render(address=address, caption=caption)

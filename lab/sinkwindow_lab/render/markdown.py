@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sinkwindow_lab.errors import printable
 from sinkwindow_lab.measure.clock import spread
@@ -28,16 +30,18 @@ def name(words: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool | Collection[str] = False) -> str:
-    """Return a table; numbers are aligned right, the first column and columns of `words` (all, or by title) left.
-
-    Raises:
-        ValueError: If a row has another number of cells than there are titles.
-    """
+    """Return a table; numbers are aligned right, the first column and columns of `words` (all, or by title) left."""
     if any(len(row) != len(header) for row in rows):
         raise ValueError(f"every row needs {len(header)} cells, one per title")
     prose = header if words is True else [*header[:1], *(words or ())]
     rule = ["---" if title in prose else "---:" for title in header]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def cell(value: Any, write: Callable[[Any], str]) -> str:
+    """Return a value as words, or the mark of what was not measured."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return NOT_MEASURED if missing else write(value)
 
 
 def bullets(items: Sequence[str]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.files import output_file, output_folder, read_text, write_text
+from sinkwindow_lab.errors import LabError, say
+from sinkwindow_lab.files import alone_in, output_file, output_folder, read_text, write_text
 from sinkwindow_lab.records import Report
 from sinkwindow_lab.render.markdown import Page
 
@@ -39,22 +40,30 @@ def prepare(kind: str, folder: Path) -> Path:
 
 
 def write_report(report: Report, folder: Path) -> Iterator[Path]:
-    """Write all files of a report into an existing folder.
-
-    Yields each file that was written, the JSON first: the others can be made from it.
-
-    Raises:
-        OSError: If the folder cannot be written.
-    """
-    yield _write(folder / f"{NAMES[report.kind]}.json", as_json(report))
+    """Write all files of a report into a folder; yield each, the JSON first: the others can be made from it."""
+    yield write_text(folder / f"{NAMES[report.kind]}.json", as_json(report))
     made: Page = _pages(report.kind).page(report)
     for name, svg in made.figures.items():
-        yield _write(output_folder(folder / FIGURES) / f"{name}.svg", svg)
-    yield _write(folder / f"{NAMES[report.kind]}.md", made.markdown)
+        yield write_text(output_folder(folder / FIGURES) / f"{name}.svg", svg)
+    yield write_text(folder / f"{NAMES[report.kind]}.md", made.markdown)
     if report.kind == "tables":
         from sinkwindow_lab.render.html import html_page  # the other pages need neither Jinja2 nor a Markdown parser
 
-        yield _write(folder / HTML, html_page(made))
+        yield write_text(folder / HTML, html_page(made))
+
+
+@contextmanager
+def writer(kind: str, out: Path) -> Iterator[Callable[[Report], None]]:
+    """Yield a function that writes a report, and shows its page at last; no other run writes there meanwhile."""
+
+    def write(report: Report) -> None:
+        paths = list(write_report(report, out))
+        if report.finished:
+            print(paths[-1].read_text(encoding="utf-8"))  # noqa: T201
+            say("\n".join(f"wrote {path}" for path in paths))
+
+    with alone_in(prepare(kind, out), say):
+        yield write
 
 
 def read_report(path: Path) -> Report:
@@ -70,8 +79,3 @@ def read_report(path: Path) -> Report:
 
 def _pages(kind: str) -> Any:
     return importlib.import_module(f"sinkwindow_lab.reports.{'tables' if kind == 'tables' else 'speed'}.page")
-
-
-def _write(path: Path, text: str) -> Path:
-    write_text(path, text)
-    return path

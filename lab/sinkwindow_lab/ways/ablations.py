@@ -5,7 +5,6 @@ Two run on the stock `DynamicCache` and compress it with `index_select`, as a ha
 
 from __future__ import annotations
 
-from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
@@ -23,11 +22,6 @@ class CompressedSession(Session):
         super().__init__(model)
         self.cache = DynamicCache()  # no sliding layers
         self._sinks, self._window, self._buffer = num_sinks, window, buffer
-
-    @property
-    def kept_tokens(self) -> int:
-        """Columns in the cache [tokens]."""
-        return int(self.cache.get_seq_length())
 
     def _at_ranks(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         """Run a forward with each new token at the rank at which it is inserted."""
@@ -93,14 +87,10 @@ class EagerEvictionSession(CompressedSession):
     def _cut_and_attend(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         if self.kept_tokens + ids.shape[1] > self._sinks + self._window:
             moved = self._keep(self._window - ids.shape[1])
-            for number, layer in enumerate(self.cache.layers):
-                self._rotate_back(number, layer, moved)
+            for number, layer in enumerate(self.cache.layers):  # rotations add up: the old angle is not needed
+                sinks, recent = layer.keys[:, :, : self._sinks], layer.keys[:, :, self._sinks :]
+                layer.keys = torch.cat((sinks, self._rotary[number].rotate_by(recent, -moved)), dim=2)
         return self._at_ranks(ids, last_only=last_only)
-
-    def _rotate_back(self, number: int, layer: Any, moved: int) -> None:
-        """Rotate the keys after the sinks to their new ranks; rotations add up, so the old angle is not needed."""
-        sinks, recent = layer.keys[:, :, : self._sinks], layer.keys[:, :, self._sinks :]
-        layer.keys = torch.cat((sinks, self._rotary[number].rotate_by(recent, -moved)), dim=2)
 
 
 class AbsoluteSession(StreamingSession):

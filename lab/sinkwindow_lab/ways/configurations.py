@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.records import ConfigurationRecord
+from sinkwindow_lab.errors import LabError, check_number
+from sinkwindow_lab.records import Configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkwindow_lab.ways.sessions import Session
 
-Kind = Literal[
-    "baseline", "streaming", "static", "window", "call", "recompute", "stale_ranks", "eager_eviction", "absolute"
-]
 W = r"_(?P<window>\d+)"
-S_W_B = rf"_(?P<sinks>\d+){W}(?:_(?P<buffer>\d+))?"
+S_W_B = rf"_(?P<num_sinks>\d+){W}(?:_(?P<buffer>\d+))?"
 DIGITS = 15  # most of a number
 NO_SINKS = S_W_B.replace(r"\d+", "0", 1)
-
-
 # What each kind is: S sinks, W recent tokens, buffer B.
-MEANINGS: dict[Kind, str] = {
+MEANINGS = {
     "baseline": "dense attention over the whole text, a growing cache",
     "streaming": "the first S and the last W tokens, positions are ranks in the cache",
     "static": "streaming at fixed shapes, its steps compiled: one graph for all of them",
@@ -46,16 +41,11 @@ MEANINGS: dict[Kind, str] = {
 class Shape:
     """The form of the names of one kind: the kind, then a pattern of numbers; `buffer` is the default of B."""
 
-    kind: Kind
+    kind: str
     numbers: str
     buffer: int | None
     example: str
     ablation: bool = False
-
-    @property
-    def meaning(self) -> str:
-        """What the kind is."""
-        return MEANINGS[self.kind]
 
 
 SHAPES = (
@@ -71,35 +61,6 @@ SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """One way of remembering; S, W and B are None if the kind does not have them."""
-
-    name: str
-    kind: Kind
-    num_sinks: int | None
-    window: int | None
-    buffer: int | None
-    ablation: bool
-    meaning: str
-
-    @property
-    def limits(self) -> tuple[int, int, int]:
-        """S, W and B of a configuration that evicts; a `LabError` for other kinds."""
-        if self.num_sinks is None or self.window is None or self.buffer is None:
-            raise LabError(f"configuration {self.name!r} has no sinks, window and buffer")
-        return self.num_sinks, self.window, self.buffer
-
-    @property
-    def depends_on_calls(self) -> bool:
-        """Whether losses depend on where one call ends and the next begins; by the paper's rule they do not."""
-        return self.kind in ("call", "eager_eviction")
-
-    def record(self) -> ConfigurationRecord:
-        """Return the configuration as it is written with its measurements."""
-        return ConfigurationRecord(**asdict(self))
-
-
 def parse(name: str) -> Configuration:
     """Parse a configuration's name, such as `baseline` or `streaming_8_256`; see `SHAPES`."""
     for shape in SHAPES:
@@ -108,12 +69,11 @@ def parse(name: str) -> Configuration:
             given = {key: value for key, value in found.groupdict().items() if value is not None}
             if max(map(len, given.values()), default=0) > DIGITS:
                 raise LabError(f"configuration {name!r}: no machine keeps so many tokens; choose smaller numbers")
-            numbers = {key: int(value) for key, value in given.items()}
-            sinks, window = numbers.get("sinks"), numbers.get("window")
-            if window == 0:
+            numbers = {"buffer": shape.buffer} | {key: int(value) for key, value in given.items()}
+            if numbers.get("window") == 0:
                 raise LabError(f"configuration {name!r} has window 0: it must keep at least one recent token")
-            buffer = numbers.get("buffer", shape.buffer)
-            return Configuration(name, shape.kind, sinks, window, buffer, shape.ablation, shape.meaning)
+            words = {"kind": shape.kind, "ablation": shape.ablation, "meaning": MEANINGS[shape.kind]}
+            return Configuration.model_validate({"name": name, **words, **numbers})
     shapes = ", ".join(shape.example for shape in SHAPES)
     raise LabError(f"unknown configuration {name!r}; names look like {shapes}")
 
@@ -131,9 +91,8 @@ def parse_list(names: str) -> list[Configuration]:
 
 def streaming(num_sinks: int, window: int, buffer: int) -> Configuration:
     """Return the streaming configuration with these numbers (S >= 0, W >= 1, B >= 0), under its full name."""
-    for option, value, least in (("sinks", num_sinks, 0), ("window", window, 1), ("buffer", buffer, 0)):
-        if value < least:
-            raise LabError(f"{option}={value} is too small: it must be {least} or more")
+    for option, value, least in (("sinks=", num_sinks, 0), ("window=", window, 1), ("buffer=", buffer, 0)):
+        check_number(option, value, least)
     return parse(f"streaming_{num_sinks}_{window}_{buffer}")
 
 
@@ -144,7 +103,7 @@ def open_session(configuration: Configuration, model: PreTrainedModel) -> Sessio
     if configuration.kind == "baseline":
         return sessions.DenseSession(model)
     if configuration.kind == "recompute":
-        return sessions.RecomputeSession(model, configuration.window or 1)
+        return sessions.RecomputeSession(model, configuration.size)
     kinds: dict[str, Callable[..., Session]] = {
         "stale_ranks": ablations.StaleRanksSession,
         "eager_eviction": ablations.EagerEvictionSession,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sinkwindow.model.families import UnsupportedModelError, inspect_model
 from sinkwindow_lab.errors import LabError
 
+FEED = 256  # tokens of a call between timed or watched steps [tokens]
 MORE_ROWS = 4  # most rows of a table of positions that no position has
 
 
@@ -35,18 +36,11 @@ class Session(ABC):
 
     @torch.inference_mode()
     def feed(self, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
-        """Run the model over new tokens [1, tokens] and return logits [1, tokens, vocab].
-
-        With `last_only` it returns the last token's logits, [1, 1, vocab] (a prefill needs no others).
-        """
-        self._count(ids.shape[1])
-        return self._feed(ids, last_only=last_only)
-
-    def _count(self, tokens: int) -> None:
-        """Count tokens that are fed, which must stay below the end of the positions."""
-        self._fed += tokens
+        """Run the model over new tokens [1, tokens]; return logits [1, tokens, vocab], with `last_only` the last."""
+        self._fed += ids.shape[1]
         if self.reach is not None and self._fed > self.reach:
             raise LabError(f"{self._fed} tokens are beyond the {self.reach} positions of this model: read fewer")
+        return self._feed(ids, last_only=last_only)
 
     def read(self, ids: torch.Tensor) -> None:
         """Feed tokens [1, tokens] without returning logits."""
@@ -57,18 +51,24 @@ class Session(ABC):
         """Do the work of `feed`, inside inference mode."""
 
     @property
-    @abstractmethod
     def kept_tokens(self) -> int:
         """Tokens that the next query can see in addition to itself [tokens]."""
+        return int(self.cache.get_seq_length())
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the stored keys and values [bytes]."""
-        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        layers = [] if self.cache is None else [layer for layer in self.cache.layers if layer.is_initialized]
         return sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
 
     def close(self) -> None:  # noqa: B027 - most sessions leave nothing behind
         """Restore the model to its state before the session."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _forward(self, ids: torch.Tensor, *, last_only: bool, **kwargs: Any) -> torch.Tensor:
         if self.cache is None:
@@ -92,11 +92,6 @@ class DenseSession(Session):
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         return self._forward(ids, last_only=last_only)
 
-    @property
-    def kept_tokens(self) -> int:
-        """All tokens so far [tokens]."""
-        return int(self.cache.get_seq_length())
-
 
 class StreamingSession(Session):
     """The product: `sinkwindow.StreamingCache`; `options` are further arguments of it, such as `evict="call"`."""
@@ -118,7 +113,7 @@ class StreamingSession(Session):
 
     @property
     def kept_tokens(self) -> int:
-        """Length of the retained list [tokens]."""
+        """Tokens of the retained list [tokens]."""
         return sum(map(len, self.cache.retained_tokens))
 
     @property
@@ -165,16 +160,15 @@ class RecomputeSession(Session):
         """Store the ids: there is nothing else to keep of them."""
         self._append(ids)
 
-    def _append(self, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Return the known ids followed by the new ones, and how many were known."""
-        known = self._context.shape[1]
+    def _append(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the known ids followed by the new ones."""
         text = torch.cat((self._context.to(ids.device), ids), dim=1)
+        self.evictions += max(0, text.shape[1] - max(self._context.shape[1], self._window))
         self._context = text[:, -self._window :].clone()
-        self.evictions += max(0, text.shape[1] - max(known, self._window))
-        return text, known
+        return text
 
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        text, known = self._append(ids)
+        known, text = self._context.shape[1], self._append(ids)
         if last_only:
             return self._forward(self._context, last_only=True)
         parts = []  # the logits of each new token, from the window that ends with it
@@ -191,10 +185,27 @@ class RecomputeSession(Session):
         """Tokens in the window [tokens]."""
         return self._context.shape[1]
 
-    @property
-    def cache_bytes(self) -> int:
-        """Zero: only token ids are stored."""
-        return 0
+
+class Reader:
+    """A session that reads a text in order, repeated from its start: times do not depend on the words."""
+
+    def __init__(self, session: Session, text: torch.Tensor) -> None:
+        self.session, self._text, self._seen = session, text, 0
+
+    def read_to(self, place: int) -> None:
+        """Read until so many tokens are seen, in long calls, which leave the cache as single tokens would."""
+        while self._seen < place:
+            self.session.read(self._next(min(FEED, place - self._seen)))
+
+    def step(self) -> None:
+        """Feed one token."""
+        self.session.feed(self._next(1), last_only=True)
+
+    def _next(self, count: int) -> torch.Tensor:
+        start = self._seen % self._text.shape[1]
+        piece = self._text[:, start : start + count]
+        self._seen += piece.shape[1]
+        return piece
 
 
 def table_of_positions(model: PreTrainedModel) -> int | None:

@@ -304,11 +304,11 @@ def frequencies_of(decoder: nn.Module) -> list[Frequencies]:
     return found
 
 
-def layer_devices(decoder: PreTrainedModel, count: int) -> list[torch.device]:
-    """Return the device of each decoder layer; the decoder's own where a layer is off-loaded or cannot be told."""
+def layer_devices(decoder: PreTrainedModel, count: int) -> list[torch.device | None]:
+    """Return the device of each decoder layer, ``None`` where it is off-loaded or cannot be told."""
     stacks = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     found = [next(layer.parameters(), None) for layer in stacks[0]] if stacks else [None] * count
-    return [decoder.device if weight is None or weight.is_meta else weight.device for weight in found]
+    return [None if weight is None or weight.is_meta else weight.device for weight in found]
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+UNKNOWN = "unknown"  # weights that may be any
 SAMPLES = 32  # values of each parameter: enough to tell checkpoints apart, in a millisecond for 300 parameters
 
 
@@ -32,21 +33,39 @@ def fingerprint(decoder: PreTrainedModel, frequencies: Iterable[Tensor]) -> dict
         "dtype": str(decoder.dtype),
         "number of layers": str(decoder.config.num_hidden_layers),
         "rotation": _digest(tensor.detach().to("cpu", torch.float64) for tensor in frequencies),
-        "weights": _digest(_samples(decoder)),
+        # Off-loaded weights are nowhere to be seen between calls.
+        "weights": UNKNOWN if any(one.is_meta for one in decoder.parameters()) else _digest(_samples(decoder)),
     }
 
 
 def _samples(decoder: PreTrainedModel) -> list[Tensor]:
-    """Return samples of all parameters on the CPU; of those that are off-loaded only the shape."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    shapes = []
-    for parameter in decoder.parameters():
-        shapes += [parameter.dim(), *parameter.shape]
-        if parameter.numel() and not parameter.is_meta:
-            places = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
-            taken = parameter.detach().take(places.to(parameter.device))
-            groups.setdefault((taken.device, taken.dtype), []).append(taken)
-    return [torch.tensor(shapes, device="cpu"), *(torch.cat(group).cpu() for group in groups.values())]
+    """Return samples of all parameters, in their order, on the CPU; of some kinds of tensors only the shape.
+
+    They are fetched together from each device: hundreds of small copies would take their time.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    samples: dict[int, Tensor] = {}
+    for number, parameter in enumerate(decoder.parameters()):
+        samples[number] = torch.tensor([parameter.dim(), *parameter.shape], device="cpu")
+        taken = _taken(parameter.detach())
+        if taken is not None:
+            groups.setdefault((taken.device, taken.dtype), []).append((number, taken))
+    for group in groups.values():
+        fetched = torch.split(torch.cat([taken for _, taken in group]).cpu(), SAMPLES)
+        samples |= {number: values for (number, _), values in zip(group, fetched, strict=True)}
+    return [samples[number] for number in sorted(samples)]
+
+
+def _taken(parameter: Tensor) -> Tensor | None:
+    """Return evenly spaced values, ``[SAMPLES]``; ``None`` where torch cannot take any (sparse, shared by ranks)."""
+    if not parameter.numel():
+        return None
+    places = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+    try:
+        small = parameter.view(torch.uint8) if parameter.itemsize == 1 else parameter  # float8 has no `take`
+        return small.take(places.to(parameter.device))
+    except (RuntimeError, NotImplementedError):  # what torch raises for a kind that it does not know
+        return None
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkwindow.lanes import Inputs
+from sinkwindow.model.families import FULL
 from sinkwindow.model.pieces import tokens_of
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class CallChecks:
         decoder: The module that the cache serves.
         frequencies: The angles of its rotary modules, as they were when the cache was made.
         counts_columns: Whether its ALiBi counts columns, padding included.
+        native_window: The sliding window that all layers share [tokens], or ``None``.
         may_evict: Whether tokens may be evicted.
         last_position: The last one that original positions allow; ``None`` where ranks are the positions.
     """
@@ -43,6 +45,7 @@ class CallChecks:
     decoder: weakref.ref[PreTrainedModel]
     frequencies: Sequence[Frequencies]
     counts_columns: bool
+    native_window: int | None
     may_evict: bool
     last_position: int | None
 
@@ -63,7 +66,7 @@ class CallChecks:
                 "model.to(torch.bfloat16) rounds them. Make the cache after the cast."
             )
         _check_flags(decoder, kwargs)
-        inputs = read_inputs(kwargs, stream.state, static=stream.static)
+        inputs = read_inputs(kwargs, stream, self.native_window)
         if self.counts_columns:
             _check_padding_is_leading(inputs, [lane.seen for lane in stream.state.lanes])
         if not self.may_evict or self.last_position is not None:
@@ -96,8 +99,19 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "Gradient checkpointing gives no cache to the layers while the model is in training mode: switch it off, "
             "call model.eval(), or pass no cache."
         )
-    if kwargs.get("is_causal") is False:
-        raise ValueError("is_causal=False contradicts a StreamingCache, whose tokens never attend to later ones.")
+    if kwargs.get("use_cache") is False:  # `generate` would feed the whole text again with every token
+        raise ValueError(
+            "use_cache=False contradicts a cache: pass use_cache=True, also to generate where the model's "
+            "generation_config says False, or pass no cache."
+        )
+    config = decoder.config
+    if False in (kwargs.get("is_causal"), getattr(config, "is_causal", None)) or getattr(
+        config, "use_bidirectional_attention", False
+    ):
+        raise ValueError(
+            "is_causal=False, or a config with is_causal=False or use_bidirectional_attention, contradicts a "
+            "StreamingCache, whose tokens never attend to later ones."
+        )
     for name in PACKED:
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -106,29 +120,33 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             )
 
 
-def read_inputs(kwargs: dict[str, Any], state: State, *, static: bool = False) -> Inputs:
+def read_inputs(kwargs: dict[str, Any], stream: Stream, native_window: int | None = None) -> Inputs:
     """Read and check the arguments of a decoder's forward.
 
     Args:
         kwargs: The arguments by name.
-        state: What the cache holds.
-        static: Whether it is static; then ``generate`` makes 4D masks of its own.
+        stream: What the cache holds. If it is static, ``generate`` makes 4D masks of its own.
+        native_window: The sliding window that all layers share [tokens], or ``None``.
 
     Raises:
         ValueError: No tokens, another batch size than before, a mask that is not a left-padding 2D mask over all
             columns (or over the new ones) or contradicts what was fed, or positions that are not those of the tokens.
     """
-    rows, columns, device = _read_tokens(kwargs, state.batch)
+    rows, columns, device = _read_tokens(kwargs, stream.state.batch)
     mask, real = kwargs.get("attention_mask"), None
-    if static:
-        mask = _padding_behind(mask, columns)
-    if mask is not None:
-        real = _read_mask(mask, rows, columns, state)
+    if stream.static:
+        mask = _padding_behind(mask, columns, native_window)
+    if mask is not None and not _has_no_data(mask):
+        real = _read_mask(mask, rows, columns, stream)
     inputs = Inputs(rows, columns, device, real)
     positions = kwargs.get("position_ids")
-    if positions is not None:
-        _check_positions(positions, inputs, state)
+    if positions is not None and not _has_no_data(positions):
+        _check_positions(positions, inputs, stream.state)
     return inputs
+
+
+def _has_no_data(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _read_tokens(kwargs: dict[str, Any], batch: int | None) -> tuple[int, int, torch.device]:
@@ -174,7 +192,7 @@ def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
             )
 
 
-def _padding_behind(mask: object, columns: int) -> object:
+def _padding_behind(mask: object, columns: int, native_window: int | None) -> object:
     """Return the 2D mask that ``generate`` has made a 4D one of: a column that attends to itself is a token.
 
     That of a step says nothing: ``generate`` pads no row after its prompt.
@@ -183,7 +201,7 @@ def _padding_behind(mask: object, columns: int) -> object:
         ValueError: The mask hides more than the future and padding.
     """
     if isinstance(mask, dict):
-        mask = next(iter(mask.values()))
+        mask = mask.get(FULL, next(iter(mask.values())))
     if not isinstance(mask, Tensor) or mask.dim() != 4:  # noqa: PLR2004 - [batch, 1, queries, keys]
         return mask
     if columns == 1:
@@ -191,19 +209,21 @@ def _padding_behind(mask: object, columns: int) -> object:
     seen = mask[:, 0, :, -columns:]
     seen = seen if seen.dtype == torch.bool else seen == 0
     real = seen.diagonal(dim1=-2, dim2=-1)
-    if not torch.equal(seen, real[:, None, :].expand_as(seen).tril()):
+    expected = real[:, None, :].expand_as(seen).tril()
+    if not torch.equal(seen, expected if native_window is None else expected.triu(1 - native_window)):
         raise ValueError(
             "attention_mask is a 4D mask that hides more than the future and padding; pass a 2D one, [batch, tokens]."
         )
     return real
 
 
-def _read_mask(mask: object, rows: int, columns: int, state: State) -> list[list[int] | None] | None:
+def _read_mask(mask: object, rows: int, columns: int, stream: Stream) -> list[list[int] | None] | None:
     """Return each row's new columns with tokens, ``None`` where all columns are.
 
     Raises:
         ValueError: It is not a mask of 0 and 1, or says of cached columns what is not so.
     """
+    state = stream.state
     if not isinstance(mask, Tensor) or mask.dim() != 2:  # noqa: PLR2004
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -224,25 +244,26 @@ def _read_mask(mask: object, rows: int, columns: int, state: State) -> list[list
             "scores, or numbers packed texts, is another thing."
         )
     if cached:
-        _check_cached_columns(is_token[:, :cached], before, state)
+        _check_cached_columns(is_token[:, :cached], before, stream)
     return None if min(new) == columns else _real_columns(is_token[:, cached:])
 
 
-def _check_cached_columns(is_token: Tensor, counts: list[int], state: State) -> None:
+def _check_cached_columns(is_token: Tensor, counts: list[int], stream: Stream) -> None:
     """Compare what a mask says of cached columns with what was fed.
 
     Args:
         is_token: ``[batch, cached columns]`` bool.
         counts: How many are tokens, row by row.
-        state: What the cache holds.
+        stream: What the cache holds.
 
     Raises:
         ValueError: The two differ.
     """
+    state = stream.state
     seen = [lane.seen for lane in state.lanes] * (len(counts) // len(state.lanes))
     row = next((row for row, (count, own) in enumerate(zip(counts, seen, strict=True)) if count != own), None)
     if row is None and min(counts) < state.columns and not state.forgot:  # as many of them: are they the same?
-        differs = (is_token.cpu() != state.tokens_fed(len(counts))).any(dim=1)
+        differs = (is_token.cpu() != stream.tokens_fed(len(counts))).any(dim=1)
         row = int(differs.nonzero()[0]) if differs.any() else None
     if row is not None:
         raise ValueError(
@@ -292,5 +313,6 @@ def _check_positions(positions: object, inputs: Inputs, state: State) -> None:
         if found not in (naturals, columns, ranks):
             raise ValueError(
                 f"position_ids of row {row} begin with {found[:3]}, but its next token is number {lane.seen}: a "
-                "StreamingCache gives every token its own position and takes no other. Omit position_ids."
+                "StreamingCache gives every token its own position and takes no other. Omit position_ids; where "
+                "generate makes them, pass it the new tokens only."
             )

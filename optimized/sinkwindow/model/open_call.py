@@ -182,6 +182,11 @@ class OpenCall:
             run, piece = piece_of(inputs, start, start + length), arguments_of(kwargs, start, start + length)
             arguments = self._plan(facts, decoder, piece, run, masked=masked, aside=not start and not in_slots)
             output = decoder.forward(**arguments)
+            if output["last_hidden_state"].requires_grad:  # by a tensor of a user's hook
+                raise ValueError(
+                    f"a gradient needs a call in one piece, and this one runs in pieces of {length} columns: make the "
+                    "model's parameters or inputs_embeds require it, feed shorter calls, or use torch.no_grad()."
+                )
             self.outputs.append({name: output[name] for name in JOINED if name in output})
             self.check_layers()
             self.todo = set(todo)

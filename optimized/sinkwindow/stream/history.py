@@ -9,12 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from sinkwindow.lanes import Lane
 from sinkwindow.storage.journal import Writes
 from sinkwindow.stream.state import CallRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
 
     from sinkwindow.storage.slots import Pool, Slots
     from sinkwindow.stream.call import StreamCall
@@ -51,6 +55,20 @@ def _compact(real: Sequence[int] | None) -> Sequence[int] | None:
     if real and real[-1] - real[0] + 1 == len(real):
         return range(real[0], real[-1] + 1)
     return real
+
+
+def tokens_fed(past: Sequence[CallRecord], batch: int) -> Tensor:
+    """Return which columns held tokens up to the end of the last record, ``[batch, columns]`` bool."""
+    end = past[-1].start + past[-1].columns if past else 0
+    fed = torch.ones(batch, end, dtype=torch.bool, device="cpu")
+    for record in past:
+        for row in range(batch):
+            real = record.real[row if len(record.real) > 1 else 0]
+            if real is not None:
+                call = fed[row, record.start : record.start + record.columns]
+                call.zero_()
+                call[list(real)] = True
+    return fed
 
 
 def select_past(past: Sequence[CallRecord], rows: Sequence[int]) -> tuple[CallRecord, ...]:

@@ -5,7 +5,7 @@ A call, a roll-back or a reordering makes another ``State``, and one assignment 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +14,6 @@ from sinkwindow.lanes import Lane
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from sinkwindow.storage.bank import Bank
     from sinkwindow.storage.slots import Slots
@@ -75,18 +73,6 @@ class State:
         pools = tuple(replace(slots, lanes=slots.lanes * batch) for slots in self.pools)
         return replace(self, lanes=self.lanes * batch, pools=pools)
 
-    def tokens_fed(self, batch: int) -> Tensor:
-        """Return which columns held tokens, ``[batch, columns]`` bool, if no record of padding was dropped."""
-        fed = torch.ones(batch, self.columns, dtype=torch.bool, device="cpu")
-        for record in self.past:
-            for row in range(batch):
-                real = record.real[row if len(record.real) > 1 else 0]
-                if real is not None:
-                    call = fed[row, record.start : record.start + record.columns]
-                    call.zero_()
-                    call[list(real)] = True
-        return fed
-
     def cloned(self) -> State:
         """Return the same in tensors of its own."""
         return self.with_banks([tuple(bank.map(torch.clone) for bank in slots.banks) for slots in self.pools])
@@ -109,7 +95,7 @@ class Snapshot:
 
     settings: dict[str, Any]
     model: dict[str, str]
-    state: State
+    state: State = field(repr=False)
 
     def check(self, settings: dict[str, Any], model: dict[str, str]) -> None:
         """Refuse a cache that cannot go on from here.
@@ -124,6 +110,8 @@ class Snapshot:
         for what, own, other in (("cache", self.settings, settings), ("model", self.model, model)):
             for name, value in other.items():
                 if own.get(name) == value or name == "on_overflow":  # which changes no number
+                    continue
+                if what == "model" and "unknown" in (own.get(name), value):  # weights that are off-loaded
                     continue
                 digests = what == "model" and len(str(value)) > 32  # noqa: PLR2004
                 values = f"with {name}={own.get(name)!r}, this one has {name}={value!r}"

@@ -20,8 +20,8 @@ from sinkwindow.storage.journal import Write, Writes
 from sinkwindow.storage.slots import Pool, Slots
 from sinkwindow.stream.call import PoolCall, StreamCall
 from sinkwindow.stream.events import Eviction, evictions_of
-from sinkwindow.stream.history import count_evictions, cropped, recorded, select_past
-from sinkwindow.stream.state import State
+from sinkwindow.stream.history import count_evictions, cropped, recorded, select_past, tokens_fed
+from sinkwindow.stream.state import CallRecord, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,12 +61,23 @@ class Stream:
         self.longest = longest
         self.state = State(tuple(Slots() for _ in pools)) if state is None else state
         self._unfinished: tuple[Writes, State] | None = None
+        self._fed: tuple[tuple[CallRecord, ...], Tensor] | None = None  # of the past that `tokens_fed` last looked at
 
     def per_row(self, lanes: list[T]) -> list[T]:
         """Return a list with an item for every row, of one for every lane."""
         if self.state.batch is None:
             return lanes[:1]
         return lanes * self.state.batch if len(lanes) == 1 else lanes
+
+    def tokens_fed(self, batch: int) -> Tensor:
+        """Return which columns held tokens, ``[batch, columns]`` bool, if no record of padding was dropped."""
+        past = self.state.past
+        if (
+            self._fed is None or self._fed[0] is not past or len(self._fed[1]) != batch
+        ):  # else no padding has come since
+            self._fed = past, tokens_fed(past, batch)
+        fed = self._fed[1]
+        return torch.cat((fed, fed.new_ones(batch, self.state.columns - fed.shape[1])), dim=1)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 

@@ -49,10 +49,7 @@ class Run:
         self.part("memory bandwidth", lambda: floors.bandwidth(device, megabytes=plan.megabytes))
 
     def part(self, name: str, measure: Callable[[], Iterable[Measurement]], kind: str = "") -> None:
-        """Measure a part; one that does not fit into the time or the GPU's memory is named instead.
-
-        Parts of a `kind` take similar time.
-        """
+        """Measure a part, or name it if it fits neither time (that of its `kind`) nor memory."""
         memory.give_back()
         begun, kind = self._spent(), kind or name
         guess = self._longest.get(kind, min(FIRST_GUESS, self._seconds / 10))
@@ -130,10 +127,7 @@ def _speed_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> Non
 
 
 def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None) -> Report:
-    """Measure the GPU report on the GPU if there is one, otherwise with tiny shapes on the CPU, the laws first.
-
-    Parts that do not fit into `minutes` are skipped and named.
-    """
+    """Measure the GPU report, in so many `minutes`, on the GPU if there is one, else tiny shapes on the CPU."""
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = LARGE if place.type == "cuda" else TINY
     say("on the GPU" if place.type == "cuda" else "on the CPU, with tiny shapes: there is no GPU here")

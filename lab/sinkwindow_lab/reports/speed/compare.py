@@ -11,6 +11,7 @@ from sinkwindow_lab.records import Measurement, Report
 from sinkwindow_lab.reports.speed.floors import Place
 from sinkwindow_lab.reports.speed.plan import ALONE, BARE, BUFFER, COMPARED, LONG, LONGEST, SHORT, SHORTER, mean_length
 
+READ = ("weights", "keys and values")  # what a step has to read
 Sides = dict[str, dict[str, Measurement]]  # by side and metric; the first metric of a side is the one compared
 
 
@@ -68,7 +69,7 @@ def best_rate(found: Mapping[Place, Sides]) -> float:
 
 def least_ms(sides: Sides, rate: float) -> float:
     """Return the time to read the bytes of a step once [ms]."""
-    return (sides[SHORT]["weights"].median + sides[SHORT]["keys and values"].median) / rate / 1e6
+    return sum(sides[SHORT][one].median for one in READ) / rate / 1e6
 
 
 def comparisons(report: Report) -> list[Comparison]:
@@ -88,16 +89,12 @@ def _rows(place: Place, sides: Sides, plan: Mapping[str, Any], rate: float) -> I
     words |= {"lazy": mean_length(plan["limit"]), "paper": mean_length(plan["limit"], 0), "seen": seen, **plan}
     for one in COMPARED:
         if one.part == place.part:
-            ours, other = (_main(sides[side.format_map(words)]) for side in (one.ours, one.other))
+            ours, other = (next(iter(sides[side.format_map(words)].values())) for side in (one.ours, one.other))
             wanted = one.target[place.at or 1] if isinstance(one.target, Mapping) else one.target
             wanted, floor = wanted if seen >= one.since else None, _floor(place.part, sides, other, rate)
             yield Comparison(place, batch + one.what.format_map(words), ours, other, wanted, one.speed, floor)
     for side, target in LONGEST.items() if place.part == "tpot" else ():
         yield _longest(replace(place, part="longest"), f"{batch}{side}", sides[side], target)
-
-
-def _main(metrics: dict[str, Measurement]) -> Measurement:
-    return next(iter(metrics.values()))
 
 
 def _floor(part: str, sides: Sides, other: Measurement, rate: float) -> float | None:
@@ -108,7 +105,7 @@ def _floor(part: str, sides: Sides, other: Measurement, rate: float) -> float | 
         return statistics.median(map(sum, both))
     if part == "compiled":
         return least_ms(sides, rate)
-    return _main(sides[ALONE]).median if ALONE in sides else None
+    return sides[ALONE]["time"].median if ALONE in sides else None
 
 
 def _longest(place: Place, what: str, metrics: dict[str, Measurement], target: float) -> Comparison:

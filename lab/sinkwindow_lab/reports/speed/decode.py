@@ -10,12 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkwindow.stream.state import DebugState
-from sinkwindow_lab.measure.clock import Side
-from sinkwindow_lab.measure.micro import AttentionSteps, BareAttention
-from sinkwindow_lab.records import Measurement
+from sinkwindow_lab.measure.clock import Side, repeated
+from sinkwindow_lab.measure.micro import AttentionSteps, bare_attention
+from sinkwindow_lab.records import Configuration, Measurement
 from sinkwindow_lab.reports.speed.floors import Place, bytes_read, short_step
 from sinkwindow_lab.reports.speed.plan import BARE, DENSE, SHORT, STOCK, Plan, lazy, mean_length, static
-from sinkwindow_lab.ways.configurations import Configuration
 from sinkwindow_lab.ways.sessions import StaticSession
 
 BEFORE_REBASE = 30  # steps from a late cache to its next rebase [tokens]
@@ -29,16 +28,6 @@ def happened(before: DebugState, after: DebugState) -> str:
         "compaction": after.end != before.end + 1,
     }
     return " + ".join(name for name, did in names.items() if did)
-
-
-def repeated(step: Callable[[], object], turn: int) -> Callable[[], object]:
-    """Return a function that runs consecutive steps."""
-
-    def steps() -> None:
-        for _ in range(turn):
-            step()
-
-    return step if turn == 1 else steps
 
 
 class Decoder:
@@ -114,7 +103,7 @@ def timed(
 def attention(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Measurement]:
     """Time attention and cache update of one token, all layers, with bare SDPA of the same lengths."""
     lengths = [mean_length(plan.limit), mean_length(plan.limit, 0)]
-    bare = {f"{BARE}, {length:,} tokens": BareAttention(model, length, batch=batch).step for length in lengths}
+    bare = {f"{BARE}, {length:,} tokens": bare_attention(model, length, batch=batch).step for length in lengths}
     sides: dict[str, Steps] = {
         "ours, B = 64": Decoder(lazy(plan.limit), model, batch, plan.limit),
         "ours, B = 0": Decoder(lazy(plan.limit, 0), model, batch, plan.limit),
@@ -125,10 +114,7 @@ def attention(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list
 
 
 def tokens(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Measurement]:
-    """Time output tokens when first full, late, without a buffer, and of `DynamicCache` held at the same length.
-
-    The lower bounds are measured with them.
-    """
+    """Time output tokens: first full, late, without a buffer, `DynamicCache` of the same length, lower bounds."""
     place, length = Place("tpot", name, batch), mean_length(plan.limit)
     late = Decoder(lazy(plan.limit), model, batch, plan.late[batch])
     paper = Decoder(lazy(plan.limit, 0), model, batch, plan.limit)
@@ -139,7 +125,7 @@ def tokens(model: PreTrainedModel, name: str, batch: int, plan: Plan) -> list[Me
         "ours, late": late,
         "ours, B = 0": paper,
         STOCK: Decoder(DENSE, model, batch, length - 1),
-        BARE: BareAttention(model, length, batch=batch).step,
+        BARE: bare_attention(model, length, batch=batch).step,
         SHORT: short_step(model, batch),
     }
     found = timed(place, "TPOT", sides, model, plan, batch=batch)
@@ -168,15 +154,12 @@ def at_limit(model: PreTrainedModel, name: str, limit: int, plan: Plan) -> list[
             lazy(limit).name: Decoder(lazy(limit), model, 1, limit),
         }
     found = timed(place, "TPOT", {**sides, SHORT: short_step(model, 1)}, model, plan, close=False)
-    found += timed(place, "attention", {**sides, BARE: BareAttention(model, length).step}, model, plan)
+    found += timed(place, "attention", {**sides, BARE: bare_attention(model, length).step}, model, plan)
     return found + bytes_read(place, model, length, 1)
 
 
 def after(model: PreTrainedModel, name: str, way: Configuration, streamed: int, plan: Plan) -> list[Measurement]:
-    """Time tokens after so many were streamed; before the cache is full, its length is the number of tokens seen.
-
-    Static steps are compiled; their attention is part of the graph and has no time of its own.
-    """
+    """Time tokens after so many were streamed; the attention of compiled steps has no time of its own."""
     place, decoder = Place(way.kind, name, streamed), Decoder(way, model, 1, streamed, plan.compile)
     found = timed(place, "TPOT", {way.name: decoder, SHORT: short_step(model, 1)}, model, plan)
     context = min(mean_length(plan.limit), streamed + plan.turn * plan.samples[1] // 2)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkwindow_lab.measure.clock import Side, interleave
-from sinkwindow_lab.measure.micro import AttentionSteps, BareAttention, geometry
+from sinkwindow_lab.measure.micro import AttentionSteps, bare_attention, geometry
 from sinkwindow_lab.records import Measurement
 from sinkwindow_lab.reports.speed.plan import BARE, DENSE, SHORT, SHORT_CONTEXT
 
@@ -31,10 +31,7 @@ class Place:
     def times(
         self, metric: str, sides: Mapping[str, Side], samples: int, device: torch.device, *, turn: int = 1
     ) -> list[Measurement]:
-        """Time sides interleaved, each sample over `turn` steps; return [ms] per step.
-
-        A side in whose samples something happened has one measurement more for each event: of these samples alone.
-        """
+        """Time sides interleaved, `turn` steps per sample; return [ms] per step, and those of each event once more."""
         measured = []
         for side, found in interleave(sides, samples, device, warm_up=2 if turn == 1 else 1).items():
             values = [took / turn for took in found.ms]
@@ -46,10 +43,7 @@ class Place:
 
 
 def bandwidth(device: torch.device, *, megabytes: float = 512.0, samples: int = 7) -> list[Measurement]:
-    """Measure memory bandwidth by copying a large tensor, summing it, and multiplying it with a vector as a model does.
-
-    `megabytes` must be far above every cache of the processor [MB]. A rate is bytes read plus bytes written per second.
-    """
+    """Measure how fast a tensor far above every cache is copied, summed and multiplied [GB/s, read and written]."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     source = torch.ones((max(1, int(megabytes * 1e6) // (WIDTH * dtype.itemsize)), WIDTH), device=device, dtype=dtype)
     target, vector = torch.zeros_like(source), torch.ones(WIDTH, device=device, dtype=dtype)
@@ -68,10 +62,7 @@ def bandwidth(device: torch.device, *, megabytes: float = 512.0, samples: int = 
 
 
 def short_step(model: PreTrainedModel, batch: int) -> Callable[[], object]:
-    """Return a step of the model with eight tokens of context in the stock cache.
-
-    The cache is cropped first, which takes almost no time at this length.
-    """
+    """Return a step of the model with eight tokens of context in the stock cache, which is cropped first."""
     steps = AttentionSteps(DENSE, model, batch=batch)
     steps.fill(SHORT_CONTEXT)
     token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
@@ -100,5 +91,5 @@ def bytes_read(place: Place, model: PreTrainedModel, context: int, batch: int) -
 def floors(model: PreTrainedModel, name: str, context: int, batch: int, *, samples: int = 20) -> list[Measurement]:
     """Measure bare attention over `context` keys, the query's own included, and a step with almost no context."""
     place = Place("tpot", name, batch)
-    sides = {BARE: Side(BareAttention(model, context, batch=batch).step), SHORT: Side(short_step(model, batch))}
+    sides = {BARE: Side(bare_attention(model, context, batch=batch).step), SHORT: Side(short_step(model, batch))}
     return place.times("TPOT", sides, samples, model.device) + bytes_read(place, model, context, batch)

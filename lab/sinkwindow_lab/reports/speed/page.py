@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from sinkwindow_lab.records import Measurement, Report
 from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, join, name, numbers, table
 from sinkwindow_lab.render.origins import head, machine_rows
-from sinkwindow_lab.reports.speed.compare import Comparison, Sides, best_rate, comparisons, least_ms, places
+from sinkwindow_lab.reports.speed.compare import READ, Comparison, Sides, best_rate, comparisons, least_ms, places
 from sinkwindow_lab.reports.speed.floors import Place
 from sinkwindow_lab.reports.speed.plan import BARE, SHORT
 from sinkwindow_lab.ways.configurations import parse
@@ -77,12 +77,12 @@ def _times(ratio: float, digits: int = 2) -> str:
 
 
 def _speed(report: Report) -> tuple[str, dict[str, str], Sequence[str]]:
-    found, tables = places(report.measurements), _comparison_tables(report)
     first = {
         "What ran": head(report, [("Took", f"{report.seconds:.0f} s")]),
-        "Floors": join([floor_table(found), bandwidth_table(found)]).rstrip(),
+        "Floors": floor_tables(places(report.measurements)).rstrip(),
     }
-    return f"# Speed\n\n{verdict(report)}", first | {PARTS[part]: own for part, own in tables.items()}, WORDS
+    tables = {PARTS[part]: own for part, own in _comparison_tables(report).items()}
+    return f"# Speed\n\n{verdict(report)}", first | tables, WORDS
 
 
 def verdict(report: Report) -> str:
@@ -91,35 +91,31 @@ def verdict(report: Report) -> str:
         return "**A quick run** on tiny models: it shows that everything is measured, its numbers are not judged."
     judged = [one for one in comparisons(report) if one.target is not None]
     missed = [name(one.complaint()) for one in judged if not one.met]
-    if not missed:
-        all_of = "All" if report.finished and not report.skipped else "So far all"
-        return (
-            f"{all_of} {len(judged)} targets are met, in {report.seconds:.0f} s."
-            if judged
-            else "Nothing is judged yet."
-        )
-    count = f"{len(missed)} of {len(judged)} targets are missed, in {report.seconds:.0f} s."
-    return f"{count} {MISS}\n\n{bullets(missed)}"
+    if missed:
+        count = f"{len(missed)} of {len(judged)} targets are missed, in {report.seconds:.0f} s."
+        return f"{count} {MISS}\n\n{bullets(missed)}"
+    all_of = "All" if report.finished and not report.skipped else "So far all"
+    met = f"{all_of} {len(judged)} targets are met, in {report.seconds:.0f} s."
+    return met if judged else "Nothing is judged yet."
 
 
 def sections(report: Report) -> dict[str, str]:
     """Return the Markdown of a run for the marked places of a hand-written page, by the place's name."""
-    machine, found = dict(machine_rows(report.machine)), places(report.measurements)
+    machine = dict(machine_rows(report.machine))
     where = f"Measured on {machine['Machine']}; {machine['Software']}; commit {machine['Commit']}; {machine['Date']}."
     own = {f"speed-{part}": text for part, text in _comparison_tables(report).items()}
-    floors = join([floor_table(found), bandwidth_table(found)])
-    return {VERDICT: join([verdict(report), where]), "speed-floors": floors, **own}
+    first = {VERDICT: join([verdict(report), where]), "speed-floors": floor_tables(places(report.measurements))}
+    return first | own
 
 
 def _comparison_tables(report: Report) -> dict[str, str]:
-    rows: dict[str, list[Row]] = {part: [] for part in PARTS}
-    for one in comparisons(report):
-        rows[one.place.part].append(_row(one, judged=not report.quick))
+    found = comparisons(report)
+    rows = {part: [_row(one, report) for one in found if one.place.part == part] for part in PARTS}
     return {part: _table(own) for part, own in rows.items() if own}
 
 
-def _row(one: Comparison, *, judged: bool) -> Row:
-    state = "not judged" if not judged else "met" if one.met else "missed"
+def _row(one: Comparison, report: Report) -> Row:
+    state = "not judged" if report.quick else "met" if one.met else "missed"
     sign = ">=" if one.speed else "<="
     return {
         "Model": name(one.place.subject),
@@ -133,33 +129,33 @@ def _row(one: Comparison, *, judged: bool) -> Row:
     }
 
 
-def floor_table(found: Mapping[Place, Sides]) -> str:
-    """Return the table of the lower bounds of a decode step."""
-    return _table(
-        [_floor_row(place, sides, best_rate(found)) for place, sides in found.items() if place.part == "tpot"]
-    )
-
-
-def _floor_row(place: Place, sides: Sides, rate: float) -> Row:
-    weights, kept = (sides[SHORT][part].median / 1e9 for part in ("weights", "keys and values"))
-    return {
-        "Model": name(place.subject),
-        "Batch": str(place.at),
-        "Context": f"{sides[SHORT]['context'].median:,.0f}",
-        "Bare SDPA": _cell(sides[BARE]["TPOT"]),
-        "Step, 8 tokens of context": _cell(sides[SHORT]["TPOT"]),
-        "Bytes read": f"{weights:.3f} GB + {kept:.3f} GB",
-        "Bytes / bandwidth": f"{least_ms(sides, rate):.2f} ms",
-    }
+def floor_tables(found: Mapping[Place, Sides]) -> str:
+    """Return the tables of the lower bounds of a decode step, and of memory bandwidth."""
+    steps = [
+        {
+            "Model": name(place.subject),
+            "Batch": str(place.at),
+            "Context": f"{sides[SHORT]['context'].median:,.0f}",
+            "Bare SDPA": _cell(sides[BARE]["TPOT"]),
+            "Step, 8 tokens of context": _cell(sides[SHORT]["TPOT"]),
+            "Bytes read": " + ".join(f"{sides[SHORT][one].median / 1e9:.3f} GB" for one in READ),
+            "Bytes / bandwidth": f"{least_ms(sides, best_rate(found)):.2f} ms",
+        }
+        for place, sides in found.items()
+        if place.part == "tpot"
+    ]
+    return join([_table(steps), bandwidth_table(found)])
 
 
 def bandwidth_table(found: Mapping[Place, Sides]) -> str:
     """Return the table of memory bandwidth by way of moving bytes."""
-    for place, sides in found.items():
-        if place.part == "bandwidth":
-            title = f"Memory bandwidth, {place.at:,} MB on {place.subject}"
-            return _table([{title: way, "rate": _cell(metrics["rate"], 1)} for way, metrics in sides.items()])
-    return ""
+    rows = [
+        {f"Memory bandwidth, {place.at:,} MB on {place.subject}": way, "rate": _cell(metrics["rate"], 1)}
+        for place, sides in found.items()
+        if place.part == "bandwidth"
+        for way, metrics in sides.items()
+    ]
+    return _table(rows)
 
 
 # -- the GPU report ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sinkwindow_lab.ways.configurations import Configuration, parse, streaming
+from sinkwindow_lab.records import Configuration
+from sinkwindow_lab.ways.configurations import parse, streaming
 
 SINKS, BUFFER = 4, 64  # the cache's defaults [tokens]
 SHORT_CONTEXT = 8  # of a step with almost no time in attention [tokens]
@@ -18,21 +19,22 @@ SAME_CHUNKS, INEXACT = "dense, same chunks", "dense, cut to S + W before each ch
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run, in tokens if they do not say otherwise; those below `turn` are of one of the two reports."""
+    """Sizes of a run, in tokens if they do not say otherwise; by default as small as possible."""
 
     models: tuple[tuple[str, str], ...]  # shape and dtype, the more important one first
     limit: int  # S + W of everything that has only one
     samples: dict[int, int]  # samples per side, by batch size
-    chunk: int  # tokens per call of a prompt
-    megabytes: float  # tensor for the bandwidth [MB]
-    compile: dict[str, str]  # options of `torch.compile` for static steps
-    turn: int = 1  # steps of one sample: enough on a GPU that a step's own time outweighs the clock's
     late: dict[int, int] = field(default_factory=dict)  # streamed before the late steps, by batch size
-    prompt_limit: int = 0  # S + W of the prefill
-    scored: int = 0  # blocks of text scored
-    block: int = 0  # tokens per scored block
-    singles: int = 0  # tokens scored one by one after each block
-    tricks: int = 0  # samples per side of a single trick
+    chunk: int = 32  # tokens per call of a prompt
+    prompt_limit: int = 16  # S + W of the prefill
+    scored: int = 3  # blocks of text scored
+    block: int = 32  # tokens per scored block
+    singles: int = 2  # tokens scored one by one after each block
+    tricks: int = 3  # samples per side of a single trick
+    megabytes: float = 1.0  # tensor for the bandwidth [MB]
+    # Options of `torch.compile` for static steps; the eager backend captures and guards the graph nevertheless.
+    compile: dict[str, str] = field(default_factory=lambda: {"backend": "eager"})
+    turn: int = 1  # steps of one sample: enough on a GPU that a step's own time outweighs the clock's
     limits: tuple[int, ...] = ()  # further S + W
     streamed: tuple[int, ...] = ()  # before decoding
     prompts: tuple[int, ...] = ()  # prompt lengths, in limits
@@ -43,8 +45,8 @@ FULL = Plan(
     limit=1024,
     samples={1: 132, 8: 67},  # over B + 1, so that all sides contain an eviction
     late={1: 100_000, 8: 1024},
-    prompt_limit=256,
     chunk=512,
+    prompt_limit=256,
     scored=10,
     block=256,
     singles=6,
@@ -52,43 +54,27 @@ FULL = Plan(
     megabytes=512.0,
     compile={"backend": "inductor"},
 )
-QUICK = Plan(
-    models=(("tiny", "float32"), ("tiny-pythia", "float32")),
-    limit=64,
-    samples={1: 67, 8: 67},
-    late={1: 1000, 8: 64},
-    prompt_limit=16,
-    chunk=32,
-    scored=3,
-    block=32,
-    singles=2,
-    tricks=3,
-    megabytes=1.0,
-    compile={"backend": "eager"},  # the graph is captured and guarded nevertheless
-)
+QUICK = Plan((("tiny", "float32"), ("tiny-pythia", "float32")), 64, {1: 67, 8: 67}, {1: 1000, 8: 64})
 LARGE = Plan(
     models=(("pythia-2.8b", "float16"), ("llama-7b", "bfloat16")),
     limit=1024,
     samples={1: 5},
+    chunk=1024,
+    megabytes=2048.0,
+    compile={"mode": "reduce-overhead"},  # CUDA graphs
+    turn=13,  # a fifth of the 65 steps between two evictions: five samples cover every length once
     limits=(256, 4096, 512, 2048),
     streamed=(1000, 4000, 16_000, 64_000),
     prompts=(SHORTER, LONG),
-    chunk=1024,
-    turn=13,  # a fifth of the 65 steps between two evictions: five samples cover every length once
-    megabytes=2048.0,
-    compile={"mode": "reduce-overhead"},  # CUDA graphs
 )
 TINY = Plan(
     models=(("tiny-pythia", "float16"), ("tiny", "bfloat16")),
     limit=32,
     samples={1: 2},
+    turn=3,
     limits=(16,),
     streamed=(100, 400),
     prompts=(2, 4),
-    chunk=32,
-    turn=3,
-    megabytes=1.0,
-    compile={"backend": "eager"},
 )
 
 

@@ -11,19 +11,10 @@ from transformers import PreTrainedModel
 from sinkwindow_lab.measure.clock import Side, interleave
 from sinkwindow_lab.measure.memory import tensor_peak, weight_bytes
 from sinkwindow_lab.measure.perplexity import token_losses
-from sinkwindow_lab.records import Measurement
+from sinkwindow_lab.records import Configuration, Measurement
 from sinkwindow_lab.reports.speed.floors import Place
-from sinkwindow_lab.reports.speed.plan import (
-    ALONE,
-    DENSE,
-    INEXACT,
-    LONG,
-    SAME_CHUNKS,
-    SHORTER,
-    Plan,
-    lazy,
-)
-from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.reports.speed.plan import ALONE, DENSE, INEXACT, LONG, SAME_CHUNKS, SHORTER, Plan, lazy
+from sinkwindow_lab.ways.configurations import open_session
 from sinkwindow_lab.ways.sessions import Session
 
 
@@ -70,10 +61,9 @@ def reading(model: PreTrainedModel, way: Configuration, ids: torch.Tensor, chunk
     """Return the work of reading a prompt ([1, tokens]) in chunks, by a fresh session."""
 
     def read() -> None:
-        session = open_session(way, model)
-        for part in torch.split(ids, chunk, dim=1):
-            session.feed(part, last_only=True)
-        session.close()
+        with open_session(way, model) as session:
+            for part in torch.split(ids, chunk, dim=1):
+                session.feed(part, last_only=True)
 
     return read
 
@@ -96,41 +86,32 @@ def prompt(model: PreTrainedModel, name: str, way: Configuration, tokens: int, p
     return [place.one(way.name, metric, unit, [value]) for metric, (unit, value) in found.items()]
 
 
-class _Scorer:
-    """A session that scores a text from its start on."""
-
-    def __init__(self, way: Configuration, model: PreTrainedModel, ids: torch.Tensor) -> None:
-        self.session, self._ids, self._seen = open_session(way, model), ids, 0
-
-    def score(self, count: int, block: int) -> None:
-        """Score the next `count` tokens, `block` per call."""
-        token_losses(self.session, self._ids[:, self._seen : self._seen + count + 1], block=block)
-        self._seen += count
-
-
 def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
     """Time exact losses of a text in blocks, ours and dense interleaved, and some single tokens after each block.
 
     Times are per token, logits and losses included, from when the cache is full; the floor is the same blocks with
     nothing before them.
     """
-    ids, block, singles = (
-        token_ids(model, plan.limit + plan.scored * (plan.block + plan.singles) + 1),
-        plan.block,
-        plan.singles,
-    )
-    ours, dense, alone = (_Scorer(way, model, ids) for way in (lazy(plan.limit), DENSE, DENSE))
+    block, singles = plan.block, plan.singles
+    ids = token_ids(model, plan.limit + plan.scored * (block + singles) + 1)
+    ours, dense, alone = (open_session(way, model) for way in (lazy(plan.limit), DENSE, DENSE))
+    seen = {ours: 0, dense: 0, alone: 0}
+
+    def score(session: Session, count: int, size: int) -> None:
+        token_losses(session, ids[:, seen[session] : seen[session] + count + 1], block=size)
+        seen[session] += count
+
     for one in (ours, dense):
-        one.score(plan.limit, block)
+        score(one, plan.limit, block)
     sides = {
-        "blocks": Side(lambda: ours.score(block, block)),
-        "dense": Side(lambda: dense.score(block, block)),
-        ALONE: Side(lambda: alone.score(block, block), ready=lambda: cut(alone.session, 0)),
-        "single": Side(lambda: ours.score(singles, 1), ready=lambda: dense.score(singles, singles)),
+        "blocks": Side(lambda: score(ours, block, block)),
+        "dense": Side(lambda: score(dense, block, block)),
+        ALONE: Side(lambda: score(alone, block, block), ready=lambda: cut(alone, 0)),
+        "single": Side(lambda: score(ours, singles, 1), ready=lambda: score(dense, singles, singles)),
     }
     found = interleave(sides, plan.scored, model.device, warm_up=0)
-    for one in (ours, dense, alone):
-        one.session.close()
+    for one in seen:
+        one.close()
     place, counts = Place("perplexity", name), {"single": singles}
     return [
         place.one(side, "time", "ms/token", [took / counts.get(side, block) for took in timed.ms])

@@ -6,13 +6,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkwindow.attention.rotation import Rotary
-from sinkwindow_lab.measure.clock import Side
-from sinkwindow_lab.measure.micro import AttentionSteps, BareAttention, attend, geometry, relocation
-from sinkwindow_lab.records import Measurement
-from sinkwindow_lab.reports.speed.decode import repeated
+from sinkwindow_lab.measure.clock import Side, repeated
+from sinkwindow_lab.measure.micro import AttentionSteps, attend, bare_attention, draw, geometry, relocation
+from sinkwindow_lab.records import Configuration, Measurement
 from sinkwindow_lab.reports.speed.floors import Place
 from sinkwindow_lab.reports.speed.plan import BUFFER, DENSE, SINKS, Plan, lazy
-from sinkwindow_lab.ways.configurations import Configuration
 
 CYCLE = BUFFER + 1  # steps that hold one eviction with a buffer [tokens]
 
@@ -27,9 +25,11 @@ def tricks(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
 
 def rotations(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
     """Return the sides for rotated keys: which, in how many operations, and whether a rebase moves them as well."""
-    window, layers = plan.limit - SINKS, geometry(model).layers
+    window, sizes = plan.limit - SINKS, geometry(model)
     rotary = Rotary(next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")))
-    sinks, keys = (torch.stack([_keys(model, tokens) for _ in range(layers)]) for tokens in (SINKS, window))
+    sinks, keys = (
+        torch.stack([draw(sizes.kv_heads, model, tokens) for _ in range(sizes.layers)]) for tokens in (SINKS, window)
+    )
     together = Side(lambda: rotary.rotate_by(sinks, CYCLE))
     return {
         "an eviction rotates": {
@@ -70,7 +70,7 @@ def cache_work(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]
         },
         "attention over": {
             "a slice of the slots": Side(held.attention_alone),
-            "contiguous copies, ready made": Side(BareAttention(model, plan.limit + 1).step),
+            "contiguous copies, ready made": Side(bare_attention(model, plan.limit + 1).step),
         },
     }
 
@@ -78,23 +78,19 @@ def cache_work(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]
 def grouped_heads(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, Side]]:
     """Return the sides for attention of grouped heads: by the kernel, or over keys repeated for each query head."""
     sizes = geometry(model)
-    group, tokens = sizes.heads // sizes.kv_heads, plan.limit + 1
+    group = sizes.heads // sizes.kv_heads
     if group == 1:
         return {}
-    query = _keys(model, 1).repeat_interleave(group, dim=1)
-    layers = [(_keys(model, tokens), _keys(model, tokens)) for _ in range(sizes.layers)]
+    bare = bare_attention(model, plan.limit + 1)
 
     def repeat(states: torch.Tensor) -> torch.Tensor:
         return states.repeat_interleave(group, dim=1)
 
     return {
         f"{sizes.heads} query heads on {sizes.kv_heads} key heads": {
-            "enable_gqa": Side(lambda: [attend(query, keys, values) for keys, values in layers]),
-            "keys and values repeated": Side(lambda: [attend(query, repeat(k), repeat(v)) for k, v in layers]),
+            "enable_gqa": Side(bare.step),
+            "keys and values repeated": Side(
+                lambda: [attend(bare.query, repeat(keys), repeat(values)) for keys, values in bare.layers]
+            ),
         }
     }
-
-
-def _keys(model: PreTrainedModel, tokens: int) -> torch.Tensor:
-    sizes = geometry(model)
-    return torch.randn((1, sizes.kv_heads, tokens, sizes.head_dim), device=model.device, dtype=model.dtype)

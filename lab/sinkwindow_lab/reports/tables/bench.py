@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from sinkwindow_lab.inputs import machine, tokens
 from sinkwindow_lab.inputs.corpora import Corpus
@@ -17,10 +19,10 @@ from sinkwindow_lab.inputs.models import LoadedModel
 from sinkwindow_lab.measure import perplexity
 from sinkwindow_lab.measure.perplexity import BLOCK, Score
 from sinkwindow_lab.progress import Reporter
-from sinkwindow_lab.records import BosPolicy
+from sinkwindow_lab.records import BosPolicy, Configuration
 from sinkwindow_lab.store import Store, code_version
-from sinkwindow_lab.ways.configurations import Configuration
 
+LOSSES = TypeAdapter(tuple[list[float], dict[str, float]])  # of a reading, and its facts
 SCORING = ("measure.perplexity", "ways.sessions", "ways.ablations", "ways.configurations")
 
 
@@ -38,7 +40,7 @@ class Bench:
     _announced: defaultdict[tuple[Configuration, str], dict[int, tokens.TokenText]] = field(
         default_factory=lambda: defaultdict(dict), init=False
     )
-    _read: dict[Hashable, Score] = field(default_factory=dict, init=False)
+    _read: dict[tuple[Configuration, str, int], Score] = field(default_factory=dict, init=False)
 
     def text(self, corpus: Corpus, count: int) -> tokens.TokenText:
         """Return the first `count` tokens of a text, fewer if the text ends before."""
@@ -57,66 +59,55 @@ class Bench:
 
     def score(self, configuration: Configuration, corpus: Corpus, count: int) -> Score:
         """Return the losses over the first `count` tokens of a text, measured once."""
-        text = self.text(corpus, count)
-        known = configuration, text.corpus, text.sha256
+        known = configuration, corpus.name, self.text(corpus, count).ids.shape[1]
         if known not in self._read:
-            for one in self._scores(configuration, self._stages(configuration, text)):
-                self._read[configuration, one.text.corpus, one.text.sha256] = one
+            for one in self._scores(configuration, self._stages(*known) or [self.text(corpus, count)]):
+                self._read[configuration, corpus.name, one.text.ids.shape[1]] = one
         return self._read[known]
 
     def targets_left(self, configuration: Configuration, corpus: Corpus, count: int) -> int:
         """Return how many targets `score` would read now."""
         text = self.text(corpus, count)
-        known = (configuration, text.corpus, text.sha256) in self._read
-        return 0 if known else len(self._stages(configuration, text)[-1].targets)
+        known = configuration, corpus.name, text.ids.shape[1]
+        return 0 if known in self._read else len([text, *self._stages(*known)][-1].targets)
 
-    def _stages(self, configuration: Configuration, text: tokens.TokenText) -> list[tokens.TokenText]:
-        """Return all announced starts of the text that this one is of, the shortest first, or this one alone."""
-        announced = self._announced.get((configuration, text.corpus), {})
-        stages = [announced[length] for length in sorted(announced)]
-        return stages if text.sha256 in {stage.sha256 for stage in stages} else [text]
+    def _stages(self, configuration: Configuration, corpus: str, length: int) -> list[tokens.TokenText]:
+        """Return all announced starts of a text, the shortest first, if one of them is this long."""
+        announced = self._announced.get((configuration, corpus), {})
+        return [announced[one] for one in sorted(announced)] if length in announced else []
 
     def _scores(self, configuration: Configuration, stages: Sequence[tokens.TokenText]) -> Iterator[Score]:
         """Yield the score of each length, each stored as soon as it is there."""
-        keys = [self._reading_key(configuration, stage) for stage in stages]
+        keys = [
+            self.key(SCORING, way=configuration, corpus=one.corpus, text=one.sha256, bos=one.bos, block=BLOCK)
+            for one in stages
+        ]
         what = f"nll-{configuration.name}"
-        stored = [self.store.losses(what, key) for key in keys]
-        if all(stored):
+        stored = [found for found in (self.store.read(what, key, LOSSES) for key in keys) if found is not None]
+        if len(stored) == len(stages):
             self.store.reused += len(stages)
-            for stage, found in zip(stages, stored, strict=True):
-                assert found is not None  # noqa: S101 - see above
-                yield Score(configuration.name, stage, BLOCK, *found)
+            for stage, (nll, facts) in zip(stages, stored, strict=True):
+                yield Score(configuration.name, stage, BLOCK, torch.tensor(nll, dtype=torch.float64), facts)
             return
-        model, advance = self.loaded.model, self.reporter.advance
-        if configuration.depends_on_calls:
-            made = iter([perplexity.measure(configuration, model, stages[0], on_block=advance)])
-        else:
-            made = perplexity.measure_stages(configuration, model, stages, on_block=advance)
+        made = perplexity.measure_stages(configuration, self.loaded.model, stages, on_block=self.reporter.advance)
         for key, one in zip(keys, made, strict=True):
-            self.store.keep_losses(what, key, one.nll, one.facts)
+            self.store.write(what, key, (one.nll.tolist(), one.facts))
             self.reporter.found(f"PPL {one.perplexity:.3f} of {len(one.nll) + 1:,} tokens")
             yield one
 
-    def _reading_key(self, configuration: Configuration, text: tokens.TokenText) -> dict[str, Any]:
-        key = {**self.origin, "configuration": described(configuration), "code": code_version(*SCORING), "block": BLOCK}
-        return key | {"corpus": text.corpus, "text": text.sha256, "bos": text.bos}
+    def key(self, modules: Sequence[str], **parts: Any) -> dict[str, Any]:
+        """Return the key of measurements: model, machine, the code of `modules`, and what else they depend on."""
+        record = self.loaded.record
+        origin = {"dtype": record.dtype, "attention": record.attention, "code": code_version(*modules)}
+        machine_now = machine.fingerprint(self.loaded.model.device)
+        key = {**origin, "model": self._model, "machine": machine_now, **parts}
+        # Configurations by their names and numbers, defaults included.
+        text = json.dumps(key, default=lambda way: way.model_dump(exclude={"meaning"}))
+        return json.loads(text)  # type: ignore[no-any-return]
 
     @functools.cached_property
-    def origin(self) -> dict[str, Any]:
-        """The part of a key that all measurements share: model and machine."""
-        record = self.loaded.record
-        return {
-            "model": model_digest(self.loaded),
-            "dtype": record.dtype,
-            "attention": record.attention,
-            "machine": machine.fingerprint(self.loaded.model.device),
-        }
-
-
-def described(configuration: Configuration) -> list[Any]:
-    """Return a configuration as part of a key: its name and its numbers, defaults included."""
-    numbers = (configuration.num_sinks, configuration.window, configuration.buffer)
-    return [configuration.name, configuration.kind, *numbers]
+    def _model(self) -> str:
+        return model_digest(self.loaded)
 
 
 def model_digest(loaded: LoadedModel) -> str:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from sinkwindow_lab.measure.generation import TURN
-from sinkwindow_lab.records import ConfigurationRecord, Report
-from sinkwindow_lab.render.frame import cell, frame
-from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, join, name, numbers, table
+from sinkwindow_lab.records import Configuration, Measurement, Report
+from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, cell, join, name, numbers, table
 from sinkwindow_lab.render.origins import head
 from sinkwindow_lab.reports.tables import studies_page
 
-FACTS = ("Total Time (s)", "Avg Attn (ms)", "TTFT (s)", "TPOT (ms)", "Throughput (tok/s)", "Peak Mem (GB)")
+# Columns after the perplexities: the metric of each, and how its samples are written.
+FACTS: dict[str, tuple[str, Callable[[list[float]], str]]] = {
+    "Total Time (s)": ("total", lambda found: numbers(found, 2)),
+    "Avg Attn (ms)": ("attention", lambda found: f"{found[0]:.3f}"),
+    "TTFT (s)": ("TTFT", lambda found: numbers(found, 3)),
+    "TPOT (ms)": ("TPOT", lambda found: numbers(found, 2)),
+    "Throughput (tok/s)": ("throughput", lambda found: numbers(found, 2)),
+    "Peak Mem (GB)": ("peak memory", lambda found: f"{max(found) / 1e9:.3f}"),
+}
+SCORES = (
+    "Configuration", "Corpus", "Tokens", "Targets", "NLL", "Std. error", "Bits/byte", "tok/s", "Evictions", "Kept",
+)  # fmt: skip
+SPEEDS = ("Configuration", "Prompts", "Timed steps", "Mean step (ms)", "Cache (MB)", "Kept", "Evictions")
 WORDS = (
     "**PPL**: exp of the mean loss over all targets, each scored once, the text read once from its start.",
     "**Total Time**: prefill and generation. **Throughput**: new tokens over that time.",
@@ -28,23 +39,31 @@ WORDS = (
 )
 
 
+def frame(measurements: Sequence[Measurement]) -> pd.DataFrame:
+    """Return a row per measurement: its fields, and `value`, the median of its samples."""
+    rows = [{**one.model_dump(), "value": one.median} for one in measurements]
+    return pd.DataFrame(rows, columns=[*Measurement.model_fields, "value"]).astype({"at": float})  # NaN for no place
+
+
 def page(report: Report) -> Page:
     """Return the whole page, with its pictures."""
     measured, figures = frame(report.measurements), dict[str, str]()
     texts = [corpus.name for corpus in report.corpora]
     ways = {one.name: one for one in report.configurations}
-    experiments = [one for one in report.plan["experiments"] if (measured.part == one["name"]).any()]
     prefix = next((f" (token {one.bos_id})" for one in report.texts if one.bos_id is not None), "")
     bos = f"added in front of each text{prefix}" if report.notes["bos"] == "add" else "none added"
     gone = "Evicted text is gone: streaming bounds memory and keeps text fluent, but nothing evicted can be recalled."
     quick = "**A quick run**: the same questions over far fewer tokens, as each title says."
     blocks = ["# Paper tables", gone, quick if report.quick else "", "## What ran", head(report, [("BOS", bos)])]
-    for one in experiments:
+    behind, shown = ["## Behind the tables"], set[str]()
+    for one in report.plan["experiments"]:
         own = measured[measured.part == one["name"]]
-        blocks += [f"## {_title(one)}", _main_table(own, one, ways, texts), _remarks(own, one)]
-    if experiments:
-        shown = measured[measured.part.isin([one["name"] for one in experiments])].configuration.unique()
-        legend = [studies_page.meaning(ways[name]) for name in ways if name in shown]
+        if len(own):
+            blocks += [f"## {_title(one)}", _main_table(own, one, ways, texts), _remarks(own, one)]
+            behind += [f"### Behind {_title(one)}", _score_table(own, ways), _speed_table(own, ways)]
+            shown |= set(own.configuration)
+    if shown:
+        legend = [way.explained() for name, way in ways.items() if name in shown]
         places = report.plan["speed_places"]
         sampled = (
             f"Of a long generation {places} runs of {TURN} steps, spread evenly, are generated and timed up to each "
@@ -52,12 +71,7 @@ def page(report: Report) -> Page:
         )
         blocks += ["## What the words mean", bullets([*legend, *WORDS, *([sampled] if places else [])])]
     blocks += studies_page.blocks(report, measured, figures)
-    if experiments:
-        blocks.append("## Behind the tables")
-    for one in experiments:
-        own = measured[measured.part == one["name"]]
-        blocks += [f"### Behind {_title(one)}", _score_table(own, ways), _speed_table(own, ways)]
-    return Page(join(blocks), figures)
+    return Page(join([*blocks, *(behind if shown else [])]), figures)
 
 
 def _title(experiment: dict[str, Any]) -> str:
@@ -66,32 +80,19 @@ def _title(experiment: dict[str, Any]) -> str:
 
 
 def _main_table(
-    own: pd.DataFrame, experiment: dict[str, Any], ways: dict[str, ConfigurationRecord], texts: list[str]
+    own: pd.DataFrame, experiment: dict[str, Any], ways: Mapping[str, Configuration], texts: Sequence[str]
 ) -> str:
-    attention = own[own.metric == "attention"].groupby("configuration").value.mean()
-    rest = own[own.metric != "attention"]
-    samples = rest.set_index(["configuration", "metric", "subject"]).samples.to_dict()
-    generated = {(way, metric): found for (way, metric, _), found in samples.items()}
-    whole = set(own[(own.metric == "TPOT") & (own["at"] == experiment["generated_tokens"])].configuration)
+    scores = own.set_index(["configuration", "metric", "subject"]).value.to_dict()
+    found = own.drop_duplicates(["configuration", "metric"]).set_index(["configuration", "metric"]).samples.to_dict()
+    means = own[own.metric == "attention"].groupby("configuration").value.mean()
+    found |= {(way, "attention"): [mean] for way, mean in means.items()}
+    for way in own[(own.metric == "TPOT") & (own["at"] < experiment["generated_tokens"])].configuration:
+        found |= {(way, "total"): None, (way, "throughput"): None}
     rows = []
-    for way in [way for way in ways if way in set(own.configuration)]:
-        scores = [cell(samples.get((way, "PPL", text)), lambda found: f"{found[0]:.3f}") for text in texts]
-
-        def shown(metric: str, write: Callable[[list[float]], str], way: str = way) -> str:
-            return cell(generated.get((way, metric)), write)
-
-        rows.append(
-            [
-                studies_page.shown_name(ways[way]),
-                *scores,
-                shown("total", lambda found: numbers(found, 2)) if way in whole else NOT_MEASURED,
-                cell(attention.get(way), lambda found: f"{found:.3f}"),
-                shown("TTFT", lambda found: numbers(found, 3)),
-                shown("TPOT", lambda found: numbers(found, 2)),
-                shown("throughput", lambda found: numbers(found, 2)) if way in whole else NOT_MEASURED,
-                shown("peak memory", lambda found: f"{max(found) / 1e9:.3f}"),
-            ]
-        )
+    for way in [ways[way] for way in ways if way in set(own.configuration)]:
+        losses = [cell(scores.get((way.name, "PPL", text)), "{:.3f}".format) for text in texts]
+        facts = [cell(found.get((way.name, metric)), write) for metric, write in FACTS.values()]
+        rows.append([way.title, *losses, *facts])
     return table(("Configuration", *(f"PPL {name(text)}" for text in texts), *FACTS), rows)
 
 
@@ -99,48 +100,41 @@ def _remarks(own: pd.DataFrame, experiment: dict[str, Any]) -> str:
     """Say which rows generated fewer tokens than the title promises, and how many targets were scored."""
     steps, targets = own[own.metric == "TPOT"], own[own.metric == "targets"]
     short = [
-        f"{way} generated {count:,} tokens only: its TPOT is per token as everywhere, a total time of so few tokens "
+        f"{way} generated {count:,.0f} tokens only: its TPOT is per token as everywhere, a total time of so few tokens "
         "would not compare."
-        for way, count in zip(steps.configuration, steps["at"].astype(int), strict=True)
+        for way, count in zip(steps.configuration, steps["at"], strict=True)
         if count < experiment["generated_tokens"]
     ]
-    scored = [
-        f"{int(count):,} of {name(text)}"
-        for text, count in sorted(set(zip(targets.subject, targets.value, strict=True)))
-    ]
-    return join([*short, f"Targets scored, the same in every row: {', '.join(scored)}." if scored else ""]).strip()
+    counts = sorted(set(zip(targets.subject, targets.value, strict=True)))
+    scored = ", ".join(f"{count:,.0f} of {name(text)}" for text, count in counts)
+    return join([*short, f"Targets scored, the same in every row: {scored}." if scored else ""]).strip()
 
 
-def _score_table(own: pd.DataFrame, ways: dict[str, ConfigurationRecord]) -> str:
-    header = (
-        "Configuration", "Corpus", "Tokens", "Targets", "NLL", "Std. error", "Bits/byte", "tok/s", "Evictions", "Kept",
-    )  # fmt: skip
+def _score_table(own: pd.DataFrame, ways: Mapping[str, Configuration]) -> str:
     rows = []
-    for (way, text, tokens), found in _groups(own, ways, "PPL"):
+    for way, text, tokens, found in _groups(own, ways, "PPL"):
         losses = [f"{found[one]:.4f}" for one in ("NLL", "standard error", "bits per byte")]
         rate = f"{found['targets'] / found['seconds']:.1f}"
-        counts = [f"{int(found[one]):,}" for one in ("evictions", "kept")]
-        first = [studies_page.shown_name(ways[way]), name(text), f"{int(tokens):,}", f"{int(found['targets']):,}"]
-        rows.append([*first, *losses, rate, *counts])
-    return table(header, rows) if rows else ""
+        counts = [f"{found[one]:,.0f}" for one in ("evictions", "kept")]
+        rows.append([way.title, name(text), f"{tokens:,.0f}", f"{found['targets']:,.0f}", *losses, rate, *counts])
+    return table(SCORES, rows) if rows else ""
 
 
-def _speed_table(own: pd.DataFrame, ways: dict[str, ConfigurationRecord]) -> str:
-    header = ("Configuration", "Prompts", "Timed steps", "Mean step (ms)", "Cache (MB)", "Kept", "Evictions")
+def _speed_table(own: pd.DataFrame, ways: Mapping[str, Configuration]) -> str:
     samples = own.set_index(["configuration", "metric", "at"]).samples
     rows = []
-    for (way, _, new_tokens), found in _groups(own, ways, "TPOT"):
-        steps, prompts = samples[way, "TPOT", new_tokens], samples[way, "TTFT", new_tokens]
-        kept, cache, evictions = (found[f"generation: {metric}"] for metric in ("kept", "cache", "evictions"))
-        counts = [f"{cache / 1e6:.2f}", f"{int(kept):,}", f"{int(evictions):,}"]
+    for way, _, new_tokens, found in _groups(own, ways, "TPOT"):
+        prompts, steps = (f"{len(samples[way.name, one, new_tokens]):,}" for one in ("TTFT", "TPOT"))
         mean = f"{1e3 * (found['total'] - found['TTFT']) / (new_tokens - 1):.2f}"
-        rows.append([studies_page.shown_name(ways[way]), str(len(prompts)), f"{len(steps):,}", mean, *counts])
-    return table(header, rows) if rows else ""
+        kept, cache, evictions = (found[f"generation: {metric}"] for metric in ("kept", "cache", "evictions"))
+        rows.append([way.title, prompts, steps, mean, f"{cache / 1e6:.2f}", f"{kept:,.0f}", f"{evictions:,.0f}"])
+    return table(SPEEDS, rows) if rows else ""
 
 
-def _groups(own: pd.DataFrame, ways: dict[str, ConfigurationRecord], metric: str) -> list[tuple[Any, dict[str, float]]]:
+def _groups(
+    own: pd.DataFrame, ways: Mapping[str, Configuration], metric: str
+) -> list[tuple[Configuration, str, float, dict[str, float]]]:
     """Return way, subject and place of every group that has a metric, with all values of the group, in page order."""
     groups = own[own.metric != "attention"].groupby(["configuration", "subject", "at"], sort=False)
-    found = [(key, dict(zip(rows.metric, rows.value, strict=True))) for key, rows in groups]
-    order = list(ways)
-    return sorted((one for one in found if metric in one[1]), key=lambda one: order.index(one[0][0]))
+    found = [(ways[key[0]], *key[1:], dict(zip(rows.metric, rows.value, strict=True))) for key, rows in groups]
+    return sorted((one for one in found if metric in one[3]), key=lambda one: list(ways).index(one[0].name))

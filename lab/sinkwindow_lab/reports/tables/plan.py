@@ -8,24 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.measure import attention_time
-from sinkwindow_lab.ways.configurations import Configuration
+from sinkwindow_lab.measure import steps
 
 DEFAULT_CONFIGURATIONS = (
     "baseline,streaming_8_256,streaming_8_512,window_0_264,recompute_264,stale_ranks_8_256,eager_eviction_8_256"
 )
 DEFAULT_CORPORA = ("shakespeare", "python-docs")
 PARTS = ("experiments", "mistakes", "sinks", "sizes", "along", "steps", "where", "recall")
-MISTAKES = (
-    "baseline",
-    "streaming_8_256",
-    "streaming_8_512",
-    "window_0_264",
-    "call_8_256",
-    "absolute_8_256",
-    "eager_eviction_8_256",
-    "stale_ranks_8_256",
-)
+RIGHT = ("baseline", "streaming_8_256", "streaming_8_512", "window_0_264")
+MISTAKES = (*RIGHT, "call_8_256", "absolute_8_256", "eager_eviction_8_256", "stale_ranks_8_256")
 
 
 @dataclass(frozen=True)
@@ -81,10 +72,15 @@ def size_ways(caches: tuple[int, ...]) -> tuple[str, ...]:
     return ("baseline", *(f"streaming_4_{cache - 4}_0" for cache in caches))
 
 
+def step_pair(cache: int) -> tuple[str, str]:
+    """Return streaming and re-computation at one size of cache."""
+    return f"streaming_4_{cache - 4}", f"recompute_{cache}"
+
+
 FULL = Plan(
     experiments=(Experiment("experiment 1", 1000, 500, 1000), Experiment("experiment 2", 2000, 500, 2000)),
     speed_places=4,
-    probes=attention_time.PROBES,
+    probes=steps.PROBES,
     recompute_tokens=16,
     mistakes=Readings(MISTAKES, 2000),
     sinks=Readings(sink_ways((0, 1, 2, 4, 8), 264), 2000),
@@ -132,19 +128,3 @@ def chosen_parts(names: str | None) -> tuple[str, ...]:
     if not wanted or not set(wanted) <= set(PARTS):
         raise LabError(f"--only {names!r} is no part of the tables; parts are {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in wanted)
-
-
-def scores_perplexity(configuration: Configuration) -> bool:
-    """Return whether the experiments score a configuration: re-computation needs a forward of W tokens per target.
-
-    `sinkwindow perplexity --config recompute_264` scores it nevertheless.
-    """
-    return configuration.kind != "recompute"
-
-
-def measures_speed(configuration: Configuration) -> bool:
-    """Return whether the experiments time a configuration: the speed of a mistake is of no interest.
-
-    A window without sinks costs as much as a streaming cache of its size.
-    """
-    return not configuration.ablation and configuration.kind != "window"

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure.perplexity import BLOCK
-from sinkwindow_lab.records import Measurement, measured
+from sinkwindow_lab.records import Configuration, Measurement, measured
 from sinkwindow_lab.reports.tables.bench import Bench
-from sinkwindow_lab.ways.configurations import Configuration, open_session
+from sinkwindow_lab.ways.configurations import open_session
 
 THINGS = (
     "apple", "arrow", "basket", "bell", "bird", "boat", "bottle", "bridge", "candle", "chair", "clock", "cloud",
@@ -34,9 +33,8 @@ DIGITS = 3
 APART = 2  # ordinary lines between a question and the next fact
 
 
-@dataclass(frozen=True)
-class Question:
-    """The places of a fact and its answer in the text [characters]."""
+class Question(NamedTuple):
+    """A question, and the places of its fact and its answer in the text [characters]."""
 
     lines_back: int  # ordinary lines between the fact and the question [lines]
     fact_end: int  # where the fact ends
@@ -44,16 +42,14 @@ class Question:
     end: int  # where it ends
 
 
-@dataclass(frozen=True)
-class Lines:
+class Lines(NamedTuple):
     """A text with its questions."""
 
     text: str
     questions: tuple[Question, ...]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A question in tokens."""
 
     lines_back: int  # ordinary lines between the fact and the question [lines]
@@ -61,12 +57,16 @@ class Answer:
     places: tuple[int, ...]  # indices of the answer's tokens
 
 
-def make_lines(filler: Sequence[str], distances: Sequence[int], *, seed: int) -> Lines:
-    """Create one text with a fact and its question for each distance, in an order chosen by the seed.
+class Page(NamedTuple):
+    """A text with facts and questions, its tokens [1, tokens], and the places of the answers."""
 
-    `filler` are ordinary lines, enough for all distances, taken from a place chosen by the seed. `distances` count the
-    ordinary lines between a fact and its question.
-    """
+    lines: Lines
+    ids: torch.Tensor
+    answers: list[Answer]
+
+
+def make_lines(filler: Sequence[str], distances: Sequence[int], *, seed: int) -> Lines:
+    """Create a text with a fact and its question for each distance [lines], in ordinary lines, some `filler`."""
     needed = sum(distances) + APART * len(distances)
     if len(filler) < needed or not 0 < len(distances) <= len(THINGS):
         raise LabError(
@@ -77,9 +77,8 @@ def make_lines(filler: Sequence[str], distances: Sequence[int], *, seed: int) ->
     first = chance.randrange(len(filler) - needed + 1)
     rest = iter(filler[first : first + needed])
     text, questions = "", []
-    for name, distance in zip(
-        chance.sample(THINGS, len(distances)), chance.sample(distances, len(distances)), strict=True
-    ):
+    order = chance.sample(THINGS, len(distances)), chance.sample(distances, len(distances))
+    for name, distance in zip(*order, strict=True):
         fact = f"The number of the {name} is"
         number = f" {chance.randrange(10**DIGITS):0{DIGITS}d}"
         text += "".join(f"{next(rest)}\n" for _ in range(APART)) + fact + number
@@ -90,12 +89,13 @@ def make_lines(filler: Sequence[str], distances: Sequence[int], *, seed: int) ->
     return Lines(text, tuple(questions))
 
 
-def in_tokens(lines: Lines, tokenizer: Any) -> tuple[list[int], list[Answer]]:
-    """Tokenize a text with a fast tokenizer; return all token ids, and the answers."""
+def in_tokens(lines: Lines, tokenizer: Any) -> Page:
+    """Tokenize a text with a fast tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         raise LabError(f"recall needs a fast tokenizer, {type(tokenizer).__name__} has no offsets")
     found = tokenizer(lines.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return found["input_ids"], [_answer(found["offset_mapping"], one) for one in lines.questions]
+    answers = [_answer(found["offset_mapping"], one) for one in lines.questions]
+    return Page(lines, torch.tensor([found["input_ids"]]), answers)
 
 
 def _answer(spans: Sequence[tuple[int, int]], question: Question) -> Answer:
@@ -105,37 +105,21 @@ def _answer(spans: Sequence[tuple[int, int]], question: Question) -> Answer:
     return Answer(question.lines_back, places[0] - fact, places)
 
 
-@dataclass(frozen=True)
-class Page:
-    """A text with facts and questions, its tokens [1, tokens], and the places of the answers."""
-
-    lines: Lines
-    ids: torch.Tensor
-    answers: list[Answer]
-
-
 def pages(bench: Bench, seeds: Sequence[int], distances: Sequence[int]) -> list[Page]:
-    """Make a text per seed; the first text of the bench gives the ordinary lines.
-
-    `distances` count those between a fact and its question.
-    """
+    """Make a text per seed; the first text of the bench gives the ordinary lines between facts and questions."""
     filler = [line.strip() for line in bench.corpora[0].text.splitlines() if line.strip()]
-    made = [make_lines(filler, distances, seed=seed) for seed in seeds]
-    tokens = [in_tokens(one, bench.loaded.tokenizer) for one in made]
-    return [Page(one, torch.tensor([ids]), answers) for one, (ids, answers) in zip(made, tokens, strict=True)]
+    return [in_tokens(make_lines(filler, distances, seed=seed), bench.loaded.tokenizer) for seed in seeds]
 
 
 def ask(bench: Bench, way: Configuration, asked: Sequence[Page]) -> list[Measurement]:
     """Ask all questions of the pages; return by distance which were answered, and how many tokens ago the fact was."""
     hits: dict[int, list[tuple[float, float]]] = {}
     for page in asked:
-        session, choices = open_session(way, bench.loaded.model), []
-        try:
+        choices = []
+        with open_session(way, bench.loaded.model) as session:
             for piece in torch.split(page.ids.to(bench.loaded.model.device), BLOCK, dim=1):
                 choices.append(session.feed(piece)[0].argmax(dim=-1).cpu())
                 bench.reporter.advance(piece.shape[1])
-        finally:
-            session.close()
         for answer, hit in zip(page.answers, answered(torch.cat(choices), page.ids[0], page.answers), strict=True):
             hits.setdefault(answer.lines_back, []).append((float(hit), float(answer.tokens_back)))
     found = []
@@ -147,10 +131,7 @@ def ask(bench: Bench, way: Configuration, asked: Sequence[Page]) -> list[Measure
 
 
 def answered(choices: torch.Tensor, ids: torch.Tensor, answers: Sequence[Answer]) -> list[bool]:
-    """Return for each answer whether it was given to the last token.
-
-    `choices` [tokens] are the model's first choices after each token of the text, `ids` [tokens].
-    """
+    """Return which answers were given to the last token, from the first `choices` after each of the `ids` [tokens]."""
     return [all(int(choices[place - 1]) == int(ids[place]) for place in one.places) for one in answers]
 
 

@@ -9,50 +9,35 @@ from typing import Any
 
 import pandas as pd
 
-from sinkwindow_lab.records import ConfigurationRecord, Report
+from sinkwindow_lab.records import Configuration, Report
 from sinkwindow_lab.render import chart
-from sinkwindow_lab.render.frame import cell
-from sinkwindow_lab.render.markdown import NOT_MEASURED, bullets, figure, name, quote, table
+from sinkwindow_lab.render.markdown import NOT_MEASURED, bullets, cell, figure, name, quote, table
 from sinkwindow_lab.reports.tables import published
 from sinkwindow_lab.reports.tables.where import FIRST, NGRAM
 
-Figures = dict[str, str]
+MEAN = "NLL minus dense"
+Blocks = Iterator[str | tuple[str, str, str]]  # Markdown, or a picture: its file, its content and its caption
 
 
-def blocks(report: Report, measured: pd.DataFrame, figures: Figures) -> Iterator[str]:
+def blocks(report: Report, measured: pd.DataFrame, figures: dict[str, str]) -> Iterator[str]:
     """Yield the sections of all studies that were run; their pictures are added to `figures`."""
-    sections = {
-        "mistakes": mistakes,
-        "sinks": sinks,
-        "sizes": sizes,
-        "along": along,
-        "steps": steps,
-        "where": where,
-        "recall": recall,
-    }
-    for part, section in sections.items():
-        if part in report.plan["parts"]:
-            yield from section(report, measured[measured.part == part], figures, measured)
+    for section in (mistakes, sinks, sizes, along, steps, where, recall):
+        part = section.__name__
+        own = measured[measured.part.isin([part, "step sizes"] if part == "steps" else [part])]
+        for block in section(report, own) if part in report.plan["parts"] else ():
+            if isinstance(block, str):
+                yield block
+            else:
+                file, figures[file], caption = block
+                yield figure(file, caption)
 
 
-def shown_name(one: ConfigurationRecord) -> str:
-    """Return a configuration's name in a table; ablations are marked."""
-    return f"{one.name} (ablation)" if one.ablation else one.name
-
-
-def meaning(one: ConfigurationRecord) -> str:
-    """Describe a configuration in words, with its numbers."""
-    named = (("S", one.num_sinks), ("W", one.window), ("B", one.buffer))
-    shown = ", ".join(f"{letter}={value}" for letter, value in named if value is not None)
-    return f"**{one.name}**: {one.meaning}{f' ({shown})' if shown else ''}."
-
-
-def _ways(report: Report, own: pd.DataFrame) -> list[ConfigurationRecord]:
+def _ways(report: Report, own: pd.DataFrame) -> list[Configuration]:
     known = {one.name: one for one in report.configurations}
     return [known[way] for way in own.configuration.unique()]
 
 
-def _source(what: str, where_from: str) -> str:
+def _source(what: str, where_from: str = published.PAPER) -> str:
     return f"{what}: {where_from}. Another model and text: only the pattern compares."
 
 
@@ -62,7 +47,7 @@ def score_table(report: Report, own: pd.DataFrame) -> str:
     found = own.set_index(["configuration", "subject", "metric"]).value.to_dict()
     rows = []
     for way in _ways(report, own):
-        cells = [shown_name(way)]
+        cells = [way.title]
         for text in texts:
             ppl, dense = found.get((way.name, text, "PPL")), found.get(("baseline", text, "PPL"))
             ratio = "" if ppl is None or dense is None or way.kind == "baseline" else f" ({ppl / dense:.2f}x)"
@@ -73,7 +58,7 @@ def score_table(report: Report, own: pd.DataFrame) -> str:
     return table(("Configuration", *header), rows)
 
 
-def mistakes(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) -> Iterator[str]:
+def mistakes(report: Report, own: pd.DataFrame) -> Blocks:
     """Compare the right rule with each mistake."""
     yield f"## Right and wrong rules: PPL over {report.plan['mistakes']['tokens']:,} tokens"
     yield (
@@ -81,10 +66,9 @@ def mistakes(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFram
         "positions of their keys differ. In brackets the ratio to the dense model."
     )
     yield score_table(report, own)
-    points = own[own.metric == "PPL"]
-    figures["mistakes"] = chart.points(points, "value", "configuration", "subject", label="PPL (logarithmic)")
-    yield figure("mistakes", "PPL of each rule, a mark per text.")
-    yield bullets([meaning(one) for one in _ways(report, own)])
+    svg = chart.points(own[own.metric == "PPL"], "value", "configuration", "subject", label="PPL (logarithmic)")
+    yield "mistakes", svg, "PPL of each rule, a mark per text."
+    yield bullets([one.explained() for one in _ways(report, own)])
     yield _source("Published for Pythia-2.8B, 2,000 tokens, before and after its author's repair", published.REPAIR)
     yield table(("Text", *published.SEED_COLUMNS), published.SEED)
     texts = [line for text in own.subject.unique() for line in _split_of_loss(report, own, text)]
@@ -121,47 +105,40 @@ def _split_of_loss(report: Report, own: pd.DataFrame, text: str) -> Iterator[str
         )
 
 
-def sinks(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) -> Iterator[str]:
+def sinks(report: Report, own: pd.DataFrame) -> Blocks:
     """Show the number of sinks."""
-    cache = sum(_numbers(_ways(report, own)[-1]))
+    cache = _ways(report, own)[-1].size
     yield f"## Number of sinks, cache of {cache:,}: PPL over {report.plan['sinks']['tokens']:,} tokens"
     yield score_table(report, own)
-    figures["sinks"] = _against(report, own, "sinks S", lambda one: one.num_sinks or 0)
-    yield figure("sinks", "PPL against the number of sinks; dashed: dense.")
-    yield _source("Published, sinks at a cache of 2,048 (Llama-2: 4,096), 400,000 tokens of PG-19", published.PAPER)
+    # As words, side by side.
+    svg = _against(report, own, "sinks S", lambda one: str(one.num_sinks), logarithmic="y")
+    yield "sinks", svg, "PPL against the number of sinks; dashed: dense."
+    yield _source("Published, sinks at a cache of 2,048 (Llama-2: 4,096), 400,000 tokens of PG-19")
     yield table(("Model", "0", "1", "2", "4", "8"), (*published.SINKS, published.SINKS_LLAMA))
 
 
-def sizes(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) -> Iterator[str]:
+def sizes(report: Report, own: pd.DataFrame) -> Blocks:
     """Show the size of the cache."""
     yield f"## Size of the cache, four sinks: PPL over {report.plan['sizes']['tokens']:,} tokens"
     yield score_table(report, own)
-    figures["sizes"] = _against(report, own, "cache S + W (tokens)", lambda one: sum(_numbers(one)), logarithmic="x")
-    yield figure("sizes", "PPL against the size of the cache; dashed: dense.")
-    yield _source("Published, four sinks, cache of 256 to 2,048, 400,000 tokens of PG-19", published.PAPER)
+    svg = _against(report, own, "cache S + W (tokens)", lambda one: one.size, logarithmic="xy")
+    yield "sizes", svg, "PPL against the size of the cache; dashed: dense."
+    yield _source("Published, four sinks, cache of 256 to 2,048, 400,000 tokens of PG-19")
     yield table(("Model", "4 + 252", "4 + 508", "4 + 1020", "4 + 2044"), published.SIZES)
 
 
-def _numbers(one: ConfigurationRecord) -> tuple[int, int]:
-    return one.num_sinks or 0, one.window or 0
-
-
-def _against(report: Report, own: pd.DataFrame, below: str, number: Any, *, logarithmic: str = "") -> str:
+def _against(report: Report, own: pd.DataFrame, below: str, number: Callable[[Configuration], Any], **how: Any) -> str:
     """Draw PPL against a number of the configurations, a line per text, the dense PPL as a dashed line."""
     places = {one.name: number(one) for one in _ways(report, own) if one.window is not None}
     ppl = own[own.metric == "PPL"]
     dense = ppl[ppl.configuration == "baseline"].set_index("subject").value.to_dict()
     points = ppl[ppl.configuration.isin(places)]
     points = points.assign(place=points.configuration.map(places))
-    if not logarithmic:  # numbers of sinks are shown side by side
-        points = points.assign(place=points["place"].astype(str))
     labels = (below, "PPL (logarithmic)")
-    return chart.lines(
-        points, "place", "value", "subject", labels=labels, logarithmic=f"{logarithmic}y", levels=dense, columns=2
-    )
+    return chart.lines(points, "place", "value", "subject", labels=labels, levels=dense, columns=2, **how)
 
 
-def along(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) -> Iterator[str]:
+def along(report: Report, own: pd.DataFrame) -> Blocks:
     """Show the loss along a text."""
     size, trained = report.plan["along_bin"], report.models[0].max_positions
     scores = own.set_index(["configuration", "metric"]).value
@@ -170,8 +147,8 @@ def along(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) 
     for way in _ways(report, own):
         whole = bins[(bins.configuration == way.name) & (bins["at"] % size == 0)].value
         ends = [f"{math.exp(one):.3f}" for one in (whole.iloc[0], whole.iloc[-1])] if len(whole) else [NOT_MEASURED] * 2
-        counts = [f"{int(scores[way.name, one]):,}" for one in ("evictions", "kept")]
-        rows.append([shown_name(way), *ends, f"{scores[way.name, 'PPL']:.3f}", *counts])
+        counts = [f"{scores[way.name, one]:,.0f}" for one in ("evictions", "kept")]
+        rows.append([way.title, *ends, f"{scores[way.name, 'PPL']:.3f}", *counts])
     tokens = int(own[own.metric == "PPL"]["at"].max())
     yield f"## Along a text: PPL over {tokens:,} tokens of {name(own.subject.iloc[0])}"
     words = "" if trained is None else f" The model was trained on {trained:,} positions."
@@ -179,59 +156,53 @@ def along(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) 
     yield table(("Configuration", f"First {size:,}", f"Last {size:,}", "All", "Evictions", "Kept"), rows)
     starts = (bins["at"] - 1) // size * size  # the last bin may be shorter
     curves = bins.assign(ppl=bins.value.map(math.exp), middle=(starts + bins["at"]) / 2)
-    figures["along"] = chart.lines(
-        curves,
-        "middle",
-        "ppl",
-        "configuration",
-        labels=("tokens read", f"PPL of {size} tokens"),
-        logarithmic="y",
-        marks=False,
-        limits={"x": (0, tokens)},
-        note=(trained, "trained length") if trained is not None and trained < tokens else None,
-    )
-    yield figure("along", "PPL along the text.")
+    labels = ("tokens read", f"PPL of {size} tokens")
+    note = (trained, "trained length") if trained is not None and trained < tokens else None
+    how: dict[str, Any] = {"logarithmic": "y", "marks": False, "limits": {"x": (0, tokens)}, "note": note}
+    yield "along", chart.lines(curves, "middle", "ppl", "configuration", labels=labels, **how), "PPL along the text."
 
 
-def steps(report: Report, own: pd.DataFrame, figures: Figures, measured: pd.DataFrame) -> Iterator[str]:
+def steps(report: Report, own: pd.DataFrame) -> Blocks:
     """Show time and memory of one token."""
     kinds = {one.name: one for one in report.configurations}
-    times, caches = own[own.metric == "TPOT"], own[own.metric == "cache"]
-    caches = caches.assign(mb=caches.value / 1e6)
-    both = times.merge(caches, on=["configuration", "at"]).sort_values(
-        "configuration", key=_order(kinds), kind="stable"
+    streamed, grown = (own[own.part == part] for part in ("steps", "step sizes"))
+    values = streamed.pivot_table(index=["configuration", "at"], columns="metric", values="value").reset_index()
+    values = values.sort_values("configuration", key=_order(kinds), kind="stable").assign(
+        mb=lambda one: one.cache / 1e6
     )
-    rows = [
-        (shown_name(kinds[way]), f"{int(place):,}", f"{took:.2f}", f"{mb:.2f}")
-        for way, place, took, mb in zip(both.configuration, both["at"], both.value_x, both.mb, strict=True)
-    ]
     yield "## Time and memory of one token"
     yield (
         "Median time of single tokens, fed one by one after the given number of tokens; memory is that of keys and "
         "values (1 MB = 10^6 bytes). Re-computation stores none and runs its whole window for every token."
     )
-    yield table(("Configuration", "Tokens streamed", "ms per token", "Cache (MB)"), rows)
-    labels = ("tokens streamed", "ms per token (logarithmic)")
-    figures["step-time"] = chart.lines(times, "at", "value", "configuration", labels=labels, logarithmic="xy")
-    yield figure("step-time", "Time per token against tokens streamed.")
-    labels = ("tokens streamed", "keys and values (MB)")
-    figures["step-memory"] = chart.lines(caches, "at", "mb", "configuration", labels=labels, logarithmic="x")
-    yield figure("step-memory", "Keys and values against tokens streamed.")
-    grown = measured[(measured.part == "step sizes") & (measured.metric == "TPOT")]
+    columns = values.configuration, values["at"], values.TPOT, values.mb
+    yield table(
+        ("Configuration", "Tokens streamed", "ms per token", "Cache (MB)"),
+        [
+            (kinds[way].title, f"{place:,.0f}", f"{took:.2f}", f"{mb:.2f}")
+            for way, place, took, mb in zip(*columns, strict=True)
+        ],
+    )
+    time, memory = "ms per token (logarithmic)", "keys and values (MB)"
+    svg = chart.lines(values, "at", "TPOT", "configuration", labels=("tokens streamed", time), logarithmic="xy")
+    yield "step-time", svg, "Time per token against tokens streamed."
+    svg = chart.lines(values, "at", "mb", "configuration", labels=("tokens streamed", memory), logarithmic="x")
+    yield "step-memory", svg, "Keys and values against tokens streamed."
+    grown = grown[grown.metric == "TPOT"]
     grown = grown.assign(kind=grown.configuration.map(lambda way: kinds[way].kind))
     yield "### Against the size of the cache"
     ratios = grown.pivot_table(index="at", columns="kind", values="value")
     yield table(
         ("Cache", "Streaming (ms)", "Re-computation (ms)", "Ratio"),
         [
-            (f"{int(size):,}", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}x")
+            (f"{size:,.0f}", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}x")
             for size, ours, theirs in zip(ratios.index, ratios.streaming, ratios.recompute, strict=True)
         ],
     )
-    labels = ("cache S + W, or window (tokens)", "ms per token (logarithmic)")
-    figures["step-sizes"] = chart.lines(grown, "at", "value", "kind", labels=labels, logarithmic="xy", columns=2)
-    yield figure("step-sizes", "Time per token against the size of the cache.")
-    yield _source("Published, ms per token on one A6000; 2355 / 106 is the 22.2x", published.PAPER)
+    labels = ("cache S + W, or window (tokens)", time)
+    svg = chart.lines(grown, "at", "value", "kind", labels=labels, logarithmic="xy", columns=2)
+    yield "step-sizes", svg, "Time per token against the size of the cache."
+    yield _source("Published, ms per token on one A6000; 2355 / 106 is the 22.2x")
     yield table(("Model", "256", "512", "1024", "2048", "4096"), published.STEPS)
 
 
@@ -249,25 +220,23 @@ def distance_name(nearest: float) -> str:
     return f"{nearest:,.0f}-{ends[int(nearest)] - 1:,}" if nearest in ends else f"> {nearest - 1:,.0f}"
 
 
-def where(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) -> Iterator[str]:
+def where(report: Report, own: pd.DataFrame) -> Blocks:
     """Show where the loss occurs."""
-    bins = own[~own.metric.str.contains("all")]
-    bins = bins.assign(label=bins["at"].map(distance_name))
-    errors = {key: f"NLL minus dense{key}" for key in ("", ": standard error", ": targets")}
-    mean, error, targets = (
-        bins[bins.metric == one].set_index(["configuration", "subject", "label"]).value for one in errors.values()
-    )
+    own = own.assign(label=own["at"].map(distance_name))
+    known = own.set_index(["configuration", "subject", "label", "metric"]).value.to_dict()
     order = [distance_name(one) for one in (*map(float, FIRST), math.nan)]
-    names = [one for one in order if one in set(bins.label)]
-    rows = []
-    everything = own[own.metric == "NLL minus dense, all"]
-    for way, text, whole in zip(everything.configuration, everything.subject, everything.value, strict=True):
-        keys = [(way, text, label) for label in names]
-        cells = [
-            f"{mean[key]:+.3f} ± {error[key]:.3f} ({targets[key]:,.0f})" if key in mean else NOT_MEASURED
-            for key in keys
-        ]
-        rows.append([f"{way}, {name(text)}", f"{whole:+.4f}", *cells])
+    bins = own[own.metric == MEAN].sort_values("label", key=_order(order), kind="stable")
+    names = list(bins.label.unique())
+
+    def shown(*key: str) -> str:
+        mean, error, targets = (known.get((*key, MEAN + more)) for more in ("", ": standard error", ": targets"))
+        return cell(mean, lambda one: f"{one:+.3f} ± {error:.3f} ({targets:,.0f})")
+
+    rows = [
+        [f"{way}, {name(text)}", f"{whole:+.4f}", *(shown(way, text, label) for label in names)]
+        for (way, text, _, metric), whole in known.items()
+        if metric == f"{MEAN}, all"
+    ]
     yield f"## Where the loss sits: NLL minus dense over {report.plan['where']['tokens']:,} tokens"
     yield (
         f"Targets by how many tokens ago the same {NGRAM}-gram, the target its last token, occurred before; "
@@ -275,14 +244,14 @@ def where(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) 
         "lost there. A model that still sees an earlier occurrence can copy it."
     )
     yield table(("Configuration, text", "All", *names), rows)
-    points = pd.DataFrame({"mean": mean, "error": error}).reset_index()
-    points = points.sort_values("label", key=_order(order), kind="stable")
-    labels = ("tokens since the same 4-gram", "NLL minus dense")
-    figures["where"] = chart.bars(points, "label", "mean", "error", "subject", "configuration", labels=labels)
-    yield figure("where", "NLL minus dense, by distance to the same 4-gram.")
+    keys = zip(bins.configuration, bins.subject, bins.label, strict=True)
+    bins = bins.assign(error=[known[*key, f"{MEAN}: standard error"] for key in keys])
+    labels = ("tokens since the same 4-gram", MEAN)
+    svg = chart.bars(bins, "label", "value", "error", "subject", "configuration", labels=labels)
+    yield "where", svg, "NLL minus dense, by distance to the same 4-gram."
 
 
-def recall(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame) -> Iterator[str]:
+def recall(report: Report, own: pd.DataFrame) -> Blocks:
     """Show facts found and facts lost."""
     ways = _ways(report, own)
     found = own.set_index(["configuration", "metric", "at"]).samples
@@ -301,16 +270,14 @@ def recall(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame)
         "the dense column is its ceiling."
     )
     yield quote(report.notes["recall example"])
-    yield table(("Lines back", "Tokens back", *map(shown_name, ways)), rows)
-    spans = own[own.metric == "tokens back"].set_index(["configuration", "at"]).samples
-    points = own[own.metric == "answered"]
-    points = points.assign(
-        share=points.samples.map(lambda one: 100 * sum(one) / len(one)),
-        distance=[
-            sum((min(spans[key]), max(spans[key]))) / 2 for key in zip(points.configuration, points["at"], strict=True)
-        ],
+    yield table(("Lines back", "Tokens back", *(way.title for way in ways)), rows)
+    asked = own[own.metric == "answered"]
+    spans = [found[way, "tokens back", back] for way, back in zip(asked.configuration, asked["at"], strict=True)]
+    points = asked.assign(
+        share=asked.samples.map(lambda one: 100 * sum(one) / len(one)),
+        distance=[(min(span) + max(span)) / 2 for span in spans],
     )
-    figures["recall"] = chart.lines(
+    svg = chart.lines(
         points,
         "distance",
         "share",
@@ -319,6 +286,6 @@ def recall(report: Report, own: pd.DataFrame, figures: Figures, _: pd.DataFrame)
         limits={"y": (-3, 103)},
         verticals={way.name: way.window for way in ways if way.window is not None},
     )
-    yield figure("recall", "Questions answered, by distance to the fact.")
-    yield _source("Published, StreamEval, Llama-2-7B-32K-Instruct at 4 + 2044", published.PAPER)
+    yield "recall", svg, "Questions answered, by distance to the fact."
+    yield _source("Published, StreamEval, Llama-2-7B-32K-Instruct at 4 + 2044")
     yield table(("Lines back", "Answered (%)"), published.RECALL)

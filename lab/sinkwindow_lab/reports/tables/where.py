@@ -18,18 +18,13 @@ NGRAM = 4
 FIRST = (1, 65, 257, 1025)  # first distance of each bin; each ends before the next, the last one never [tokens]
 
 
-def along(score: Score, part: str, bin_tokens: int) -> list[Measurement]:
-    """Return the mean loss of consecutive bins of targets, each at its last token; the last bin may be shorter.
-
-    With a `bin_tokens` of 0 there are none.
-    """
-    if not bin_tokens:
-        return []
+def along(score: Score, bin_tokens: int) -> list[Measurement]:
+    """Return the mean loss of consecutive bins of targets, each at its last token; the last bin may be shorter."""
     found = []
     for start in range(0, len(score.nll), bin_tokens):
         losses = score.nll[start : start + bin_tokens]
         figures = {"NLL of a bin": ("nat", [float(losses.mean())])}
-        found += measured(part, score.text.corpus, score.configuration, start + len(losses), figures)
+        found += measured("along", score.text.corpus, score.configuration, start + len(losses), figures)
     return found
 
 
@@ -41,11 +36,10 @@ def where(streaming: Score, dense: Score, *, evicts_at: int) -> list[Measurement
     """
     difference = (streaming.nll - dense.nll)[evicts_at:]
     distances = last_occurrence(dense.text.ids[0].tolist(), NGRAM)[1:][evicts_at:]
-    bins = distance_bins(difference, distances)
-    if len(difference):
-        bins.insert(0, ("NLL minus dense, all", None, difference))
+    everything = [("NLL minus dense, all", None, difference)] if len(difference) else []
+    bins = [("NLL minus dense", *one) for one in distance_bins(difference, distances)]
     found = []
-    for metric, nearest, values in bins:
+    for metric, nearest, values in [*everything, *bins]:
         error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         figures = {metric: ("nat", [float(values.mean())]), f"{metric}: standard error": ("nat", [error])}
         figures[f"{metric}: targets"] = ("tokens", [float(len(values))])
@@ -54,33 +48,18 @@ def where(streaming: Score, dense: Score, *, evicts_at: int) -> list[Measurement
 
 
 def last_occurrence(ids: Sequence[int], ngram: int) -> list[int | None]:
-    """Return how long ago each token's n-gram occurred last; None if it never did.
-
-    An n-gram ends with the token itself; distances are between the two last tokens.
-    """
+    """Return how long ago each token's n-gram, which ends with it, occurred last; None if it never did."""
     seen: dict[tuple[int, ...], int] = {}
-    found: list[int | None] = []
-    for place in range(len(ids)):
-        gram = tuple(ids[place + 1 - ngram : place + 1]) if place + 1 >= ngram else ()
-        last = seen.get(gram) if gram else None
-        found.append(None if last is None else place - last)
-        if gram:
-            seen[gram] = place
+    found: list[int | None] = [None] * min(ngram - 1, len(ids))
+    for place in range(ngram - 1, len(ids)):
+        gram = tuple(ids[place + 1 - ngram : place + 1])
+        found.append(place - seen[gram] if gram in seen else None)
+        seen[gram] = place
     return found
 
 
-def distance_bins(
-    difference: torch.Tensor, distances: Sequence[int | None]
-) -> list[tuple[str, int | None, torch.Tensor]]:
-    """Return the metric's name, the nearest distance and the values of each bin; None: never before.
-
-    `difference` [targets] is the loss of one configuration minus another's; `distances` has one value per target.
-    """
-    bounds: list[tuple[int | None, float]] = [*zip(FIRST, (*FIRST[1:], math.inf), strict=True), (None, math.inf)]
-    found = []
-    for nearest, end in bounds:
-        inside = [nearest is None if one is None else nearest is not None and nearest <= one < end for one in distances]
-        values = difference[torch.tensor(inside, dtype=torch.bool)]
-        if len(values):
-            found.append(("NLL minus dense", nearest, values))
-    return found
+def distance_bins(difference: torch.Tensor, distances: Sequence[int | None]) -> list[tuple[int | None, torch.Tensor]]:
+    """Return the nearest distance and the `difference` [targets] of each bin that has any; None: never before."""
+    starts = [None if one is None else max(first for first in FIRST if first <= one) for one in distances]
+    bins = ((nearest, difference[torch.tensor([one == nearest for one in starts])]) for nearest in (*FIRST, None))
+    return [(nearest, values) for nearest, values in bins if len(values)]
