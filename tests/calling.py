@@ -28,7 +28,7 @@ def fed(model: PreTrainedModel, cache: Any, ids: Tensor, lengths: Sequence[int])
 
 def generated(model: PreTrainedModel, ids: Tensor, cache: Any, new: int = 12, **more: Any) -> list[int]:
     """Return the tokens of a prompt and its greedy continuation."""
-    arguments: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, **more}
+    arguments: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "use_cache": True, **more}
     if cache is not None:
         arguments[CACHE_NAME] = cache
     return model.generate(ids, **arguments)[0].tolist()  # type: ignore[operator,no-any-return]  # a mixin's method

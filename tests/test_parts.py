@@ -12,10 +12,11 @@ from sinkwindow import Retention
 from sinkwindow.attention.rotation import Rotary
 from sinkwindow.lanes import Inputs
 from sinkwindow.storage.bank import KeyValue, allocate
-from sinkwindow.storage.slots import Pool, Slots
+from sinkwindow.storage.slots import Pool, PoolLane, Slots
 from sinkwindow.stream.events import Eviction
 from sinkwindow.stream.history import select_past, tokens_fed
 from sinkwindow.stream.state import CallRecord, Snapshot, State
+from sinkwindow.stream.steps import Steps
 from sinkwindow.stream.stream import Stream
 
 if TYPE_CHECKING:
@@ -193,6 +194,73 @@ def test_cached_tensors_become_wider_before_a_call_alone(*, static: bool) -> Non
         call.parts[0].update(0, single, single)
     with torch.autocast("cpu", torch.bfloat16):
         assert call.parts[0].update(0, single, single)[1].dtype == torch.float64
+
+
+def test_a_crop_over_an_eviction_leaves_no_sinks_in_place() -> None:
+    """They lie over tokens that are in the window again; a crop that takes no eviction back leaves them."""
+    stream = _fed(7)
+    stream.commit(_begin(stream, 1))
+    stream.crop(1)
+    assert stream.state.pools[0].lanes == (PoolLane(0, 0, 2, -1, 0),)
+    stream.commit(_begin(stream, 1))
+    stream.commit(_begin(stream, 1))
+    stream.crop(1)
+    assert stream.state.pools[0].lanes == (PoolLane(2, 0, 4, 2, 0),)
+
+
+def test_rows_that_lose_unequal_counts_keep_their_recorded_past() -> None:
+    """Their windows are moved, with what was evicted while recording, so that more can be taken back."""
+    stream = _fed(12, [list(range(12)), list(range(12))])
+    stream.record_past()
+    stream.commit(_begin(stream, 3, [[0, 1, 2], [0]]))
+    for columns in (1, 2):
+        assert stream.can_crop(columns)
+        stream.crop(columns)
+    assert [lane.seen for lane in stream.state.lanes] == [12, 12]
+
+
+def test_a_forgotten_past_begins_at_the_window() -> None:
+    """What was evicted while recording may be written over from then on."""
+    stream = _fed(9)
+    stream.record_past()
+    stream.commit(_begin(stream, 4))
+    assert stream.state.pools[0].lanes[0].mark == RULE.first(2)
+    assert POOL.must_copy(stream.state.pools[0])
+    stream.forget_past()
+    assert stream.state.pools[0].lanes[0].mark == RULE.first(6)
+    assert not POOL.must_copy(stream.state.pools[0])
+
+
+def test_a_list_without_a_window_can_always_be_reached() -> None:
+    """With S=2, the list of one or two tokens needs no slot of the window; that of three needs token 2."""
+    row = PoolLane(evicted=8, floor=7)
+    assert [POOL.reachable(row, seen, 0) for seen in (1, 2, 3)] == [True, True, False]
+    assert [POOL.reachable(row, 20, evicted) for evicted in (4, 5, 6)] == [False, True, True]
+
+
+def test_a_step_brings_one_token_for_each_row() -> None:
+    """Another shape, a stream that holds nothing, another attention and a gradient are refused."""
+    stream = Stream([replace(POOL, static=True)], 100)
+    steps = Steps(stream, ["full_attention"])
+    one = torch.zeros(1, 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"input_ids has shape \(1, 1\); a compiled call brings one token"):
+            steps.begin({"input_ids": one}, "sdpa")
+        steps.follow()
+    stream.commit(_begin(stream, 3))
+    steps.follow()
+    for tokens, shape in ((torch.zeros(1, 2), "1, 2"), (torch.zeros(2, 1), "2, 1"), (torch.zeros(1, 2, 4), "1, 2")):
+        with pytest.raises(ValueError, match=rf"input_ids has shape \({shape}\)"):
+            steps.begin({"input_ids": tokens}, "sdpa")
+    with pytest.raises(ValueError, match="works with attn_implementation sdpa or eager, got 'flash'"):
+        steps.begin({"input_ids": one}, "flash")
+    mask = steps.begin({"input_ids": one}, "sdpa")["attention_mask"]
+    assert isinstance(mask, torch.Tensor)  # where all layers have the same window
+    assert mask.int().tolist() == [[[[1, 1, 1, 1, *[0] * 12]]]]
+    states = torch.ones(1, 1, 1, 4)
+    for key, value in ((states.requires_grad_(), states.detach()), (states.detach(), states)):
+        with pytest.raises(RuntimeError, match="has no gradient"):
+            steps.update(0, key, value)
 
 
 def test_a_state_with_other_tensors_has_none_to_spare() -> None:

@@ -178,7 +178,7 @@ def test_what_recording_holds_is_bounded_and_counted(*, static: bool) -> None:
 
 def _live_bytes() -> int:
     """Return the bytes of all tensors of keys and values' dtype that are alive."""
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    tensors = [one for one in gc.get_objects() if type(one) in {torch.Tensor, torch.nn.Parameter}]
     return sum(
         {one.data_ptr(): one.untyped_storage().nbytes() for one in tensors if one.dtype == torch.float64}.values()
     )

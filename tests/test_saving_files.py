@@ -122,7 +122,6 @@ def test_a_file_of_another_model_is_refused(path: Path, spec: ModelSpec, says: s
     _refused(path, fresh_model(spec).double(), f"of a model with.*{says}")
 
 
-@pytest.mark.xfail(reason="the fingerprint holds frequencies, not what scales the tables")
 def test_a_file_of_a_model_whose_keys_are_scaled_otherwise_is_refused(tmp_path: Path) -> None:
     """Equal weights and equal frequencies, but YaRN multiplies the keys by another factor."""
     yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8}

@@ -126,7 +126,8 @@ class Twin:
         """Run a step of a static stream and check what each query is given."""
         eager = self.random.random() < 0.5
         self.extend(1)
-        tokens = {self.random.choice(["input_ids", "inputs_embeds"]): torch.zeros(len(self.rows), 1)}
+        ids, embedded = torch.zeros(len(self.rows), 1), torch.zeros(len(self.rows), 1, 4)
+        tokens = {"input_ids": ids} if self.random.random() < 0.5 else {"input_ids": None, "inputs_embeds": embedded}
         with META:
             self.steps.follow()
             begun: dict[str, Any] = self.steps.begin(tokens, "eager" if eager else "sdpa")

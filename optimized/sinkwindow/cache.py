@@ -158,7 +158,7 @@ class StreamingCache(Cache, Copies):
 
         Before it they are 0; tensors that ``reset`` has kept for the next text count when it takes them.
         """
-        return sum(slots.nbytes for slots in self._stream.state.pools)
+        return sum(slots.nbytes for slots in self._state.pools)
 
     def debug_state(self) -> DebugState:
         """Return where the cache is, for measuring and for bug reports.

@@ -169,12 +169,26 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _from_pretrained(place: str, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, Any, Iterable[str]]:
+def _from_pretrained(
+    place: str,
+    dtype: torch.dtype,
+    *,
+    local_files_only: bool = True,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+) -> tuple[PreTrainedModel, Any, Iterable[str]]:
     """Return a model, its tokenizer, and the names of the weights that its files lack."""
-    # Said, not left out: otherwise transformers asks on standard input whether to run the code of a model's folder.
-    options = {"local_files_only": True, "trust_remote_code": False, **options}
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # our own words name missing weights
+    options: dict[str, Any] = {"local_files_only": local_files_only, "gguf_file": gguf_file}
     loader: Any = AutoModelForCausalLM
-    model, found = loader.from_pretrained(place, dtype=dtype, output_loading_info=True, weights_only=True, **options)
-    tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    # trust_remote_code is always given: otherwise transformers asks on standard input whether to run a folder's code.
+    model, found = loader.from_pretrained(
+        place,
+        dtype=dtype,
+        output_loading_info=True,
+        weights_only=True,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
     return model, tokenizer, found["missing_keys"]

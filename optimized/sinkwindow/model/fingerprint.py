@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,9 +34,16 @@ def fingerprint(decoder: PreTrainedModel, frequencies: Iterable[Tensor]) -> dict
         "dtype": str(decoder.dtype),
         "number of layers": str(decoder.config.num_hidden_layers),
         "rotation": _digest(tensor.detach().to("cpu", torch.float64) for tensor in frequencies),
+        "configuration": hashlib.sha256(_chosen(decoder).encode()).hexdigest(),
         # Off-loaded weights are nowhere to be seen between calls.
         "weights": UNKNOWN if any(one.is_meta for one in decoder.parameters()) else _digest(_samples(decoder)),
     }
+
+
+def _chosen(decoder: PreTrainedModel) -> str:
+    """Return what changes keys and values without changing a weight."""
+    names = ("rope_parameters", "hidden_act", "rms_norm_eps", "layer_norm_eps", "attention_multiplier")
+    return json.dumps({name: getattr(decoder.config, name, None) for name in names}, sort_keys=True, default=str)
 
 
 def _samples(decoder: PreTrainedModel) -> list[Tensor]:

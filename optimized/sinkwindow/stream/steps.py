@@ -176,7 +176,7 @@ class Steps:
     def state(self) -> State:
         """Return the stream's state with what the steps have done so far."""
         state = self._base
-        if state is None:
+        if state is None or state is not self.stream.state:  # it has changed, and `follow` was interrupted
             return self.stream.state
         seen = self.seen[: len(state.lanes)].tolist()
         steps = seen[0] - state.lanes[0].seen
