@@ -34,6 +34,12 @@ def generated(model: PreTrainedModel, ids: Tensor, cache: Any, new: int = 12, **
     return model.generate(ids, **arguments)[0].tolist()  # type: ignore[operator,no-any-return]  # a mixin's method
 
 
+def logits_of(model: Any, cache: object, ids: Tensor) -> Tensor:
+    """Call a model, or a module around one, in the modes of torch that are on; return its logits."""
+    logits: Tensor = model(input_ids=ids, **{CACHE_NAME: cache}).logits
+    return logits
+
+
 @contextmanager
 def failing(module: Module, kind: type[BaseException], *, after: int = 0) -> Iterator[None]:
     """Let a module raise after its forward, at its call number `after`; the block must raise that."""

@@ -15,10 +15,10 @@ import torch
 from accelerate import cpu_offload  # type: ignore[import-untyped]
 from transformers import DynamicCache
 
+from calling import logits_of
 from families import build
 from sinkwindow_reference import reference_logits
 from strategies import (
-    CACHE_NAME,
     EXACT,
     ModelSpec,
     Rule,
@@ -33,7 +33,6 @@ from strategies import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -42,16 +41,6 @@ WIDE = Rule(1, 80, 0)  # evicts nothing: there a stock cache is the judge
 LENGTHS = [9, 1, 1, 7, 1, 12, 1]
 FEW = [9, 1, 7, 1]  # for the compiler, which takes its time
 KINDS = pytest.mark.parametrize("static", [False, True])
-
-
-def _logits(model: Any, cache: object, ids: Tensor) -> Tensor:
-    """Call a model as it is, in the modes that are on."""
-    logits: Tensor = model(input_ids=ids, **{CACHE_NAME: cache}).logits
-    return logits
-
-
-def _parts(ids: Tensor, lengths: list[int]) -> list[Tensor]:
-    return list(torch.split(ids, lengths, dim=1))
 
 
 # -- casts and moves of the model ---------------------------------------------------------------------------------
@@ -85,7 +74,7 @@ def test_a_cast_that_keeps_frequencies_does_what_a_stock_cache_does(*, static: b
         assert torch.equal(call(model, ours, ids[:, :9]), call(model, stock, ids[:, :9]))
     model.double()
     with pytest.raises(ValueError, match="was cast or moved") if static and filled else nullcontext():
-        for part in _parts(ids[:, 9:], [1, 30]):
+        for part in torch.split(ids[:, 9:], [1, 30], dim=1):
             assert worst(call(model, ours, part) - call(model, stock, part)) < 1e-4  # stock angles are float32
         banks = [bank for slots in ours._stream.state.pools for bank in slots.banks]
         assert {tensor.dtype for bank in banks for tensor in bank.tensors} == {torch.float64}
@@ -159,7 +148,7 @@ def test_a_cache_of_the_inner_model_serves_calls_of_its_wrapper(wrap: Callable[.
     expected = reference_logits(model, ids, **RULE.arguments)
     cache, wrapper = RULE.cache(model, static=static), wrap(model)
     with torch.no_grad():
-        logits = torch.cat([_logits(wrapper, cache, part) for part in _parts(ids, LENGTHS)], dim=1)
+        logits = torch.cat([logits_of(wrapper, cache, part) for part in torch.split(ids, LENGTHS, dim=1)], dim=1)
     assert worst(logits - expected) < EXACT
 
 
@@ -182,7 +171,7 @@ def test_a_compiled_model_takes_every_call(family: str, *, static: bool) -> None
     expected = stream(model, plain, ids, FEW)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
-        logits = torch.cat([_logits(compiled, cache, part) for part in _parts(ids, FEW)], dim=1)
+        logits = torch.cat([logits_of(compiled, cache, part) for part in torch.split(ids, FEW, dim=1)], dim=1)
     assert worst(logits - expected) < EXACT
     assert observe(cache) == observe(plain)
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from calling import logits_of
 from families import build
 from sinkwindow_reference import reference_logits
 from strategies import (
-    CACHE_NAME,
     EXACT,
     ModelSpec,
     Rule,
@@ -38,24 +38,12 @@ from strategies import (
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from torch import Tensor
-
     from sinkwindow import StreamingCache
 
 RULE = Rule(2, 5, 1)
 WIDE = Rule(1, 80, 0)  # evicts nothing: there a stock cache is the judge
 LENGTHS = [9, 1, 1, 7, 1, 12, 1]
 KINDS = pytest.mark.parametrize("static", [False, True])
-
-
-def _logits(model: Any, cache: object, ids: Tensor) -> Tensor:
-    """Call a model as it is, in the modes that are on."""
-    logits: Tensor = model(input_ids=ids, **{CACHE_NAME: cache}).logits
-    return logits
-
-
-def _parts(ids: Tensor, lengths: list[int]) -> list[Tensor]:
-    return list(torch.split(ids, lengths, dim=1))
 
 
 # -- modes of torch -----------------------------------------------------------------------------------------------
@@ -80,7 +68,7 @@ def test_calls_and_changes_may_be_inside_or_outside_of_inference_mode(
     expected, cache, end = reference_logits(model, ids, **rule.arguments), rule.cache(model, static=static), 0
     for length in lengths:
         with torch.inference_mode(mode=bool(dice & 1)):
-            logits = _logits(model, cache, ids[:, end : end + length])
+            logits = logits_of(model, cache, ids[:, end : end + length])
         with torch.inference_mode(mode=bool(dice & 2)):
             cache = _changed(cache, dice % 4)
         assert worst(logits - expected[:, end : end + length]) < EXACT
@@ -114,7 +102,7 @@ def test_the_gradient_of_a_call_is_right(rule: Rule, family: str, seed: int, bef
     if before:
         call(model, cache, ids[:, :before])
     filled, generator = copy.deepcopy(cache), torch.Generator().manual_seed(seed)
-    logits = _logits(model, cache, ids[:, before : before + columns])
+    logits = logits_of(model, cache, ids[:, before : before + columns])
     weights = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
     ahead = [torch.randn(one.shape, generator=generator, dtype=one.dtype) for one in model.parameters()]
     after = call(model, cache, ids[:, before + columns :])  # what is written does not change what the graph has kept
@@ -142,13 +130,13 @@ def test_a_gradient_through_pieces_or_a_static_step_is_refused() -> None:
     model, ids = copy.deepcopy(build("falcon")).requires_grad_(), tokens(0, 1, 40)
     cache = RULE.cache(model)
     with pytest.raises(ValueError, match=r"a gradient needs a call in one piece.*no_grad"):
-        _logits(model, cache, ids)
+        logits_of(model, cache, ids)
     assert cache.seen_tokens == [0]
     model = copy.deepcopy(ModelSpec().model()).requires_grad_()
     cache = RULE.cache(model, static=True)
-    _logits(model, cache, ids[:, :9])
+    logits_of(model, cache, ids[:, :9])
     with pytest.raises(RuntimeError, match="has no gradient"):
-        _logits(model, cache, ids[:, 9:10])
+        logits_of(model, cache, ids[:, 9:10])
     assert cache.seen_tokens == [9]
     expected = reference_logits(model, ids, **RULE.arguments)
     assert worst(call(model, cache, ids[:, 9:]) - expected[:, 9:]) < EXACT
@@ -161,9 +149,9 @@ def test_a_gradient_that_only_a_hook_asks_for_is_refused_where_pieces_would_cut_
     model.model.layers[0].register_forward_pre_hook(lambda _, args: (args[0] + shift, *args[1:]))
     cache = RULE.cache(model)
     with pytest.raises(ValueError, match="a gradient needs a call in one piece"):
-        _logits(model, cache, ids)
+        logits_of(model, cache, ids)
     assert cache.seen_tokens == [0]
-    _logits(model, cache, ids[:, :9]).sum().backward()  # type: ignore[no-untyped-call]
+    logits_of(model, cache, ids[:, :9]).sum().backward()  # type: ignore[no-untyped-call]
     assert shift.grad is not None
 
 
@@ -177,11 +165,13 @@ def test_autocast_may_be_on_in_some_calls(seed: int, on: list[bool]) -> None:
     """Without evictions logits are a stock cache's; with them the cache goes on, and keeps the wider dtype."""
     model, ids = ModelSpec(max_positions=128).model(torch.float32), tokens(seed, 2, sum(LENGTHS))
     ours, stock, narrow = WIDE.cache(model), DynamicCache(config=model.config), RULE.cache(model)
-    for part, mode in zip(_parts(ids, LENGTHS), on, strict=True):
+    for part, mode in zip(torch.split(ids, LENGTHS, dim=1), on, strict=True):
         with torch.no_grad(), _autocast(on=mode):
-            expected = _logits(model, stock, part)
-            assert worst(_logits(model, ours, part) - expected) <= 2 * torch.finfo(torch.bfloat16).eps * worst(expected)
-            _logits(model, narrow, part)
+            expected = logits_of(model, stock, part)
+            assert worst(logits_of(model, ours, part) - expected) <= 2 * torch.finfo(torch.bfloat16).eps * worst(
+                expected
+            )
+            logits_of(model, narrow, part)
     with torch.no_grad():
         expected = reference_logits(model, ids, **RULE.arguments)[:, -1:]
     again = RULE.cache(model)
@@ -198,15 +188,15 @@ def test_switching_autocast_never_breaks_a_call_of_a_static_cache_in_silence(*, 
     cache = RULE.cache(model, static=static)
     with torch.no_grad():
         with _autocast(on=first):
-            _logits(model, cache, ids[:, :9])
+            logits_of(model, cache, ids[:, :9])
         before = observe(cache)
         with _autocast(on=not first), ExitStack() as stack:
             if static:
                 stack.enter_context(pytest.raises(ValueError, match="autocast was switched"))
-            _logits(model, cache, ids[:, 9:10])
+            logits_of(model, cache, ids[:, 9:10])
         assert not static or observe(cache) == before
         with _autocast(on=first):
-            _logits(model, cache, ids[:, 10:])
+            logits_of(model, cache, ids[:, 10:])
 
 
 def test_training_mode_is_a_mode_like_another_and_checkpointing_is_refused() -> None:
@@ -222,11 +212,11 @@ def test_training_mode_is_a_mode_like_another_and_checkpointing_is_refused() -> 
         layer._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
     cache = RULE.cache(model)
     with pytest.raises(ValueError, match="Gradient checkpointing gives no cache"):
-        _logits(model, cache, ids)
+        logits_of(model, cache, ids)
     assert cache.seen_tokens == [0]
     assert torch.equal(stream(model, cache, ids, [12, 1, 17]), expected)  # without a gradient nothing is run again
     model.train(mode=False)
-    assert worst(_logits(model, RULE.cache(model), ids).detach() - expected) < EXACT
+    assert worst(logits_of(model, RULE.cache(model), ids).detach() - expected) < EXACT
 
 
 @budget(0.2)
