@@ -14,13 +14,12 @@ from sinkwindow.lanes import Inputs
 from sinkwindow.storage.bank import KeyValue, allocate
 from sinkwindow.storage.slots import Pool, PoolLane, Slots
 from sinkwindow.stream.events import Eviction
-from sinkwindow.stream.history import select_past, tokens_fed
+from sinkwindow.stream.history import _shortened, select_past, tokens_fed
 from sinkwindow.stream.state import CallRecord, Snapshot, State
-from sinkwindow.stream.steps import Steps
 from sinkwindow.stream.stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sinkwindow.stream.call import StreamCall
 
@@ -66,25 +65,6 @@ def test_weights_without_copies_are_returned_as_they_are() -> None:
     assert part.fold(weights) is weights
 
 
-def test_what_a_call_would_do_is_known_before_it() -> None:
-    """Tokens of the longest row, and whether some row evicts."""
-    stream = _fed(5, [[0, 1, 2, 3, 4], [3, 4]])
-    assert stream.preview(Inputs(2, 2, CPU, None)) == (7, False)
-    assert stream.preview(Inputs(2, 3, CPU, None)) == (8, True)
-    assert stream.preview(Inputs(2, 3, CPU, [[2], [0, 1, 2]])) == (6, False)
-    assert Stream([POOL], 100).preview(Inputs(2, 3, CPU, [[], []])) == (0, False)
-
-
-def test_a_call_may_be_as_long_as_the_table_of_positions() -> None:
-    """And no longer: the error has both lengths; a copy has the same table."""
-    stream = Stream([POOL], 100, longest=10)
-    stream.commit(_begin(stream, 6))
-    for one in (stream, stream.copy()):
-        _begin(one, 4)
-        with pytest.raises(ValueError, match=r"brings 5 columns and 6 are cached, .* ends at 10"):
-            _begin(one, 5)
-
-
 def test_events_say_what_left_and_what_stayed() -> None:
     """Rows that agree are listed eviction by eviction, others row by row; a call of evict="call" has one each."""
     stream = Stream([POOL], 100)
@@ -120,15 +100,47 @@ def test_records_of_chosen_rows_are_theirs() -> None:
     assert select_past((rows, agreed), [2, 0, 0]) == (chosen, agreed)
 
 
+@pytest.mark.parametrize(
+    ("column", "columns", "real"),
+    [
+        (7, 3, ([0, 2], None, [])),
+        (8, 3, ([0, 2], None, [])),
+        (6, 2, (range(1), None, [])),
+        (5, 1, (range(1), None, [])),
+    ],
+)
+def test_a_record_ends_where_columns_are_taken_back(
+    column: int, columns: int, real: tuple[Sequence[int] | None, ...]
+) -> None:
+    """Before its own first column nothing of it is left."""
+    first = CallRecord(0, 4, ([1], None, [2]), (0, 0, 0), ((0, 0, 0),), 0)
+    second = CallRecord(4, 3, ([0, 2], None, []), (1, 4, 1), ((0, 0, 0),), 0)
+    assert _shortened((first, second), column) == (first, replace(second, columns=columns, real=real))
+    assert _shortened((first, second), 4) == (first,)
+    assert _shortened((), column) == ()
+    stream = _fed(9, [list(range(9)), list(range(8))])
+    stream.crop(2)
+    assert [(record.columns, record.real) for record in stream.state.past] == [(7, (range(7), range(7)))]
+
+
+def test_columns_without_padding_held_tokens() -> None:
+    """There is no record of them."""
+    assert tokens_fed((), 2).shape == (2, 0)
+
+
 def test_a_snapshot_names_what_differs() -> None:
     """Settings and short facts of the model by value, digests by name alone; `on_overflow` may differ."""
     snapshot = Snapshot({"window": 4, "on_overflow": "evict"}, {"dtype": "float32", "weights": "a" * 33}, State(()))
-    snapshot.check({"window": 4, "on_overflow": "error"}, snapshot.model)
+    snapshot.check({"window": 4, "on_overflow": "error"}, {"weights": "unknown", "dtype": "float32"})
+    replace(snapshot, model={"weights": "unknown"}).check({}, {"weights": "a"})
+    with pytest.raises(ValueError, match="dtype"):  # what is known is compared
+        snapshot.check({}, {"weights": "unknown", "dtype": "float64"})
     for settings, model, words in (
         ({"window": "5" * 33}, {}, f"a cache with window=4, this one has window='{'5' * 33}'"),
         ({}, {"dtype": "b" * 32}, f"a model with dtype='float32', this one has dtype='{'b' * 32}'"),
         ({}, {"weights": "b" * 33}, "a model with other weights"),
         ({"static": True}, {}, "a cache with static=None, this one has static=True"),
+        ({"window": "unknown"}, {}, "a cache with window=4, this one has window='unknown'"),
     ):
         with pytest.raises(ValueError, match=f"The snapshot is of {words}: a cache that goes on from it"):
             snapshot.check(settings, model)
@@ -189,6 +201,8 @@ def test_cached_tensors_become_wider_before_a_call_alone(*, static: bool) -> Non
         keys, values = call.parts[0].update(layer, single, single.double())
         assert (keys.dtype, values.dtype) == (torch.float32, torch.float64)
     stream.commit(call)
+    keys, values = stream.begin(Inputs(1, 3, CPU, None)).parts[0].update(0, single.double(), single.double())
+    assert (keys.dtype, values.dtype) == (torch.float64, torch.float64)
     call = stream.begin(Inputs(1, 3, CPU, None))
     with pytest.raises(ValueError, match="Undo that, or feed the text again"):
         call.parts[0].update(0, single, single)
@@ -236,31 +250,6 @@ def test_a_list_without_a_window_can_always_be_reached() -> None:
     row = PoolLane(evicted=8, floor=7)
     assert [POOL.reachable(row, seen, 0) for seen in (1, 2, 3)] == [True, True, False]
     assert [POOL.reachable(row, 20, evicted) for evicted in (4, 5, 6)] == [False, True, True]
-
-
-def test_a_step_brings_one_token_for_each_row() -> None:
-    """Another shape, a stream that holds nothing, another attention and a gradient are refused."""
-    stream = Stream([replace(POOL, static=True)], 100)
-    steps = Steps(stream, ["full_attention"])
-    one = torch.zeros(1, 1)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"input_ids has shape \(1, 1\); a compiled call brings one token"):
-            steps.begin({"input_ids": one}, "sdpa")
-        steps.follow()
-    stream.commit(_begin(stream, 3))
-    steps.follow()
-    for tokens, shape in ((torch.zeros(1, 2), "1, 2"), (torch.zeros(2, 1), "2, 1"), (torch.zeros(1, 2, 4), "1, 2")):
-        with pytest.raises(ValueError, match=rf"input_ids has shape \({shape}\)"):
-            steps.begin({"input_ids": tokens}, "sdpa")
-    with pytest.raises(ValueError, match="works with attn_implementation sdpa or eager, got 'flash'"):
-        steps.begin({"input_ids": one}, "flash")
-    mask = steps.begin({"input_ids": one}, "sdpa")["attention_mask"]
-    assert isinstance(mask, torch.Tensor)  # where all layers have the same window
-    assert mask.int().tolist() == [[[[1, 1, 1, 1, *[0] * 12]]]]
-    states = torch.ones(1, 1, 1, 4)
-    for key, value in ((states.requires_grad_(), states.detach()), (states.detach(), states)):
-        with pytest.raises(RuntimeError, match="has no gradient"):
-            steps.update(0, key, value)
 
 
 def test_a_state_with_other_tensors_has_none_to_spare() -> None:

@@ -113,6 +113,7 @@ class Twin:
         with META:
             call = stream.begin(Inputs(len(self.rows), columns, CPU, [*places] if padded else None), aside=aside)
             positions, masks = call.positions(CPU).expand(len(self.rows), -1), call.masks(CPU)
+        assert -columns < int(positions.min()) <= int(positions.max()) < self.stream.bound
         for index, (part, programs) in enumerate(zip(call.parts, self.programs(self.rows), strict=True)):
             mask = masks[index] if masks else torch.ones(1, 1, columns, part.length).tril(part.length - columns)
             for layer in LAYERS[index]:
@@ -218,6 +219,10 @@ class Twin:
         """Compare what the stream knows, and what it would know some columns ago, with the list program."""
         state = self.stream.state
         assert state.columns == sum(map(len, self.rows[0]))
+        if state.batch is not None:
+            with META:
+                fed = self.stream.tokens_fed(state.batch)
+            assert fed.tolist() == [[number is not None for call in row for number in call] for row in self.rows]
         self.compare(state, 0)
         first, second = sorted(self.random.randint(0, state.columns) for _ in range(2))
         self.compare(state, state.columns - second)
