@@ -379,7 +379,6 @@ def test_an_interrupted_reset_shows_one_state(model: PreTrainedModel, monkeypatc
     assert observe(cache) in (before, fresh)
 
 
-@pytest.mark.xfail(reason="the finalizer is made behind the hooks, which nothing removes then", raises=AssertionError)
 def test_a_cache_that_is_interrupted_while_it_is_made_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor a trace of itself that keeps the hooks of later caches, wherever Ctrl-C comes while it is attached."""
     for number in itertools.count():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from families import build, can_be_static
 from sinkwindow import StreamingCache
+from sinkwindow.saving import read
 from strategies import BOTH, ModelSpec, Rule, budget, call, fresh_model, observe, rules, tokens
 
 if TYPE_CHECKING:
@@ -218,6 +219,25 @@ def test_a_file_is_the_tensors_and_a_small_header(tmp_path: Path, rows: int, *, 
     assert (tmp_path / "chat").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2_windows"])
+def test_a_file_holds_nothing_of_an_earlier_text(tmp_path: Path, family: str, *, static: bool) -> None:
+    """After `reset` the tensors are used again: the content is that of a file of a cache that never had them."""
+    model, rule, ids = build(family), Rule(2, 5, 1), tokens(5, 2, 30)
+    used, new = rule.cache(model, static=static), rule.cache(model, static=static)
+    call(model, used, tokens(6, 2, 40))
+    used.reset()
+    mask = torch.ones_like(ids[:, :5])
+    mask[0, :3] = 0
+    for length, end in ((5, 5), (1, 6), (14, 20), (1, 21)):
+        for cache, name in ((used, "used"), (new, "new")):
+            call(model, cache, ids[:, end - length : end], mask if end == 5 else None)
+            cache.save(tmp_path / name)
+        one, other = (load_file(tmp_path / name) for name in ("used", "new"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_copy_of_the_model_is_the_same_model(tmp_path: Path) -> None:
     """A file and a snapshot go on with a model of equal weights; not with one that differs in one layer."""
     model = fresh_model(ModelSpec()).double()
@@ -256,7 +276,8 @@ def test_tensors_go_where_the_layers_are(
             cache.restore(snapshot)
         else:
             cache = StreamingCache.load(tmp_path / "chat", model) if how == "load" else copy.deepcopy(cache)
-    old, new = _by_layer(snapshot.state.pools[0].banks), _by_layer(cache._stream.state.pools[0].banks)
+    source = read(tmp_path / "chat") if how == "load" else snapshot  # in a file free slots are zeros
+    old, new = _by_layer(source.state.pools[0].banks), _by_layer(cache._stream.state.pools[0].banks)
     assert [new[layer][0].device for layer in range(3)] == places
     for layer in (0, 2):
         torch.testing.assert_close(new[layer], old[layer], rtol=0, atol=0, equal_nan=True)  # a free slot may be NaN

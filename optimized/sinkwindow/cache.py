@@ -345,9 +345,9 @@ class StreamingCache(Cache, Copies):
     def can_crop(self, columns: int) -> bool:
         """Return whether the newest ``columns`` columns can be taken back exactly.
 
-        They can while the tokens that they evicted are still in their slots: always within the last call, if the list
-        before it and the call fill fewer than all slots (S + W + B + 1 and a sixteenth more, at least 8); further back
-        with ``activate_past_recording``.
+        They can while the tokens that they evicted are still in their slots: until the next call begins (even if it
+        fails) always within the last call, if the list before it and the call fill fewer than all slots (S + W + B + 1
+        and a sixteenth more, at least 8); further back with ``activate_past_recording``.
 
         Raises:
             TypeError: ``columns`` is not an int.

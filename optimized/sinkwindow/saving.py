@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sinkwindow.arguments import read_path
-from sinkwindow.lanes import Lane
+from sinkwindow.lanes import Lane, batch_slice
 from sinkwindow.storage.bank import Bank, KeyValue
 from sinkwindow.storage.slots import PoolLane, Slots
+from sinkwindow.stream.history import compact
 from sinkwindow.stream.state import CallRecord, Snapshot, State
 
 if TYPE_CHECKING:
@@ -42,20 +43,14 @@ SETTINGS = {
     **dict.fromkeys(("evict", "positions", "on_overflow"), str),
     "static": bool,
 }
-NONSENSE = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)  # what a nonsense header raises
+# What reading a header without sense raises.
+NONSENSE = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 COUNTS = ("columns", "batch", "num_evictions", "forwarded", "forgot", "recording")
 
 
 def encoded(snapshot: Snapshot) -> bytes:
     """Return a snapshot as the content of a file."""
-    tensors = _tensors(snapshot.state)
+    tensors = _tensors(snapshot.state, static=snapshot.settings["static"])
     header = json.dumps(
         {"format": FORMAT, "settings": snapshot.settings, "model": snapshot.model, "state": _counts(snapshot.state)},
         default=list,  # of a range
@@ -182,13 +177,28 @@ def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
 # -- a state as JSON and named tensors --------------------------------------------------------------------------------
 
 
-def _tensors(state: State) -> dict[str, Tensor]:
-    return {
-        f"pool{index}.bank{number}.{name}": tensor.contiguous().cpu()
-        for index, slots in enumerate(state.pools)
-        for number, bank in enumerate(slots.banks)
-        for name, tensor in zip(("keys", "values", "sink_keys", "sink_values"), bank.tensors, strict=True)
-    }
+def _tensors(state: State, *, static: bool) -> dict[str, Tensor]:
+    found = {}
+    for index, slots in enumerate(state.pools):
+        for number, bank in enumerate(slots.banks):
+            used = bank.slots if static else (_without_free(tensor, bank, slots, state) for tensor in bank.slots)
+            names = ("keys", "values", "sink_keys", "sink_values")
+            for name, tensor in zip(names, (*used, *bank.sinks), strict=True):
+                found[f"pool{index}.bank{number}.{name}"] = tensor.contiguous().cpu()
+    return found
+
+
+def _without_free(tensor: Tensor, bank: Bank, slots: Slots, state: State) -> Tensor:
+    """Return slots with zeros in the free ones, which may hold a text from before ``reset``, or anything.
+
+    A ring has no need of it: all of it is written when it is filled.
+    """
+    copy, num_sinks = tensor.clone(), bank.sinks.keys.shape[3]
+    copy[:, :, :, slots.end :] = 0
+    for index, (lane, row) in enumerate(zip(state.lanes, slots.lanes, strict=True)):
+        first = slots.end - (lane.seen - row.floor) - num_sinks
+        copy[:, batch_slice(index, len(state.lanes)), :, : max(0, first)] = 0
+    return copy
 
 
 def _counts(state: State) -> dict[str, Any]:
@@ -233,7 +243,7 @@ def _made(kind: type[T], values: list[int]) -> T:
 def _record(
     start: int, columns: int, real: list[Any], seen: list[int], evicted: list[list[int]], num_evictions: int
 ) -> CallRecord:
-    return CallRecord(start, columns, tuple(real), tuple(seen), tuple(map(tuple, evicted)), num_evictions)
+    return CallRecord(start, columns, tuple(map(compact, real)), tuple(seen), tuple(map(tuple, evicted)), num_evictions)
 
 
 # -- whether a state makes sense --------------------------------------------------------------------------------------

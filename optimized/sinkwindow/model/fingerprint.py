@@ -65,14 +65,14 @@ def _samples(decoder: PreTrainedModel) -> list[Tensor]:
 
 
 def _taken(parameter: Tensor) -> Tensor | None:
-    """Return evenly spaced values, ``[SAMPLES]``; ``None`` where torch cannot take any (sparse, shared by ranks)."""
-    if not parameter.numel():
+    """Return evenly spaced values, ``[SAMPLES]``; ``None`` where there are none, or torch cannot take any."""
+    if not parameter.numel() or hasattr(parameter, "placements"):  # a DTensor: its values are on several ranks
         return None
     places = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+    small = parameter.view(torch.uint8) if parameter.itemsize == 1 else parameter  # float8 has no `take`
     try:
-        small = parameter.view(torch.uint8) if parameter.itemsize == 1 else parameter  # float8 has no `take`
         return small.take(places.to(parameter.device))
-    except (RuntimeError, NotImplementedError):  # what torch raises for a kind that it does not know
+    except NotImplementedError:  # a layout like sparse or a class of its own has none; the shape counts
         return None
 
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 Function = TypeVar("Function", bound="Callable[..., Any]")
@@ -85,13 +84,13 @@ class _Attachment:
     """The hooks of one module.
 
     Attributes:
-        handles: Of all hooks.
-        last: The number of the hook that must run after all others.
+        rotary: The modules inside that have hooks too.
+        last: The number of the hook that must run after all others, ``None`` until all are there.
         users: Caches that need them.
     """
 
-    handles: list[RemovableHandle]
-    last: int
+    rotary: list[nn.Module]
+    last: int | None = None
     users: set[int] = field(default_factory=set)
 
 
@@ -108,32 +107,37 @@ def attach(model: nn.Module, decoder: PreTrainedModel, cache: Hooked) -> Finaliz
         Its call removes the hooks, if no other cache needs them; it happens at the latest with the cache.
     """
     modules = [decoder] if model is decoder else [decoder, model]
-    with _lock:
-        for module in modules:
-            if module not in _attachments:
-                _attachments[module] = _hooks_for(module, is_decoder=module is decoder)
-            _attachments[module].users.add(id(cache))
-    return weakref.finalize(cache, _detach, tuple(weakref.ref(module) for module in modules), id(cache))
+    finalizer = weakref.finalize(cache, _detach, tuple(weakref.ref(module) for module in modules), id(cache))
+    try:
+        with _lock:
+            for module in modules:
+                _hook(module, id(cache), is_decoder=module is decoder)
+        return finalizer  # noqa: TRY300 - here, so that Ctrl-C before this line removes the hooks too
+    except BaseException:  # a part of the hooks is there, and the exception keeps the cache
+        finalizer()
+        raise
 
 
-def _hooks_for(module: nn.Module, *, is_decoder: bool) -> _Attachment:
-    rotary = rotary_modules(module) if is_decoder else []
-    _strip_copied_hooks([module, *rotary])
-    before = _before_decoder if is_decoder else _before_model
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
-    if is_decoder:
-        handles.append(module.register_forward_hook(_after_decoder, with_kwargs=True))
-    last = module.register_forward_hook(_after_call, with_kwargs=True)
-    handles.append(last)
-    handles += [one.register_forward_hook(_after_rotary, with_kwargs=True) for one in rotary]
-    return _Attachment(handles, last.id)
+def _hook(module: nn.Module, user: int, *, is_decoder: bool) -> None:
+    attachment = _attachments.get(module)
+    if attachment is None:
+        attachment = _attachments[module] = _Attachment(rotary_modules(module) if is_decoder else [])
+    attachment.users.add(user)
+    if attachment.last is None:
+        _strip_hooks(module, attachment)  # those that a copy of an attached model has inherited
+        module.register_forward_pre_hook(_before_decoder if is_decoder else _before_model, with_kwargs=True)
+        if is_decoder:
+            module.register_forward_hook(_after_decoder, with_kwargs=True)
+        for rotary in attachment.rotary:
+            rotary.register_forward_hook(_after_rotary, with_kwargs=True)
+        attachment.last = module.register_forward_hook(_after_call, with_kwargs=True).id
 
 
-def _strip_copied_hooks(modules: list[nn.Module]) -> None:
-    """Remove the hooks that a copy of an attached model has inherited, which no handle would remove."""
+def _strip_hooks(module: nn.Module, attachment: _Attachment) -> None:
+    """Remove our hooks, which are known by their functions: an interruption may have left any part of them."""
     ours = {_before_model, _before_decoder, _after_decoder, _after_call, _after_rotary}
-    for module in modules:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    for part in (module, *attachment.rotary):
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
 
@@ -147,8 +151,7 @@ def _detach(modules: Modules, user: int) -> None:
                 continue
             attachment.users.discard(user)
             if not attachment.users:
-                for handle in attachment.handles:
-                    handle.remove()
+                _strip_hooks(module, attachment)
                 del _attachments[module]
 
 
@@ -254,7 +257,7 @@ def _commit_traced(cache: Hooked, decoder: PreTrainedModel) -> None:
 def _run_last(module: nn.Module) -> None:
     """Run our hook after those that the user has registered since: a call counts when all of them have returned."""
     attachment, hooks = _attachments.get(module), module._forward_hooks
-    if attachment is not None and next(reversed(hooks)) != attachment.last:
+    if attachment is not None and attachment.last in hooks and next(reversed(hooks)) != attachment.last:
         hooks.move_to_end(attachment.last)  # type: ignore[attr-defined]  # torch calls it a dict
 
 

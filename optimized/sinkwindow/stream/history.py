@@ -42,7 +42,7 @@ def recorded(state: State, call: StreamCall) -> tuple[CallRecord, ...]:
     record = CallRecord(
         start=state.columns,
         columns=call.lanes[0].columns,
-        real=tuple(_compact(lane.real) for lane in call.lanes),
+        real=tuple(compact(lane.real) for lane in call.lanes),
         seen=tuple(lane.before.seen for lane in call.lanes),
         evicted=tuple(tuple(row.evicted for row in slots.lanes) for slots in call.state.pools),
         num_evictions=state.num_evictions,
@@ -50,11 +50,12 @@ def recorded(state: State, call: StreamCall) -> tuple[CallRecord, ...]:
     return (*state.past, record)[-MOST:]
 
 
-def _compact(real: Sequence[int] | None) -> Sequence[int] | None:
-    """Return columns as a range where nothing is between them, as behind padding: a record is small then."""
-    if real and real[-1] - real[0] + 1 == len(real):
-        return range(real[0], real[-1] + 1)
-    return real
+def compact(real: Sequence[int] | None) -> Sequence[int] | None:
+    """Return columns as a range where none is left out, as behind padding: a record is small then."""
+    if not real or real[-1] - real[0] + 1 != len(real):
+        return real
+    whole = range(real[0], real[-1] + 1)
+    return whole if list(real) == list(whole) else real  # of a file, where anything may be between
 
 
 def tokens_fed(past: Sequence[CallRecord], batch: int) -> Tensor:
@@ -179,6 +180,6 @@ def _shortened(past: tuple[CallRecord, ...], column: int) -> tuple[CallRecord, .
     kept = [record for record in past if record.start < column]
     if kept and kept[-1].start + kept[-1].columns > column:
         columns = column - kept[-1].start
-        real = tuple(None if r is None else _compact([place for place in r if place < columns]) for r in kept[-1].real)
+        real = tuple(None if r is None else compact([place for place in r if place < columns]) for r in kept[-1].real)
         kept[-1] = replace(kept[-1], columns=columns, real=real)
     return tuple(kept)
