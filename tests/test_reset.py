@@ -115,6 +115,7 @@ def test_a_reset_after_recording_gives_the_memory_back() -> None:
     enlarged = used.nbytes
     used.reset()
     assert not used.is_recording_past(0)
+    assert not used._stream.state.pools[0].spare  # it is free at once, not with the next text's first call
     stream(model, used, ids, [10, *[1] * 20])
     stream(model, new, ids, [10, *[1] * 20])
     assert used.nbytes == new.nbytes < enlarged

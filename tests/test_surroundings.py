@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
@@ -94,6 +94,8 @@ def _changed(cache: StreamingCache, how: int) -> StreamingCache:
     before=st.integers(0, 20),
     columns=st.integers(1, 25),
 )
+@example(Rule(3, 4, 1), "llama", 0, 0, 20)  # sinks that come in the call are copied, and moved, for later queries
+@example(Rule(3, 4, 1), "llama", 0, 1, 20)
 def test_the_gradient_of_a_call_is_right(rule: Rule, family: str, seed: int, before: int, columns: int) -> None:
     """It is the derivative of the call's logits, cached keys and values being constants; later calls are unharmed."""
     model = copy.deepcopy(ModelSpec(family=family, kv_heads=2, max_positions=24).model()).requires_grad_()

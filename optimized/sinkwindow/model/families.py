@@ -299,8 +299,8 @@ def frequencies_of(decoder: nn.Module) -> list[Frequencies]:
     for module in rotary_modules(decoder):
         for name in _frequency_names(module):
             original = name.replace("inv_freq", "original_inv_freq")
-            name = original if isinstance(getattr(module, original, None), Tensor) else name  # noqa: PLW2901
-            found.append(Frequencies(weakref.ref(module), name, getattr(module, name)))
+            first = original if isinstance(getattr(module, original, None), Tensor) else name
+            found.append(Frequencies(weakref.ref(module), first, getattr(module, first)))
     return found
 
 
