@@ -37,7 +37,7 @@ def test_examples_print_what_they_say(name: str) -> None:
     first, *others = _examples(name)
     _run(first, dict(vars(__import__(getattr(sinkwindow, name).__module__, fromlist=["x"]))))
     for test in others:
-        names: dict[str, Any] = dict(vars(sinkwindow))
+        names: dict[str, Any] = {name: getattr(sinkwindow, name) for name in sinkwindow.__all__}
         _run(first, names)
         _run(test, names)
 

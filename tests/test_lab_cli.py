@@ -142,7 +142,7 @@ def test_mechanics_refuses_bad_numbers(numbers: tuple[int, int, int, int], messa
         (("perplexity", "--config", "dense"), "unknown configuration"),
         (
             ("perplexity", "--corpus", "{folder}/long.txt", "--model", "{folder}", "--dtype", "int8"),
-            "float16, bfloat16",
+            "'float16', 'bfloat16'",
         ),
         (("perplexity", "--corpus", "{folder}/long.txt", "--device", "abacus"), "--device cpu always is"),
         (("perplexity", "--corpus", "{folder}/long.txt", "--model", "{folder}/long.txt"), "embedded"),

@@ -71,7 +71,9 @@ def test_two_runs_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(plan, "QUICK", TINY)
     save_tiny(tmp_path / "model")
     waiting = threading.Semaphore(0)
-    monkeypatch.setattr(commands, "say", lambda words, **_: waiting.release() if words.startswith("note") else None)
+    monkeypatch.setattr(
+        commands.measure, "say", lambda words, **_: waiting.release() if words.startswith("note") else None
+    )
     out, reports = tmp_path / "out", []
     write_text = files.write_text
 

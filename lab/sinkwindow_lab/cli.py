@@ -6,7 +6,9 @@ import io
 import sys
 from collections.abc import Sequence
 
-from sinkwindow_lab.errors import explain, say
+from sinkwindow_lab.errors import Interrupted, explain, say
+
+INTERRUPTED = 130  # the exit status, as of a shell: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -14,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: always: 0 when all went well, 1 when `verify` finds the cache wrong, 2 after a user's error (one
-            line on standard error).
+            line on standard error), 130 after Ctrl-C (one line, which says what is kept).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -22,7 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from sinkwindow_lab.commands import app
 
-        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        given = None if arguments is None else list(arguments)
+        status = app(args=given, prog_name="sinkwindow", standalone_mode=False) or 0
+        if status == INTERRUPTED:  # typer turned a Ctrl-C into it
+            say("interrupted: nothing is written")
+    except Interrupted as kept:
+        say(f"interrupted: {kept}")
+        status = INTERRUPTED
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help, which it has shown
             raise SystemExit(2) from error
@@ -31,4 +39,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         say(f"error: {line}")
         raise SystemExit(2) from error
-    raise SystemExit(status or 0)
+    raise SystemExit(status)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # What torch and Python say of memory that cannot be had, and of sizes that no memory has; the classes do not tell.
@@ -17,6 +19,19 @@ LONGEST = 1000  # characters of a line that is shown whole
 
 class LabError(ValueError):
     """Something the user can fix: a name, a file, a missing extra, an unreachable hub."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The user ended a command that keeps what it has finished; its words say what, and how to go on."""
+
+
+@contextmanager
+def keeping(words: Callable[[], str]) -> Iterator[None]:
+    """Turn a Ctrl-C within the block into `Interrupted`."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(words()) from error
 
 
 def require(module: str) -> Any:

@@ -7,8 +7,11 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from sinkwindow_lab.errors import printable, say
+
+WIDE = 80  # a terminal that has room for a bar [columns]
 
 
 class Reporter:
@@ -30,9 +33,11 @@ class Bars(Reporter):
     def __init__(self, measurements: int) -> None:
         """Prepare the bars for a number of measurements."""
         self._console = Console(file=sys.stderr)
-        words = TextColumn("{task.description:<44}", markup=False)
-        columns = (words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        # The words take what the numbers leave, also on a narrow terminal, where there is no room for a bar as well.
+        words = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
+        bar = [BarColumn()] if self._console.width >= WIDE else []
+        columns = (words, *bar, MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self._console, expand=True, disable=not self._console.is_terminal)
         self._all = self._progress.add_task("measurements", total=measurements)
         self._current: TaskID | None = None
         self._count, self._measurements = 0, measurements

@@ -37,6 +37,11 @@ class Store:
         self._written: set[Path] = set()
         self.reused = 0
 
+    def __str__(self) -> str:
+        again = " without --fresh" if self._fresh else ""
+        kept = self.reused + len(self._written)
+        return f"{kept} finished measurements are kept in {self._folder}; the same command{again} continues from there"
+
     def measurements(
         self, what: str, key: Mapping[str, Any], measure: Callable[[], list[Measurement]]
     ) -> list[Measurement]:

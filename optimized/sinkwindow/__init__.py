@@ -4,15 +4,51 @@
 the folder ``reference/`` for the slow program that it is proved against.
 """
 
-import transformers
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
-from sinkwindow.cache import StreamingCache
-from sinkwindow.model.families import Support, UnsupportedModelError, supports
-from sinkwindow.model.versions import check_transformers
-from sinkwindow.retention import Retention
-from sinkwindow.stream.events import Eviction
-from sinkwindow.stream.state import Snapshot
+if TYPE_CHECKING:
+    from sinkwindow.cache import StreamingCache
+    from sinkwindow.model.families import Support, UnsupportedModelError, supports
+    from sinkwindow.retention import Retention
+    from sinkwindow.stream.events import Eviction
+    from sinkwindow.stream.state import Snapshot
 
-__all__ = ["Eviction", "Retention", "Snapshot", "StreamingCache", "Support", "UnsupportedModelError", "supports"]
+__all__ = [
+    "Eviction",
+    "Retention",
+    "Snapshot",
+    "StreamingCache",
+    "Support",
+    "UnsupportedModelError",
+    "supports",
+]
+__version__: str
 
-check_transformers(transformers.__version__)
+_MODULES = {
+    "Eviction": "stream.events",
+    "Retention": "retention",
+    "Snapshot": "stream.state",
+    "StreamingCache": "cache",
+    "Support": "model.families",
+    "UnsupportedModelError": "model.families",
+    "supports": "model.families",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: ``sinkwindow --help`` needs neither torch nor transformers."""
+    if name == "__version__":
+        found: Any = importlib.metadata.version(__name__)
+    elif name in _MODULES:
+        importlib.import_module("sinkwindow.model.versions")  # first, since others fail on an unsupported transformers
+        found = getattr(importlib.import_module(f"sinkwindow.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

