@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
 import nox
 
@@ -26,6 +30,9 @@ VERSIONS: Final = (
     "import platform, torch, transformers;"
     "print('python', platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"
 )
+# The project itself, so that changes need no new installation.
+EDITABLE: Final = ("install", "--no-deps", "--no-build-isolation", "--editable", ".")
+Run = Callable[..., Any]
 
 
 def install_group(session: nox.Session, group: str) -> None:
@@ -33,18 +40,35 @@ def install_group(session: nox.Session, group: str) -> None:
     session.run_install("python", "requirements/install.py", group)
 
 
-def install_project(session: nox.Session, *groups: str) -> None:
-    """Install the project with its lab, the named groups and the embedded data as locked, and print the versions."""
-    session.run_install("python", "requirements/install.py", "--lab", *groups)
-    session.install("--no-deps", "--no-build-isolation", "--editable", ".")
-    session.run("python", "-c", VERSIONS)
+def project(session: nox.Session, *groups: str) -> Run:
+    """Install the project with its lab, the named groups and the embedded data as locked; return what runs a command.
+
+    All sessions that need torch, which takes 1.4 GB (5 GB with CUDA), share one environment per version of Python.
+    """
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    place = Path(session.cache_dir.parent, f"project-{version}").absolute()
+    programs = place / ("Scripts" if os.name == "nt" else "bin")
+    path = os.pathsep.join((str(programs), os.environ["PATH"]))
+
+    def run(command: str, *arguments: str, env: Mapping[str, str] = MappingProxyType({}), **options: Any) -> Any:
+        """Run a command of the shared environment, as `session.run` does one of the session's own."""
+        found = shutil.which(command, path=path) or command
+        return session.run(found, *arguments, env={**env, "PATH": path}, external=True, **options)
+
+    if not programs.exists():
+        session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(place), external=True)
+    python = str(programs / "python")
+    session.run_install(python, "requirements/install.py", "--lab", *groups, external=True)
+    session.run_install(python, "-m", "pip", "--quiet", *EDITABLE, external=True)
+    run("python", "-c", VERSIONS)
+    return run
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run all tests, including property tests: `nox -s tests -- tests/test_x.py -k name`."""
-    install_project(session, "test")
-    session.run("pytest", *PARALLEL, *session.posargs, env=ONE_THREAD)
+    run = project(session, "test")
+    run("pytest", *PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -54,41 +78,41 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "--version")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
-    session.run("zizmor", "--offline", "--no-progress", ".github/workflows")
+    session.run("zizmor", "--offline", "--no-progress", ".github")
     if shutil.which("actionlint") is None:  # not on a package index for all machines; the workflow installs it
         session.warn("actionlint is not installed: the workflows were only checked with zizmor")
     else:
         session.run("actionlint", external=True)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Check types with mypy, in strict mode."""
-    install_project(session, "types")
-    session.run("mypy", "--version")
-    session.run("mypy", *session.posargs)
+    run = project(session, "types")
+    run("mypy", "--version")
+    run("mypy", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def paper_tables(session: nox.Session) -> None:
     """Measure perplexity, speed and memory; write results/paper_tables.md and .json; `-- --quick` measures less."""
-    install_project(session)
-    session.run("python", "-m", "sinkwindow_lab", "tables", "--out", "results", *session.posargs)
+    run = project(session)
+    run("python", "-m", "sinkwindow_lab", "tables", "--out", "results", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def mechanics(session: nox.Session) -> None:
     """Show how the cache changes, step by step, with each eviction."""
-    install_project(session)
-    session.run("python", "-m", "sinkwindow_lab", "mechanics", *session.posargs)
+    run = project(session)
+    run("python", "-m", "sinkwindow_lab", "mechanics", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def coverage(session: nox.Session) -> None:
     """Run the tests in one process and report lines and branches that no test reaches."""
-    install_project(session, "coverage")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs, env=ONE_THREAD)
-    session.run("coverage", "report")
+    run = project(session, "coverage")
+    run("coverage", "run", "-m", "pytest", *session.posargs, env=ONE_THREAD)
+    run("coverage", "report")
 
 
 def mutants(folder: Path) -> list[str]:
@@ -104,13 +128,13 @@ def mutants(folder: Path) -> list[str]:
     return rows
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def mutation(session: nox.Session) -> None:
     """Change the code in small ways, one at a time, and list changes that no test notices: `-- lanes storage.ring`.
 
     In build/mutation, `mutmut show NAME` shows one of those that it lists.
     """
-    install_project(session, "mutation")
+    run = project(session, "mutation")
     # mutmut takes packages from src/ alone, and copies them, with what it makes of them, and the tests to mutants/.
     place = Path("build", "mutation")
     shutil.rmtree(place, ignore_errors=True)
@@ -119,8 +143,8 @@ def mutation(session: nox.Session) -> None:
         (place / name).symlink_to(Path("..", "..", "optimized" if name == "src" else name))
     with session.chdir(place):
         modules = [f"sinkwindow.{module}.*" for module in session.posargs or ["*"]]
-        session.run("mutmut", "run", *modules, env={**ONE_THREAD, "HYPOTHESIS_PROFILE": "mutation", "MYPYPATH": "src"})
-        session.run("mutmut", "results")
+        run("mutmut", "run", *modules, env={**ONE_THREAD, "HYPOTHESIS_PROFILE": "mutation", "MYPYPATH": "src"})
+        run("mutmut", "results")
         rows = mutants(Path("mutants", "src", "sinkwindow"))
     session.log("\n".join(["", *rows]))
     below = [row for row in rows[2:] if float(row.split()[-2].rstrip("%")) < LEAST_CAUGHT]
@@ -132,7 +156,8 @@ def mutation(session: nox.Session) -> None:
 @nox.parametrize("transformers", COMPAT)
 def compat(session: nox.Session, transformers: str) -> None:
     """Run the cache's tests on the oldest supported transformers, one in between, and the newest."""
-    install_project(session, "test")
+    session.run_install("python", "requirements/install.py", "--lab", "test")
+    session.install(*EDITABLE[1:])
     release = ("--requirement", f"requirements/transformers-{transformers}.txt")
     session.install("--no-deps", "--require-hashes", *release)
     session.run("python", "-c", VERSIONS)
@@ -146,11 +171,11 @@ def compat(session: nox.Session, transformers: str) -> None:
     )
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def nightly(session: nox.Session) -> None:
     """Run all tests, with many more examples of the properties, which are new in each run."""
-    install_project(session, "test")
-    session.run("pytest", *PARALLEL, *session.posargs, env={**ONE_THREAD, "HYPOTHESIS_PROFILE": "nightly"})
+    run = project(session, "test")
+    run("pytest", *PARALLEL, *session.posargs, env={**ONE_THREAD, "HYPOTHESIS_PROFILE": "nightly"})
 
 
 def started() -> str:
@@ -161,20 +186,20 @@ def started() -> str:
     return str(stamp)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
     """Run every benchmark once; fail if one fails or none ran. `nox -s bench -- HEAD~5..HEAD` measures a history."""
-    install_project(session, "bench")
-    session.run("asv", "machine", "--yes", silent=True)
-    session.run("asv", "check", "--python=same")
-    head = str(session.run("git", "rev-parse", "HEAD", external=True, silent=True)).strip()
+    run = project(session, "bench")
+    run("asv", "machine", "--yes", silent=True)
+    run("asv", "check", "--python=same")
+    head = str(run("git", "rev-parse", "HEAD", silent=True)).strip()
     history = bool(session.posargs) and not session.posargs[0].startswith("-")
     here = ["--python=same", "--set-commit-hash", head, "--quick", "--show-stderr"]
     stamp = started()
     # asv exits with 2 if a benchmark failed; the gate reports which ones.
-    session.run("asv", "run", *([] if history else here), *session.posargs, env=ONE_THREAD, success_codes=[0, 2])
+    run("asv", "run", *([] if history else here), *session.posargs, env=ONE_THREAD, success_codes=[0, 2])
     selected = session.posargs[1:2] if session.posargs[:1] in (["--bench"], ["-b"]) else []
-    session.run(
+    run(
         "python",
         "asv_benches/gate.py",
         *("--newer-than", stamp, "--complete", head),
@@ -182,11 +207,11 @@ def bench(session: nox.Session) -> None:
     )
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def bench_history(session: nox.Session) -> None:
     """Measure the last commits that can be built and have no numbers, and name the others: `-- 10`, `-- 5 --quick`."""
-    install_project(session, "bench")
-    session.run("python", "asv_benches/history.py", *session.posargs, env=ONE_THREAD)
+    run = project(session, "bench")
+    run("python", "asv_benches/history.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)
@@ -198,37 +223,37 @@ def bench_html(session: nox.Session) -> None:
         session.run("asv", "preview", "--browser")
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def microbench(session: nox.Session) -> None:
     """Time the parts of a step with pytest-benchmark, save the times and compare them with the previous ones."""
-    install_project(session, "microbench")
+    run = project(session, "microbench")
     saved = Path(".benchmarks")
     compare = ["--benchmark-compare"] if any(saved.glob("*/*.json")) else []
     save = ["--benchmark-autosave", "--benchmark-storage", f"file://{saved}"]
     found = ["-o", "python_files=bench_*.py", "benchmarks"]  # a separate name, so that no other session times anything
-    session.run("pytest", *found, *save, *compare, *session.posargs, env=ONE_THREAD)
+    run("pytest", *found, *save, *compare, *session.posargs, env=ONE_THREAD)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
     """Compare two commits on a GPU: `nox -s gpu -- origin/main HEAD`; measure a single one: `-- HEAD^!`."""
-    install_project(session, "bench")
-    session.run("python", "-c", "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no GPU found')")
-    session.run("asv", "machine", "--yes", silent=True)
+    run = project(session, "bench")
+    run("python", "-c", "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no GPU found')")
+    run("asv", "machine", "--yes", silent=True)
     if len(session.posargs) == 1:
         stamp = started()
-        session.run("asv", "run", "--show-stderr", *session.posargs, success_codes=[0, 2])
-        session.run("python", "asv_benches/gate.py", "--newer-than", stamp, "--gpu")
+        run("asv", "run", "--show-stderr", *session.posargs, success_codes=[0, 2])
+        run("python", "asv_benches/gate.py", "--newer-than", stamp, "--gpu")
     else:
-        session.run("python", "asv_benches/compare.py", "--gpu", *(session.posargs or ("origin/main", "HEAD")))
+        run("python", "asv_benches/compare.py", "--gpu", *(session.posargs or ("origin/main", "HEAD")))
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def planted_regressions(session: nox.Session) -> None:
     """Make a scratch clone slower, larger and wrong, and test that the gate reports it; write docs/benchmarks.md."""
-    install_project(session, "bench")
-    session.run("asv", "machine", "--yes", silent=True)
-    session.run("python", "asv_benches/planted.py", *session.posargs, env=ONE_THREAD)
+    run = project(session, "bench")
+    run("asv", "machine", "--yes", silent=True)
+    run("python", "asv_benches/planted.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)
@@ -238,33 +263,44 @@ def bench_site(session: nox.Session) -> None:
     session.run("pytest", "--noconftest", "benchmarks/check_site.py", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def peers(session: nox.Session) -> None:
     """Compare the cache with others, each in its own environment; write docs/peers.md, unless `-- --quick`."""
-    install_project(session)
-    session.run("python", "-m", "peers", *session.posargs)
+    run = project(session)
+    run("python", "-m", "peers", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def speed(session: nox.Session) -> None:
     """Compare the cache with lower bounds; fail if a target is missed. `-- --quick` does not write docs/speed.md."""
-    install_project(session)
+    run = project(session)
     docs = [] if "--quick" in session.posargs else ["--docs", "docs/speed.md"]
-    session.run("python", "-m", "sinkwindow_lab", "speed-report", "--out", "results", *docs, *session.posargs)
+    run("python", "-m", "sinkwindow_lab", "speed-report", "--out", "results", *docs, *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def soak(session: nox.Session) -> None:
     """Stream a million tokens; fail if memory, time or errors grow. Write docs/soak.md, unless `-- --quick`."""
-    install_project(session)
+    run = project(session)
     out = "results/soak.md" if "--quick" in session.posargs else "docs/soak.md"
-    session.run("python", "-m", "benchmarks.soak", "--out", out, *session.posargs, env=ONE_THREAD)
+    run("python", "-m", "benchmarks.soak", "--out", out, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False, reuse_venv=False)
+def first_hour(session: nox.Session) -> None:
+    """Follow README.md and docs/start.md word for word in an empty environment, without a hub or caches."""
+    session.run_install("python", "requirements/install.py", "--torch")  # as the pages advise where there is no GPU
+    copy = Path(session.create_tmp(), "copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    session.run("git", "clone", "--quiet", ".", str(copy), external=True)
+    session.run("python", "tests/first_hour.py", str(copy), *(session.posargs or ("README.md", "docs/start.md")))
 
 
 @nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Build dist/*.tar.gz and dist/*.whl and check how a package index would show them."""
     install_group(session, "build")
+    shutil.rmtree("dist", ignore_errors=True)
     session.run("python", "-m", "build", "--no-isolation")
     session.run("twine", "check", "--strict", *map(str, Path("dist").iterdir()))
 
@@ -311,13 +347,44 @@ def sbom(session: nox.Session) -> None:
     session.run("cyclonedx-py", "requirements", *described, "-o", "build/sinkwindow.cdx.json", tested)
 
 
-@nox.session(default=False)
-def docs(session: nox.Session) -> None:
-    """Build the pages in build/site from README.md and docs/; a broken link is an error."""
-    install_group(session, "docs")
+def build_pages(run: Run) -> None:
+    """Build build/site; the page of the command line is made of the commands, the notebook's of what it has shown."""
     pages = Path("build", "docs")
     shutil.rmtree(pages, ignore_errors=True)
     shutil.copytree("docs", pages / "docs")
-    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE"):
-        shutil.copy(name, pages / name)
-    session.run("mkdocs", "build", "--strict", *session.posargs)
+    for page in (*map(str, Path().glob("*.md")), "CITATION.cff", "LICENSE"):
+        shutil.copy(page, pages)
+    overview = pages / "README.md"
+    lines = overview.read_text(encoding="utf-8").splitlines(keepends=True)
+    overview.write_text(
+        "".join(one for one in lines if not one.startswith("[![")), encoding="utf-8"
+    )  # badges of GitHub
+    commands = ("sinkwindow_lab.commands", "utils", "docs", "--name", "sinkwindow", "--title", "Command line")
+    out = ("--output", str(pages / "docs" / "command-line.md"))
+    run("python", "-m", "typer", *commands, *out, env={"PYTHONPATH": os.pathsep.join(("lab", "optimized"))})
+    run("jupyter", "nbconvert", "--to", "markdown", str(pages / "docs" / "notebook.ipynb"))
+    run("zensical", "build", "--clean", "--strict")
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the pages in build/site from README.md, docs/, docstrings and commands; a broken link is an error."""
+    install_group(session, "docs")
+    build_pages(session.run)
+
+
+@nox.session(venv_backend="none", default=False)
+def docs_site(session: nox.Session) -> None:
+    """Build the pages and read them in a headless Chromium, wide and narrow, light and dark (needs chromium)."""
+    run = project(session, "docs_site")
+    build_pages(run)
+    run("pytest", "--noconftest", "tests/site/check_pages.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def notebook(session: nox.Session) -> None:
+    """Run docs/notebook.ipynb and save what it shows."""
+    run = project(session, "notebook")
+    how = ("--coalesce-streams", "--ExecutePreprocessor.record_timing=False")
+    quiet = {"PYTHONWARNINGS": "ignore:IProgress"}  # tqdm's bars would be widgets
+    run("jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", *how, "docs/notebook.ipynb", env=quiet)

@@ -1,7 +1,8 @@
 """Install dependency groups of pyproject.toml, every file checked against its hash in lock.txt.
 
 `python requirements/install.py [--lab] [GROUP...]`; `--lab` adds what the package and its lab depend on, and the
-embedded data. An older pip than 26.1, the first that takes hashes from a constraints file, is replaced.
+embedded data. With `--torch`, only the CPU build of torch is installed, where there is one. An older pip than 26.1, the
+first that takes hashes from a constraints file, is replaced.
 """
 
 from __future__ import annotations
@@ -43,9 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lab", action="store_true", help="what the package and its lab depend on, and the data")
     parser.add_argument("groups", nargs="*", help="dependency groups of pyproject.toml")
+    parser.add_argument("--torch", action="store_true", help="torch's CPU build alone")
     options = parser.parse_args(arguments)
     if newer_pip():
         return 1
+    if options.torch:
+        cpu_torch()
+        return 0
     wanted = [f"--group={PYPROJECT}:{group}" for group in options.groups]
     if not options.lab:
         return pip(*LOCKED, *wanted)

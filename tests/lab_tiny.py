@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sinkwindow_lab import records
 from sinkwindow_lab.inputs.corpora import Corpus
@@ -17,6 +17,7 @@ from sinkwindow_lab.reports.tables.plan import Experiment, Plan, Readings, sink_
 from sinkwindow_lab.store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 WORDS = ("<s>", "<unk>", *(f"w{number}" for number in range(30)))
@@ -43,14 +44,15 @@ def tiny_model(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(template: str | None = None, words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per word, split at white space."""
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))  # noqa: S106
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         bos_token="<s>",  # noqa: S106
         unk_token="<unk>",  # noqa: S106
+        chat_template=template,
     )
 
 
@@ -58,6 +60,21 @@ def save_tiny(folder: Path) -> Path:
     """Save model and tokenizer in the format of `from_pretrained`; return the folder."""
     tiny_model(torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+# Every message begins with a word that says whose it is.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ {'system': 'w27', 'user': 'w28', 'assistant': 'w29'}[m.role] }} {{ m.content }} "
+    "{% endfor %}{% if add_generation_prompt %}w29 {% endif %}"
+)
+
+
+def save_chatty(folder: Path, template: str | None = CHAT_TEMPLATE, words: Sequence[str] = WORDS) -> Path:
+    """Save the tiny model as one that chats; no token ends its answers."""
+    save_tiny(folder)
+    GenerationConfig().save_pretrained(folder)
+    tiny_tokenizer(template, words).save_pretrained(folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sinkwindow import StreamingCache
 from sinkwindow.model.versions import CACHE_ARGUMENT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1] / "hub"
 CONFIG = LlamaConfig(
     vocab_size=50,
     hidden_size=32,

@@ -20,7 +20,7 @@ from sinkwindow_lab.render import marked
 from sinkwindow_lab.reports.speed import collect, decode, floors, plan, texts, tricks
 from sinkwindow_lab.reports.speed.compare import Comparison, comparisons, places
 from sinkwindow_lab.reports.speed.floors import Place
-from sinkwindow_lab.reports.speed.page import PARTS, VERDICT, page, sections, verdict
+from sinkwindow_lab.reports.speed.page import IMPOSSIBLE, PARTS, VERDICT, gain, page, sections, verdict
 from sinkwindow_lab.ways.sessions import DenseSession
 
 if TYPE_CHECKING:
@@ -111,7 +111,10 @@ def test_the_page_of_a_fixed_report() -> None:
     """A miss is explained before it is listed; floors, ratios, targets and the longest step are pivots."""
     text = text_of(a_report())
     lead, _, misses = text.partition("\n\n- tiny shape, tpot, batch 1, ")
-    assert lead.startswith("# Speed\n\n3 of 4 targets are missed, in 12 s. A target is the ratio")
+    assert lead.startswith(
+        "# Speed\n\nWhat you gain with tiny shape: batch 1, after 2,000 tokens, a token takes 4.0 ms"
+    )
+    assert "\n\n3 of 4 targets are missed, in 12 s. A target is the ratio" in lead
     assert misses.startswith("when first full, over DynamicCache at the same length: 1.000x, target at most 0.85x\n- ")
     for row in (
         "| 1 | 97 | 1.000 [0.750, 1.250] ms | 2.000 [2.000, 2.250] ms | 3.000 GB + 1.000 GB | 200.00 ms |",
@@ -124,6 +127,42 @@ def test_the_page_of_a_fixed_report() -> None:
         assert row in text
     assert "\n| --- | --- | ---: | --- | ---: | ---: | ---: | --- |\n" in text  # prose to the left
     assert text_of(Report.model_validate_json(a_report().model_dump_json())) == text
+
+
+def test_targets_that_the_floor_misses_are_apart() -> None:
+    """A bare attention of 9.5 ms puts the floor at 11.5 ms, 2.875x of 4 ms: no cache can reach 0.85x there."""
+    bare = {"bare SDPA": [9.5, 9.5, 9.5]}
+    changed = [
+        one.model_copy(update={"samples": bare.get(one.configuration, one.samples)}) for one in a_report().measurements
+    ]
+    could, _, cannot = verdict(report(*changed)).partition(IMPOSSIBLE)
+    assert could.startswith("3 of 4 targets are missed, in 12 s.")
+    assert [line.partition(": ")[0] for line in could.splitlines() if line.startswith("- ")] == [
+        "- tiny shape, longest, batch 1, ours, B = 0"
+    ]
+    assert cannot.count("\n- tiny shape, tpot, batch 1, ") == cannot.count("the lower bound itself is at 2.875x") == 2
+    assert IMPOSSIBLE not in verdict(a_report())
+
+
+def test_what_a_user_gains_by_hand() -> None:
+    """A late token takes 3 ms, 0.75x of 4 ms when first full and 0.6x of 5 ms; a quick run gains nothing."""
+    place = Place("prefill", "tiny shape")
+    times = {"ours": 2.0, plan.SAME_CHUNKS: 5.0, plan.INEXACT: 1.0, plan.ALONE: 1.0}
+    late = {"ours": [4.0], "ours, late": [3.0], "DynamicCache": [5.0]}
+    changed = [
+        one.model_copy(
+            update={"samples": late.get(one.configuration, one.samples) if one.metric == "TPOT" else one.samples}
+        )
+        for one in a_report().measurements
+    ]
+    changed += [place.one(side, "time", "ms/token", [took]) for side, took in times.items()]
+    sizes = {"limit": 64, "prompt_limit": 256, "chunk": 32, "block": 32}
+    assert gain(report(*changed, plan=sizes)) == (
+        "What you gain with tiny shape: batch 1, after 2,000 tokens, a token takes 3.0 ms, 0.75x of when the "
+        "cache was first full and 0.60x of a DynamicCache held at the same length; 5,120 tokens in chunks "
+        "of 32 are read 2.50x as fast as by the dense model."
+    )
+    assert gain(report(*changed, quick=True)) == gain(report()) == ""
 
 
 def test_a_page_without_a_miss_says_so() -> None:
@@ -141,8 +180,9 @@ def test_a_page_without_a_miss_says_so() -> None:
 
 
 def test_a_run_has_a_table_for_each_place(tmp_path: Path) -> None:
-    """There are always verdict and floors, and each part with rows; a page gets those that it has places for."""
-    assert list(sections(a_report())) == ["speed-verdict", "speed-floors", "speed-tpot", "speed-longest"]
+    """There are always gain, verdict and floors, and each part with rows; a page gets those that it has places for."""
+    places_of = ["speed-gain", "speed-verdict", "speed-floors", "speed-tpot", "speed-longest"]
+    assert list(sections(a_report())) == places_of
     file = docs_page(tmp_path)
     marked.fill(file, sections(a_report()))
     assert "3 of 4 targets are missed" in file.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from sinkwindow_lab.ways.configurations import parse
 
 EXPERIMENTS = (plan.Experiment("experiment 1", 101, 5, 3),)
 STUDIES = ("mistakes", "sinks", "sizes", "along", "steps", "where", "recall")
-PICTURES = ("mistakes", "sinks", "sizes", "along", "step-time", "step-memory", "step-sizes", "where", "recall")
+PICTURES = ("along", "mistakes", "sinks", "sizes", "step-time", "step-memory", "step-sizes", "where", "recall")
 
 
 def score(part: str, configuration: str, text: str, perplexity: float, nll: float = 2.5) -> list[Measurement]:
@@ -161,7 +161,7 @@ def studies() -> Report:
     found += steps() + where()
     for way in pair:
         for back in (1, 8):
-            hits = {"answered": ("", [1.0, 0.0, 1.0, 1.0]), "tokens back": ("tokens", [back, back + 2.0])}
+            hits = {"answered": ("", [1.0, 0.0, 1.0, 1.0]), "tokens back": ("tokens", [back, back + 2.0] * 2)}
             found += measured("recall", "plays", way, back, hits)
     return report(found, STUDIES)
 

@@ -131,3 +131,12 @@ def test_angles_are_right_a_million_positions_away(distance: int, *, interleaved
     pairs = rotated.view(4, 2) if interleaved else rotated.view(2, 4).T
     expected = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles], dtype=torch.float64)
     assert worst(pairs - expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("distance", [3, torch.tensor([[1, 2, 3]])], ids=["one", "several"])
+def test_cosines_are_as_wide_as_what_is_computed(dtype: torch.dtype, distance: int | torch.Tensor) -> None:
+    """At least float32, so that only the result is rounded, and no wider: half of the memory of float64."""
+    wide = torch.promote_types(dtype, torch.float32)
+    found = Rotary(torch.ones(4)).cos_sin(distance, torch.device("cpu"), dtype)
+    assert [one.dtype for one in found] == [wide, wide]

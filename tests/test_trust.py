@@ -23,7 +23,7 @@ FOLDERS: Final = (
     "asv_benches",
     "benchmarks",
     "peers",
-    "custom_generate",
+    "hub",
     "requirements",
 )
 SOURCES: Final = [

@@ -80,4 +80,5 @@ def explain(error: Exception) -> str | None:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    return f"the lab needs the module {error.name!r}: pip install 'sinkwindow[lab]'"
+    extra = "eval" if str(error.name).partition(".")[0] == "lm_eval" else "lab"
+    return f"the lab needs the module {error.name!r}: pip install 'sinkwindow[{extra}]'"

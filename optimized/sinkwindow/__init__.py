@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sinkwindow.cache import StreamingCache
+    from sinkwindow.chat import Chat
     from sinkwindow.model.families import Support, UnsupportedModelError, supports
     from sinkwindow.retention import Retention
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.state import Snapshot
 
 __all__ = [
+    "Chat",
     "Eviction",
     "Retention",
     "Snapshot",
@@ -27,6 +29,7 @@ __all__ = [
 __version__: str
 
 _MODULES = {
+    "Chat": "chat",
     "Eviction": "stream.events",
     "Retention": "retention",
     "Snapshot": "stream.state",

@@ -75,8 +75,11 @@ class Copies(Calls):
         Raises:
             OSError: It cannot be written; what was there is unchanged.
         """
+        self._save(path, {})
+
+    def _save(self, path: str | os.PathLike[str], note: dict[str, Any]) -> None:
         with self._idle("be saved") as stream:
-            content = encoded(Snapshot(self._settings, self._fingerprint(), stream.state))
+            content = encoded(Snapshot(self._settings, self._fingerprint(), stream.state, note))
         write(path, content)
 
     @classmethod
@@ -99,7 +102,10 @@ class Copies(Calls):
             >>> StreamingCache.load(path, model).seen_tokens
             [9]
         """
-        snapshot = read(path)
+        return cls._loaded(read(path), model, on_evict)
+
+    @classmethod
+    def _loaded(cls, snapshot: Snapshot, model: nn.Module, on_evict: OnEvict) -> Self:
         cache = cls(model, **snapshot.settings, on_evict=on_evict)
         try:
             snapshot.check(cache._settings, cache._fingerprint())

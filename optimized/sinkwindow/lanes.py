@@ -80,7 +80,7 @@ class LaneCall:
         """Return the natural index of each column, ``[columns]`` int64, -1 for padding."""
         if self.real is None:
             return torch.arange(self.before.seen, self.after.seen, device=device)
-        naturals = torch.full((self.columns,), -1, dtype=torch.long, device="cpu")
+        naturals = torch.full((self.columns,), -1, device="cpu")
         naturals[self.real] = torch.arange(self.before.seen, self.after.seen, device="cpu")
         return naturals.to(device)
 

@@ -1,7 +1,7 @@
 """Caches as files: a safetensors file whose header says what the tensors are, written whole or not at all.
 
 The header is JSON: the format's number, the settings of the cache, the fingerprint of its model, what the stream has
-counted, and a checksum of all that and of the tensors.
+counted, what a chat keeps beside it, and a checksum of all that and of the tensors.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ COUNTS = ("columns", "batch", "num_evictions", "forwarded", "forgot", "recording
 def encoded(snapshot: Snapshot) -> bytes:
     """Return a snapshot as the content of a file."""
     tensors = _tensors(snapshot.state, static=snapshot.settings["static"])
-    header = json.dumps(
-        {"format": FORMAT, "settings": snapshot.settings, "model": snapshot.model, "state": _counts(snapshot.state)},
-        default=list,  # of a range
-    )
+    content: dict[str, Any] = {"format": FORMAT, "settings": snapshot.settings, "model": snapshot.model}
+    content |= {"state": _counts(snapshot.state)} | ({"note": snapshot.note} if snapshot.note else {})
+    header = json.dumps(content, default=list)  # of a range
     return save(tensors, {HEADER: header, CHECKSUM: _checksum(header, tensors)})
 
 
@@ -104,7 +103,9 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
             settings = content["settings"]
             if {name: type(value) for name, value in settings.items()} != SETTINGS:
                 raise TypeError(f"settings {settings}")
-            return Snapshot(settings, dict(content["model"]), _state(content["state"], tensors))
+            return Snapshot(
+                settings, dict(content["model"]), _state(content["state"], tensors), dict(content.get("note", {}))
+            )
         age = "a newer" if number > FORMAT else "an older"
     except NONSENSE as error:
         raise ValueError(f"{path} is no file that StreamingCache.save has written: {error!r}.") from error

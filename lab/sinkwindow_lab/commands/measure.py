@@ -193,8 +193,36 @@ def tables(
 
 
 @command()
+def evaluate(
+    tasks: Annotated[str, typer.Option(help="Tasks, groups or tags of lm-eval, separated by commas.")] = "sinkwindow",
+    configs: Annotated[str, typer.Option(help="Configurations, separated by commas.")] = "baseline,streaming_4_256",
+    limit: Annotated[int | None, typer.Option(help="Documents of each task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests read at once.")] = 1,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Out = Path("results"),
+    *,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness, and compare configurations in a table; needs sinkwindow[eval]."""
+    from sinkwindow_lab.evaluation import run
+    from sinkwindow_lab.inputs import models
+    from sinkwindow_lab.reports.output import writer
+    from sinkwindow_lab.ways.configurations import parse_list
+
+    rows, names = parse_list(configs), [name.strip() for name in tasks.split(",") if name.strip()]
+    for option, value in (("--limit=", limit or 1), ("--batch-size=", batch_size)):
+        check_number(option, value, 1)
+    models.check_place(device, dtype)
+    with writer("lm-eval", out) as save:
+        loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        save(run.evaluate(loaded, rows, names, limit=limit, batch_size=batch_size, say=say))
+
+
+@command()
 def render(
-    source: Annotated[Path, typer.Argument(help="A paper_tables.json, speed.json or gpu_report.json.")],
+    source: Annotated[Path, typer.Argument(help="A paper_tables.json, speed.json, gpu_report.json or lm_eval.json.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pages; the file's own by default.")] = None,
 ) -> None:
     """Write the pages of an earlier run again, from its JSON."""

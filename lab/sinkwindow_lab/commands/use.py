@@ -1,4 +1,4 @@
-"""Commands for a first hour: the embedded model and texts."""
+"""Commands for a first hour: a chat, the embedded model and texts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,41 @@ from typing import Annotated
 
 import typer
 
-from sinkwindow_lab.commands.options import Dtype, app
-from sinkwindow_lab.errors import say
+from sinkwindow_lab.commands.options import Buffer, Device, Dtype, Model, Trust, Window, app
+from sinkwindow_lab.errors import check_number, say
 
 command = functools.partial(app.command, rich_help_panel="Use")
+
+
+@command()
+def chat(
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, which is never evicted.")] = None,
+    window: Window = 1020,
+    buffer: Buffer = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 always takes the likeliest token.")] = 0.0,
+    load: Annotated[
+        Path | None, typer.Option(help="Go on with a conversation that /save has written.", metavar="FILE")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    *,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Chat with a model for as long as you like, in a cache of a fixed size."""
+    from sinkwindow_lab.chatting import Terminal, open_chat
+    from sinkwindow_lab.inputs import models
+
+    check_number("--window ", window, 1)
+    check_number("--buffer ", buffer, 0)
+    check_number("--max-new-tokens ", max_new_tokens, 1)
+    check_number("--temperature ", temperature, 0)
+    loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    talk = open_chat(loaded, system=system, file=load, window=window, buffer=buffer)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    say(f"{loaded.record.name}; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    Terminal(talk, {"max_new_tokens": max_new_tokens, **sampling}).run()
 
 
 @command()

@@ -1,12 +1,15 @@
 """Pictures as SVG files with the same bytes every time, for light and dark pages.
 
-Every picture is of a table in long form: `x` and `y` name its columns, and each value of `hue` is a series.
+Every picture is of a table in long form: `x` and `y` name its columns. Its column `kind`, that of a configuration,
+chooses color and line; each value of its column `series` has a name in the legend, and a mark.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,8 +23,19 @@ from sinkwindow_lab.errors import printable
 
 INK = "#010203"  # replaced by a color that follows the reader's setting
 GREY = "#828288"
-COLOURS = ("#2a78d6", "#d9622b", "#1a9a6c", "#8a63d2", "#b8860b")  # each readable on white and on near-black
-MARKERS = ("o", "s", "^", "D", "v")
+# Color, line and marks of each kind, the same in every picture: readable on white and on black, and by the color-blind.
+LOOKS: dict[str, tuple[str, Any, str]] = {
+    "baseline": ("#75818a", "--", "Dv<"),
+    "streaming": ("#2a78d6", "-", "os^>PX*"),
+    "window": ("#d9622b", ":", "^P>"),
+    "recompute": ("#7a3cff", "-.", "X*s"),
+    "text": (GREY, "", "os^DvPX"),  # a mark in the legend, where a text is in the colors of several kinds
+}
+OTHER = ("#c2457e", (0, (5, 1, 1, 1, 1, 1)), "os^DvPX")
+FEW = 5  # a series with a point of fewer samples is not joined by lines
+APART = 1.5  # of neighbors on a logarithmic axis that are both numbered [ratio]
+SHORT = 24  # letters of names that fit side by side in a legend
+ROWS, ROW = 4, 0.18  # of a legend for which there is place; what one more needs [inch]
 WIDTH, HEIGHT = 4.8, 3.2  # with the font size below they need no zoom on a phone [inch]
 SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "sinkwindow",
@@ -30,24 +44,49 @@ SETTINGS: dict[str, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": INK,
+    "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "text.color": INK,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "axes.linewidth": 0.6,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 2.6,
 }
-STYLE = "<style>:root { color: #1d1d1f } @media (prefers-color-scheme: dark) { :root { color: #e8e8ea } }</style>"
+# Letters and their edge, which shows where a page does not follow the reader's setting.
+LIGHT, DARK = ("#1d1d1f", "#ffffff"), ("#e8e8ea", "#0d1117")
+STYLE = (
+    f"<style>:root {{ color: {LIGHT[0]}; --edge: {LIGHT[1]} }} "
+    f"@media (prefers-color-scheme: dark) {{ :root {{ color: {DARK[0]}; --edge: {DARK[1]} }} }} "
+    "[id^=text_] { stroke: var(--edge); stroke-width: 1600; stroke-linejoin: round; paint-order: stroke }</style>"
+)
 
 
-def _look(number: int) -> tuple[str, str]:
-    """Return the color and the marker of a series."""
-    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+def _look(kind: str, number: int) -> dict[str, Any]:
+    """Return color, line and mark of the series of a kind with this number; every second mark is hollow."""
+    color, line, marks = LOOKS.get(kind, OTHER)
+    face = "none" if number % 2 else color
+    return {"color": color, "linestyle": line, "marker": marks[number % len(marks)], "markerfacecolor": face}
+
+
+def _series(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
+    """Yield name, rows and look of each series; where samples (column `n`) are few, no line, and their number."""
+    known = Counter[str]()
+    for (kind, series), rows in frame.groupby(["kind", "series"], sort=False):
+        look = _look(kind, known[kind])
+        known[kind] += 1
+        few = "n" in rows and rows.n.min() < FEW
+        yield (
+            _shown(series) + (f" (n = {rows.n.min()})" if few else ""),
+            rows,
+            look | ({"linestyle": ""} if few else {}),
+        )
 
 
 def _shown(name: object) -> str:
@@ -79,14 +118,19 @@ class Picture:
 
 
 @contextmanager
-def picture(labels: tuple[str, str], height: float = HEIGHT, columns: int = 1) -> Iterator[Picture]:
-    """Yield a picture to draw on, with these labels of x and y and a legend of so many columns below it."""
+def picture(labels: tuple[str, str], height: float = HEIGHT) -> Iterator[Picture]:
+    """Yield a picture to draw on, with these labels of x and y and a legend below it."""
     with mpl.rc_context(cast("Any", SETTINGS)):
         one = Picture(height)
         yield one
-        one.axes.set(xlabel=labels[0], ylabel=labels[1])
-        if one.axes.get_legend_handles_labels()[0]:
+        for axis, label in zip("xy", labels, strict=True):
+            logarithmic = getattr(one.axes, f"get_{axis}scale")() == "log"
+            one.axes.set(**{f"{axis}label": f"{label}, logarithmic" if logarithmic else label})
+        names = one.axes.get_legend_handles_labels()[1]
+        if names:
+            columns = 1 if len(names) % 2 or max(map(len, names)) > SHORT else 2
             one.figure.legend(loc="outside lower center", ncols=columns)
+            one.figure.set_figheight(height + ROW * max(0, len(names) // columns - ROWS))
         stream = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         one.figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
@@ -100,51 +144,50 @@ def lines(
     frame: pd.DataFrame,
     x: str,
     y: str,
-    hue: str,
     *,
     labels: tuple[str, str],
     logarithmic: str = "",
     marks: bool = True,
-    levels: Mapping[str, float] | None = None,
-    verticals: Mapping[str, float] | None = None,
-    limits: Mapping[str, tuple[float, float]] | None = None,
-    note: tuple[float, str] | None = None,
-    columns: int = 1,
+    dodge: float = 1.0,
+    notes: Mapping[str, float] | None = None,
 ) -> str:
-    """Draw a line per value of `hue`; return the picture, an SVG file.
+    """Draw a line per series; return the picture, an SVG file.
 
-    `logarithmic` are the axes that are, of `xy`; a logarithmic x is numbered at all its values.
-    `levels` are dashed horizontal lines by series, `verticals` dotted vertical ones, in the color of the series.
-    `limits` are the ends of an axis; `note` is a place on x with its name, a dashed vertical line.
+    `logarithmic` are the axes that are, of `xy`; such an x is numbered at all its values if they are far apart.
+    `dodge` moves each series aside by this factor on x, so that equal points are seen. `notes` are places on x by name,
+    dashed vertical lines.
     """
-    with picture(labels, columns=columns) as one:
-        for number, (series, rows) in enumerate(frame.groupby(hue, sort=False)):
-            color, marker = _look(number)
-            one.axes.plot(rows[x], rows[y], label=_shown(series), color=color, marker=marker if marks else None)
-            if levels and series in levels:
-                label = f"{_shown(series)}, dense"
-                one.axes.axhline(levels[str(series)], color=color, linewidth=1, linestyle="--", label=label)
-            if verticals and series in verticals:
-                one.axes.axvline(verticals[str(series)], color=color, linewidth=0.8, linestyle=":")
+    with picture(labels) as one:
+        found = list(_series(frame))
+        for number, (series, rows, look) in enumerate(found):
+            aside = dodge ** (number - (len(found) - 1) / 2)
+            one.axes.plot(rows[x] * aside, rows[y], label=series, **look | ({} if marks else {"marker": ""}))
         if "x" in logarithmic:
-            one.logarithmic("x", sorted(set(frame[x])))
+            places = sorted(set(frame[x]))
+            apart = all(after >= APART * before for before, after in itertools.pairwise(places))
+            one.logarithmic("x", places if apart else None)
+        else:
+            one.axes.locator_params(axis="x", nbins=6)
+            one.axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
         if "y" in logarithmic:
             one.logarithmic("y")
-        one.axes.set(**{f"{axis}lim": ends for axis, ends in (limits or {}).items()})
-        if note is not None:
-            one.axes.axvline(note[0], color=GREY, linewidth=0.8, linestyle="--")
-            top = one.axes.get_xaxis_transform()
-            one.axes.text(note[0], 1.0, f" {note[1]}", transform=top, va="top", fontsize=8, color=INK)
+        for words, place in (notes or {}).items():
+            one.axes.axvline(place, color=GREY, linewidth=0.8, linestyle="--")
+            one.axes.text(
+                place, 1.0, words, transform=one.axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8
+            )
     return one.svg
 
 
-def points(frame: pd.DataFrame, x: str, y: str, hue: str, *, label: str) -> str:
-    """Draw a mark per point, the values of `y` one below the other as words, `x` logarithmic."""
+def points(frame: pd.DataFrame, x: str, y: str, *, label: str) -> str:
+    """Draw a mark per point in the color of its kind, `x` logarithmic, values of `y` one below the other as words."""
     names = list(dict.fromkeys(frame[y]))
-    with picture((label, ""), height=0.6 + 0.3 * len(names), columns=2) as one:
-        for number, (series, rows) in enumerate(frame.groupby(hue, sort=False)):
-            color, marker = _look(number)
-            one.axes.plot(rows[x], rows[y].map(names.index), marker, color=color, label=_shown(series))
+    with picture((label, ""), height=0.6 + 0.3 * len(names)) as one:
+        for number, (series, rows) in enumerate(frame.groupby("series", sort=False)):
+            mark = _look("text", number)
+            one.axes.plot([], [], label=_shown(series), **mark)
+            for place, value, kind in zip(rows[y], rows[x], rows.kind, strict=True):
+                one.axes.plot(value, names.index(place), **_look(kind, number) | {"marker": mark["marker"]})
         one.axes.set_yticks(range(len(names)), names)
         one.axes.invert_yaxis()
         one.axes.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.5)
@@ -152,15 +195,13 @@ def points(frame: pd.DataFrame, x: str, y: str, hue: str, *, label: str) -> str:
     return one.svg
 
 
-def bars(frame: pd.DataFrame, x: str, y: str, error: str, color: str, marker: str, *, labels: tuple[str, str]) -> str:
+def bars(frame: pd.DataFrame, x: str, y: str, error: str, *, labels: tuple[str, str]) -> str:
     """Draw points with error bars, the values of `x` side by side as words, around a line at zero."""
-    names, colors, markers = (list(dict.fromkeys(frame[column])) for column in (x, color, marker))
-    groups = list(frame.groupby([marker, color], sort=False))
+    names, found = list(dict.fromkeys(frame[x])), list(_series(frame))
     with picture(labels) as one:
-        for number, ((way, text), rows) in enumerate(groups):
-            places = rows[x].map(names.index) + 0.16 * (number - (len(groups) - 1) / 2)
-            options: dict[str, Any] = {"fmt": _look(markers.index(way))[1], "color": _look(colors.index(text))[0]}
-            one.axes.errorbar(places, rows[y], yerr=rows[error], label=_shown(f"{way}, {text}"), linewidth=1, **options)
+        for number, (series, rows, look) in enumerate(found):
+            places = rows[x].map(names.index) + 0.16 * (number - (len(found) - 1) / 2)
+            one.axes.errorbar(places, rows[y], yerr=rows[error], label=series, elinewidth=1, **look | {"linestyle": ""})
         one.axes.axhline(0, color=GREY, linewidth=0.8)
         one.axes.set_xticks(range(len(names)), names)
     return one.svg

@@ -48,6 +48,12 @@ def machine_rows(machine: MachineRecord) -> list[tuple[str, str]]:
     ]
 
 
+def machine_line(machine: MachineRecord, *rows: str) -> str:
+    """Tell on which machine and when numbers were measured, with more of the `rows` above if wanted."""
+    known = dict(machine_rows(machine))
+    return f"Measured on {'; '.join([known['Machine'], *(f'{one.lower()} {known[one]}' for one in (*rows, 'Date'))])}."
+
+
 def _digest(sha256: str | None) -> str:
     return f"sha256 {sha256[:16]}" if sha256 else ""
 

@@ -16,7 +16,8 @@ from sinkwindow_lab.files import alone_in, output_file, output_folder, read_text
 from sinkwindow_lab.records import Report
 from sinkwindow_lab.render.markdown import Page
 
-NAMES = {"tables": "paper_tables", "speed": "speed", "gpu": "gpu_report"}
+NAMES = {"tables": "paper_tables", "speed": "speed", "gpu": "gpu_report", "lm-eval": "lm_eval"}
+PAGES = {"tables": "tables.page", "speed": "speed.page", "gpu": "speed.page", "lm-eval": "evaluation"}
 HTML, FIGURES = "report.html", "figures"
 
 
@@ -82,4 +83,4 @@ def read_report(path: Path) -> Report:
 
 
 def _pages(kind: str) -> Any:
-    return importlib.import_module(f"sinkwindow_lab.reports.{'tables' if kind == 'tables' else 'speed'}.page")
+    return importlib.import_module(f"sinkwindow_lab.reports.{PAGES[kind]}")

@@ -29,7 +29,7 @@ MEANINGS = {
     "streaming": "the first S and the last W tokens, positions are ranks in the cache",
     "static": "streaming at fixed shapes, its steps compiled: one graph for all of them",
     "window": "the last W tokens, no sinks, positions are ranks in the cache",
-    "call": "the seed's chunk-wise rule: a call sees itself whole, the cache is cut to S + W after it",
+    "call": "evicts once after each call: a call sees itself whole, then the cache is cut to S + W",
     "recompute": "sliding window with re-computation: the last W tokens run again for every token",
     "stale_ranks": "wrong on purpose: cached keys keep the rotation of the rank at which they were inserted",
     "eager_eviction": "wrong on purpose: in calls of B tokens the cache is cut to S + W before attention, not after it",

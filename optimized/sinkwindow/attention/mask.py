@@ -73,7 +73,7 @@ def visible(
     # A query of padding attends to itself: a row that is masked throughout would become NaN in a softmax.
     columns = torch.arange(keys.shape[1], device=device)
     seen |= (query < 0) & (columns == columns[held:, None])
-    if epochs and sinks:
+    if epochs:
         begun = now + (rule.buffer + 1) * torch.arange(1, epochs + 1, device=device)  # [lanes, epochs]
         copies = (gone[:, :, None] == begun[:, None, :]).repeat_interleave(sinks, dim=2)
         seen = torch.cat((copies, seen), dim=2)

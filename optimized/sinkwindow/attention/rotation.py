@@ -45,9 +45,8 @@ class Rotary:
             cos: From ``cos_sin``, for the dtype of ``states``.
             sin: Likewise.
         """
-        wide = torch.promote_types(states.dtype, torch.float32)
         width = 2 * self.inv_freq.shape[0]
-        first, second = self._split(states[..., :width].to(wide))
+        first, second = self._split(states[..., :width])  # products are as wide as the cosines
         ahead, behind = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
         turned = self._join(ahead, behind).to(states.dtype)
         return turned if width == states.shape[-1] else torch.cat((turned, states[..., width:]), dim=-1)
@@ -61,7 +60,7 @@ class Rotary:
         dtype = torch.promote_types(dtype, torch.float32)
         exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         inv_freq = self.inv_freq.to(device=device, dtype=exact)
-        angles = distance * inv_freq if isinstance(distance, int) else distance.to(device, exact)[..., None] * inv_freq
+        angles = distance * inv_freq if isinstance(distance, int) else distance.to(device)[..., None] * inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _split(self, rotary: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,11 +91,13 @@ class Snapshot:
         settings: Arguments of the cache by name: its rule, ``positions``, ``on_overflow`` and ``static``.
         model: The fingerprint of its model.
         state: What it held.
+        note: What ``Chat`` keeps beside it, as JSON.
     """
 
     settings: dict[str, Any]
     model: dict[str, str]
     state: State = field(repr=False)
+    note: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def check(self, settings: dict[str, Any], model: dict[str, str]) -> None:
         """Refuse a cache that cannot go on from here.

@@ -38,10 +38,15 @@ class Comparison:
         """Whether the target is met; true if there is none, false for a NaN."""
         return self._allows(self.ratio)
 
+    @property
+    def possible(self) -> bool:
+        """Whether a cache can meet the target on this machine: the floor, if there is one, does not miss it."""
+        return self.floor is None or self._allows(self._ratio_of(self.floor))
+
     def complaint(self) -> str:
         """Describe a missed target with its number, and with the floor's number if the floor misses it too."""
         side, free = "least" if self.speed else "most", self._ratio_of(self.floor or self.ours.median)
-        bound = "" if self.floor is None or self._allows(free) else f"; the lower bound itself is at {free:.3f}x here"
+        bound = "" if self.possible else f"; the lower bound itself is at {free:.3f}x here"
         what = f"{self.place.subject}, {self.place.part}, {self.what}"
         return f"{what}: {self.ratio:.3f}x, target at {side} {self.target:.2f}x{bound}"
 

@@ -9,9 +9,10 @@ import pandas as pd
 
 from sinkwindow_lab.measure.generation import TURN
 from sinkwindow_lab.records import Configuration, Measurement, Report
-from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, cell, join, name, numbers, table
-from sinkwindow_lab.render.origins import head
+from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, cell, figure, join, name, numbers, table
+from sinkwindow_lab.render.origins import head, machine_line
 from sinkwindow_lab.reports.tables import studies_page
+from sinkwindow_lab.reports.tables.findings import findings
 
 # Columns after the perplexities: the metric of each, and how its samples are written.
 FACTS: dict[str, tuple[str, Callable[[list[float]], str]]] = {
@@ -47,14 +48,22 @@ def frame(measurements: Sequence[Measurement]) -> pd.DataFrame:
 
 def page(report: Report) -> Page:
     """Return the whole page, with its pictures."""
-    measured, figures = frame(report.measurements), dict[str, str]()
+    measured = frame(report.measurements)
     texts = [corpus.name for corpus in report.corpora]
     ways = {one.name: one for one in report.configurations}
     prefix = next((f" (token {one.bos_id})" for one in report.texts if one.bos_id is not None), "")
     bos = f"added in front of each text{prefix}" if report.notes["bos"] == "add" else "none added"
     gone = "Evicted text is gone: streaming bounds memory and keeps text fluent, but nothing evicted can be recalled."
     quick = "**A quick run**: the same questions over far fewer tokens, as each title says."
-    blocks = ["# Paper tables", gone, quick if report.quick else "", "## What ran", head(report, [("BOS", bos)])]
+    found, along = findings(report, measured), studies_page.picture(report, measured)
+    figures = {"along": along} if along else {}
+    blocks = ["# Paper tables", gone, quick if report.quick else "", machine_line(report.machine)]
+    blocks += (
+        ["## Findings", bullets(found), figure("along", "PPL along the text.") if along else ""]
+        if found or along
+        else []
+    )
+    blocks += ["## What ran", head(report, [("BOS", bos)])]
     behind, shown = ["## Behind the tables"], set[str]()
     for one in report.plan["experiments"]:
         own = measured[measured.part == one["name"]]

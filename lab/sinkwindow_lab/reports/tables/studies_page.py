@@ -37,6 +37,12 @@ def _ways(report: Report, own: pd.DataFrame) -> list[Configuration]:
     return [known[way] for way in own.configuration.unique()]
 
 
+def _drawn(report: Report, own: pd.DataFrame, series: str = "configuration") -> pd.DataFrame:
+    """Return rows to draw, with the kind of each configuration, and its series: the values of this column."""
+    kinds = {one.name: one.kind for one in report.configurations}
+    return own.assign(kind=own.configuration.map(kinds), series=own[series])
+
+
 def _source(what: str, where_from: str = published.PAPER) -> str:
     return f"{what}: {where_from}. Another model and text: only the pattern compares."
 
@@ -66,11 +72,11 @@ def mistakes(report: Report, own: pd.DataFrame) -> Blocks:
         "positions of their keys differ. In brackets the ratio to the dense model."
     )
     yield score_table(report, own)
-    svg = chart.points(own[own.metric == "PPL"], "value", "configuration", "subject", label="PPL (logarithmic)")
+    svg = chart.points(_drawn(report, own[own.metric == "PPL"], "subject"), "value", "configuration", label="PPL")
     yield "mistakes", svg, "PPL of each rule, a mark per text."
     yield bullets([one.explained() for one in _ways(report, own)])
     yield _source("Published for Pythia-2.8B, 2,000 tokens, before and after its author's repair", published.REPAIR)
-    yield table(("Text", *published.SEED_COLUMNS), published.SEED)
+    yield table(("Text", *published.REPAIR_COLUMNS), published.REPAIRED)
     texts = [line for text in own.subject.unique() for line in _split_of_loss(report, own, text)]
     if texts:
         yield from ("### What went wrong in that measurement", _diagnosis(), bullets(texts))
@@ -78,8 +84,8 @@ def mistakes(report: Report, own: pd.DataFrame) -> Blocks:
 
 def _diagnosis() -> str:
     """Return the cause of the published jump."""
-    _, dense, broken, _ = published.SEED[0]
-    _, dense_after, repaired, _ = published.SEED[1]
+    _, dense, broken, _ = published.REPAIRED[0]
+    _, dense_after, repaired, _ = published.REPAIRED[1]
     jump, rest = float(broken) / float(dense), float(repaired) / float(dense_after)
     return (
         f"A jump from {dense} to {broken} ({jump:.1f}x) was put down to the small window. Its author later found "
@@ -110,9 +116,8 @@ def sinks(report: Report, own: pd.DataFrame) -> Blocks:
     cache = _ways(report, own)[-1].size
     yield f"## Number of sinks, cache of {cache:,}: PPL over {report.plan['sinks']['tokens']:,} tokens"
     yield score_table(report, own)
-    # As words, side by side.
-    svg = _against(report, own, "sinks S", lambda one: str(one.num_sinks), logarithmic="y")
-    yield "sinks", svg, "PPL against the number of sinks; dashed: dense."
+    svg = _against(report, own, "sinks S (tokens)", lambda one: one.num_sinks or 0, logarithmic="y")
+    yield "sinks", svg, "PPL against the number of sinks."
     yield _source("Published, sinks at a cache of 2,048 (Llama-2: 4,096), 400,000 tokens of PG-19")
     yield table(("Model", "0", "1", "2", "4", "8"), (*published.SINKS, published.SINKS_LLAMA))
 
@@ -122,75 +127,91 @@ def sizes(report: Report, own: pd.DataFrame) -> Blocks:
     yield f"## Size of the cache, four sinks: PPL over {report.plan['sizes']['tokens']:,} tokens"
     yield score_table(report, own)
     svg = _against(report, own, "cache S + W (tokens)", lambda one: one.size, logarithmic="xy")
-    yield "sizes", svg, "PPL against the size of the cache; dashed: dense."
+    yield "sizes", svg, "PPL against the size of the cache."
     yield _source("Published, four sinks, cache of 256 to 2,048, 400,000 tokens of PG-19")
     yield table(("Model", "4 + 252", "4 + 508", "4 + 1020", "4 + 2044"), published.SIZES)
 
 
-def _against(report: Report, own: pd.DataFrame, below: str, number: Callable[[Configuration], Any], **how: Any) -> str:
-    """Draw PPL against a number of the configurations, a line per text, the dense PPL as a dashed line."""
+def _against(report: Report, own: pd.DataFrame, below: str, number: Callable[[Configuration], int], **how: Any) -> str:
+    """Draw PPL against a number of the configurations, for each text; that of the dense model is the same at all."""
     places = {one.name: number(one) for one in _ways(report, own) if one.window is not None}
-    ppl = own[own.metric == "PPL"]
-    dense = ppl[ppl.configuration == "baseline"].set_index("subject").value.to_dict()
-    points = ppl[ppl.configuration.isin(places)]
-    points = points.assign(place=points.configuration.map(places))
-    labels = (below, "PPL (logarithmic)")
-    return chart.lines(points, "place", "value", "subject", labels=labels, levels=dense, columns=2, **how)
+    rows = _drawn(report, own[own.metric == "PPL"])
+    rows = rows.assign(place=rows.configuration.map(lambda way: [places[way]] if way in places else [*places.values()]))
+    rows = rows.assign(series=rows.kind.replace("baseline", "dense") + ", " + rows.subject)
+    rows = (
+        rows.sort_values("subject", key=_order(own.subject.unique()), kind="stable")
+        .explode("place")
+        .astype({"place": float})
+    )
+    return chart.lines(rows, "place", "value", labels=(below, "PPL"), **how)
 
 
 def along(report: Report, own: pd.DataFrame) -> Blocks:
     """Show the loss along a text."""
     size, trained = report.plan["along_bin"], report.models[0].max_positions
     scores = own.set_index(["configuration", "metric"]).value
-    bins = own[own.metric == "NLL of a bin"]
     rows = []
     for way in _ways(report, own):
-        whole = bins[(bins.configuration == way.name) & (bins["at"] % size == 0)].value
-        ends = [f"{math.exp(one):.3f}" for one in (whole.iloc[0], whole.iloc[-1])] if len(whole) else [NOT_MEASURED] * 2
+        ends = [f"{math.exp(one):.3f}" for one in ends_of(own, way.name, size)] or [NOT_MEASURED] * 2
         counts = [f"{scores[way.name, one]:,.0f}" for one in ("evictions", "kept")]
         rows.append([way.title, *ends, f"{scores[way.name, 'PPL']:.3f}", *counts])
     tokens = int(own[own.metric == "PPL"]["at"].max())
     yield f"## Along a text: PPL over {tokens:,} tokens of {name(own.subject.iloc[0])}"
     words = "" if trained is None else f" The model was trained on {trained:,} positions."
-    yield f"Each point is the PPL of {size:,} consecutive tokens.{words}"
+    yield f"Each point of [the picture](#findings) is the PPL of {size:,} consecutive tokens.{words}"
     yield table(("Configuration", f"First {size:,}", f"Last {size:,}", "All", "Evictions", "Kept"), rows)
+
+
+def ends_of(own: pd.DataFrame, way: str, size: int) -> list[float]:
+    """Return the mean loss of the first and of the last whole bin along a text, or nothing if it has no whole bin."""
+    whole = own[(own.metric == "NLL of a bin") & (own.configuration == way) & (own["at"] % size == 0)].value
+    return [whole.iloc[0], whole.iloc[-1]] if len(whole) else []
+
+
+def picture(report: Report, measured: pd.DataFrame) -> str:
+    """Return the picture of PPL along a text, or nothing if none was read for it."""
+    own = measured[measured.part == "along"]
+    bins = _drawn(report, own[own.metric == "NLL of a bin"])
+    if bins.empty:
+        return ""
+    size, trained, tokens = report.plan["along_bin"], report.models[0].max_positions, int(bins["at"].max()) + 1
     starts = (bins["at"] - 1) // size * size  # the last bin may be shorter
     curves = bins.assign(ppl=bins.value.map(math.exp), middle=(starts + bins["at"]) / 2)
-    labels = ("tokens read", f"PPL of {size} tokens")
-    note = (trained, "trained length") if trained is not None and trained < tokens else None
-    how: dict[str, Any] = {"logarithmic": "y", "marks": False, "limits": {"x": (0, tokens)}, "note": note}
-    yield "along", chart.lines(curves, "middle", "ppl", "configuration", labels=labels, **how), "PPL along the text."
+    notes = {"trained length": trained} if trained is not None and trained < tokens else {}
+    how: dict[str, Any] = {"logarithmic": "y", "marks": False, "notes": notes}
+    return chart.lines(curves, "middle", "ppl", labels=("text read (tokens)", f"PPL of {size:,} tokens"), **how)
 
 
 def steps(report: Report, own: pd.DataFrame) -> Blocks:
     """Show time and memory of one token."""
-    kinds = {one.name: one for one in report.configurations}
-    streamed, grown = (own[own.part == part] for part in ("steps", "step sizes"))
-    values = streamed.pivot_table(index=["configuration", "at"], columns="metric", values="value").reset_index()
-    values = values.sort_values("configuration", key=_order(kinds), kind="stable").assign(
-        mb=lambda one: one.cache / 1e6
-    )
+    titles = {one.name: one.title for one in report.configurations}
+    own = own.sort_values("at").sort_values("configuration", key=_order(titles), kind="stable")
+    cache = own[own.metric == "cache"].set_index(["part", "configuration", "at"]).value / 1e6
+    timed = _drawn(report, own[own.metric == "TPOT"]).assign(n=lambda one: one.samples.map(len))
+    timed = timed.assign(mb=[cache[key] for key in zip(timed.part, timed.configuration, timed["at"], strict=True)])
+    streamed, grown = (timed[timed.part == part] for part in ("steps", "step sizes"))
     yield "## Time and memory of one token"
     yield (
         "Median time of single tokens, fed one by one after the given number of tokens; memory is that of keys and "
         "values (1 MB = 10^6 bytes). Re-computation stores none and runs its whole window for every token."
     )
-    columns = values.configuration, values["at"], values.TPOT, values.mb
+    columns = (streamed[one] for one in ("configuration", "at", "value", "mb", "n"))
     yield table(
-        ("Configuration", "Tokens streamed", "ms per token", "Cache (MB)"),
+        ("Configuration", "Tokens streamed", "ms per token", "Cache (MB)", "Tokens timed"),
         [
-            (kinds[way].title, f"{place:,.0f}", f"{took:.2f}", f"{mb:.2f}")
-            for way, place, took, mb in zip(*columns, strict=True)
+            (titles[way], f"{place:,.0f}", f"{took:.2f}", f"{mb:.2f}", f"{n}")
+            for way, place, took, mb, n in zip(*columns, strict=True)
         ],
     )
-    time, memory = "ms per token (logarithmic)", "keys and values (MB)"
-    svg = chart.lines(values, "at", "TPOT", "configuration", labels=("tokens streamed", time), logarithmic="xy")
+    svg = chart.lines(streamed, "at", "value", labels=("text streamed (tokens)", "ms per token"), logarithmic="xy")
     yield "step-time", svg, "Time per token against tokens streamed."
-    svg = chart.lines(values, "at", "mb", "configuration", labels=("tokens streamed", memory), logarithmic="x")
+    labels = "text streamed (tokens)", "keys and values (MB)"
+    svg = chart.lines(streamed.drop(columns="n"), "at", "mb", labels=labels, logarithmic="x")
     yield "step-memory", svg, "Keys and values against tokens streamed."
-    grown = grown[grown.metric == "TPOT"]
-    grown = grown.assign(kind=grown.configuration.map(lambda way: kinds[way].kind))
+    grown = grown.assign(series=grown.kind).sort_values("at")
+    counts = grown.groupby("kind", sort=False).n.agg(span)
     yield "### Against the size of the cache"
+    yield f"Medians of single tokens: {', '.join(f'{kind} n = {count}' for kind, count in counts.items())}."
     ratios = grown.pivot_table(index="at", columns="kind", values="value")
     yield table(
         ("Cache", "Streaming (ms)", "Re-computation (ms)", "Ratio"),
@@ -199,11 +220,17 @@ def steps(report: Report, own: pd.DataFrame) -> Blocks:
             for size, ours, theirs in zip(ratios.index, ratios.streaming, ratios.recompute, strict=True)
         ],
     )
-    labels = ("cache S + W, or window (tokens)", time)
-    svg = chart.lines(grown, "at", "value", "kind", labels=labels, logarithmic="xy", columns=2)
+    labels = ("cache S + W, or window (tokens)", "ms per token")
+    svg = chart.lines(grown, "at", "value", labels=labels, logarithmic="xy")
     yield "step-sizes", svg, "Time per token against the size of the cache."
     yield _source("Published, ms per token on one A6000; 2355 / 106 is the 22.2x")
     yield table(("Model", "256", "512", "1024", "2048", "4096"), published.STEPS)
+
+
+def span(values: Iterable[float]) -> str:
+    """Return the least and the greatest of some whole numbers, or the only one."""
+    found = [*values]
+    return "-".join(f"{one:,.0f}" for one in dict.fromkeys((min(found), max(found))))
 
 
 def _order(names: Iterable[str]) -> Callable[[pd.Series], pd.Series]:
@@ -244,11 +271,13 @@ def where(report: Report, own: pd.DataFrame) -> Blocks:
         "lost there. A model that still sees an earlier occurrence can copy it."
     )
     yield table(("Configuration, text", "All", *names), rows)
-    keys = zip(bins.configuration, bins.subject, bins.label, strict=True)
+    keys = list(zip(bins.configuration, bins.subject, bins.label, strict=True))
     bins = bins.assign(error=[known[*key, f"{MEAN}: standard error"] for key in keys])
-    labels = ("tokens since the same 4-gram", MEAN)
-    svg = chart.bars(bins, "label", "value", "error", "subject", "configuration", labels=labels)
-    yield "where", svg, "NLL minus dense, by distance to the same 4-gram."
+    targets = span(known[*key, f"{MEAN}: targets"] for key in keys)
+    bins = _drawn(report, bins).assign(series=bins.configuration + ", " + bins.subject)
+    labels = ("tokens since the same 4-gram", f"{MEAN} (nat)")
+    svg = chart.bars(bins, "label", "value", "error", labels=labels)
+    yield "where", svg, f"NLL minus dense, by distance to the same 4-gram; n = {targets} targets a point."
 
 
 def recall(report: Report, own: pd.DataFrame) -> Blocks:
@@ -257,35 +286,35 @@ def recall(report: Report, own: pd.DataFrame) -> Blocks:
     found = own.set_index(["configuration", "metric", "at"]).samples
     rows = []
     for back in sorted(own["at"].unique()):
-        span = found[ways[0].name, "tokens back", back]
         hits = [found[way.name, "answered", back] for way in ways]
         cells = [f"{100 * sum(one) / len(one):.0f}% ({sum(one):.0f}/{len(one)})" for one in hits]
-        rows.append([f"{int(back):,}", f"{min(span):,.0f}-{max(span):,.0f}", *cells])
-    seeds, text = len(report.plan["recall_seeds"]), name(own.subject.iloc[0])
-    yield f"## Recall: facts asked for later, {seeds} texts, {report.notes['recall tokens']} tokens"
+        rows.append([f"{int(back):,}", span(found[ways[0].name, "tokens back", back]), *cells])
+    seeds, text = report.plan["recall_seeds"], name(own.subject.iloc[0])
+    yield f"## Recall: facts asked for later, {len(seeds)} texts, {report.notes['recall tokens']} tokens"
     yield (
         f"Facts strewn over ordinary lines of {text}, each asked for once; answered means right to the "
-        "last digit. What was evicted cannot be answered. This is our own test after StreamEval; its data was "
-        "never published; seeds are in the JSON. A small model fails now and then on facts it still sees: "
-        "the dense column is its ceiling."
+        "last digit. What was evicted cannot be answered. This is our own test after StreamEval, whose data was "
+        f"never published. Facts and lines are drawn by Python's `random`, seeded with {', '.join(map(str, seeds))}: a "
+        "number per text. A small model fails now and then on facts it still sees: the dense column is its ceiling."
     )
     yield quote(report.notes["recall example"])
     yield table(("Lines back", "Tokens back", *(way.title for way in ways)), rows)
-    asked = own[own.metric == "answered"]
+    asked = _drawn(report, own[own.metric == "answered"])
     spans = [found[way, "tokens back", back] for way, back in zip(asked.configuration, asked["at"], strict=True)]
-    points = asked.assign(
+    asked = asked.assign(
         share=asked.samples.map(lambda one: 100 * sum(one) / len(one)),
-        distance=[(min(span) + max(span)) / 2 for span in spans],
+        distance=[(min(one) + max(one)) / 2 for one in spans],
+        n=asked.samples.map(len),
     )
     svg = chart.lines(
-        points,
+        asked,
         "distance",
         "share",
-        "configuration",
-        labels=("tokens from fact to question (dotted: window)", "answered (%)"),
-        limits={"y": (-3, 103)},
-        verticals={way.name: way.window for way in ways if way.window is not None},
+        labels=("fact to question (tokens)", "answered (%)"),
+        logarithmic="x",
+        dodge=1.06,
+        notes={f"W = {way.window:,}": way.window for way in ways if way.window is not None},
     )
-    yield "recall", svg, "Questions answered, by distance to the fact."
+    yield "recall", svg, "Questions answered, by distance to the fact; dashed: windows."
     yield _source("Published, StreamEval, Llama-2-7B-32K-Instruct at 4 + 2044")
     yield table(("Lines back", "Answered (%)"), published.RECALL)
