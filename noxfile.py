@@ -356,9 +356,8 @@ def build_pages(run: Run) -> None:
         shutil.copy(page, pages)
     overview = pages / "README.md"
     lines = overview.read_text(encoding="utf-8").splitlines(keepends=True)
-    overview.write_text(
-        "".join(one for one in lines if not one.startswith("[![")), encoding="utf-8"
-    )  # badges of GitHub
+    own = "".join(one for one in lines if not one.startswith("[!["))  # the badges are pictures of GitHub
+    overview.write_text(own, encoding="utf-8")
     commands = ("sinkwindow_lab.commands", "utils", "docs", "--name", "sinkwindow", "--title", "Command line")
     out = ("--output", str(pages / "docs" / "command-line.md"))
     run("python", "-m", "typer", *commands, *out, env={"PYTHONPATH": os.pathsep.join(("lab", "optimized"))})

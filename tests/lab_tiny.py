@@ -73,7 +73,7 @@ CHAT_TEMPLATE = (
 def save_chatty(folder: Path, template: str | None = CHAT_TEMPLATE, words: Sequence[str] = WORDS) -> Path:
     """Save the tiny model as one that chats; no token ends its answers."""
     save_tiny(folder)
-    GenerationConfig().save_pretrained(folder)
+    GenerationConfig().save_pretrained(folder)  # type: ignore[no-untyped-call]
     tiny_tokenizer(template, words).save_pretrained(folder)
     return folder
 

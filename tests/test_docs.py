@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCS: Final = ROOT / "docs"
-TO_RUN: Final = [DOCS / "start.md", DOCS / "migration.md", *sorted((DOCS / "guides").glob("*.md"))]
-STREAMS: Final = ("batches", "compiled", "start", "transcripts")  # pages whose last cache must have evicted
+GUIDES: Final = sorted((DOCS / "guides").glob("*.md"))
+TO_RUN: Final = [ROOT / "README.md", *(DOCS / name for name in ("start.md", "migration.md", "lm-eval.md")), *GUIDES]
+STREAMS: Final = ("README", "batches", "compiled", "start", "transcripts")  # pages whose last cache must have evicted
 SVG: Final = "{http://www.w3.org/2000/svg}"
 
 
@@ -34,7 +35,7 @@ def test_a_page_runs(
     """Each Python block and each command does, in order, and shows the lines that the page quotes."""
     if page.stem == "compiled" and not which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler, which torch.compile needs")
-    if page.stem != "start":  # that page makes the model
+    if page.stem not in {"README", "start"}:  # those pages make the model
         documents.save_stand_in(tmp_path / "smollm2")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "sinkwindow").symlink_to(ROOT)

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from lab_tiny import WORDS, loaded_tiny, random_text, save_tiny, tiny_model, tiny_tokenizer
 from sinkwindow_lab.cli import main
-from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.errors import LabError, explain
 from sinkwindow_lab.evaluation import model as streaming
 from sinkwindow_lab.evaluation import run
 from sinkwindow_lab.evaluation.model import StreamingLM
@@ -311,6 +311,12 @@ def test_unknown_tasks_and_configurations_name_the_way_out(monkeypatch: pytest.M
         run.load_tasks(["nonsense"])
     with pytest.raises(LabError, match=r"'static_2_6_3' cannot be evaluated"):
         run.language_model(loaded_tiny(), parse("static_2_6_3"), 1)
+
+
+def test_without_lm_eval_the_extra_is_named() -> None:
+    """One line names what to install, another extra than for the rest of the lab."""
+    assert "pip install 'sinkwindow[eval]'" in str(explain(ModuleNotFoundError("", name="lm_eval.api")))
+    assert "pip install 'sinkwindow[lab]'" in str(explain(ModuleNotFoundError("", name="gguf")))
 
 
 def test_the_page_shows_one_run() -> None:

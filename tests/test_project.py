@@ -28,6 +28,7 @@ FOLDERS: Final = (
     "docs",
     "asv_benches",
     "benchmarks",
+    "examples",
     "peers",
     "requirements",
     ".ci",

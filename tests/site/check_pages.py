@@ -87,6 +87,9 @@ def _open(browser: Browser, server: str, path: str, size: str, scheme: Any) -> t
     page.on("response", lambda one: wrong.append(f"{one.status}: {one.url}") if one.status >= 400 else None)
     page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
     page.goto(server + path, wait_until="networkidle")
+    page.wait_for_function(
+        "document.getAnimations().every((one) => one.playState !== 'running')"
+    )  # all is shown in full
     return page, wrong
 
 

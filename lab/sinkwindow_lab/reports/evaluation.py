@@ -20,6 +20,7 @@ def page(report: Report) -> Page:
     values = {(one.subject, one.configuration, one.metric): one.median for one in report.measurements}
     ways, subjects = [one.name for one in report.configurations], dict.fromkeys(one[0] for one in values)
     blocks = ["# lm-evaluation-harness"]
+    units = {one.metric: one.unit and f" ({one.unit})" for one in report.measurements}
     limit = report.plan["limit"]
     blocks.append(f"**A quick run**: the first {limit} documents of each task only." if report.quick else "")
     tasks = ("Tasks", f"{name(', '.join(report.plan['tasks']))}; batch size {report.plan['batch_size']}")
@@ -29,8 +30,8 @@ def page(report: Report) -> Page:
         metrics = [metric for metric in found if metric != "documents" and not metric.endswith(ERROR)]
         rows = [[name(way), *(_cell(values, subject, way, metric) for metric in metrics)] for way in ways]
         count = values.get((subject, ways[0], "documents"))
-        title = f"{name(subject)}" + ("" if count is None else f", {count:,.0f} document(s)")
-        blocks += [f"## {title}", table(("Configuration", *map(name, metrics)), rows)]
+        title = name(subject) + ("" if count is None else f", {count:,.0f} document(s)")
+        blocks += [f"## {title}", table(("Configuration", *(f"{name(one)}{units[one]}" for one in metrics)), rows)]
     legend = [one.explained() for one in report.configurations]
     return Page(join([*blocks, "## What the words mean", bullets([*legend, *WORDS])]))
 
