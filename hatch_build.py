@@ -26,6 +26,7 @@ def absolute(readme: str, repository: str, tag: str) -> str:
         return f"{mark}{words}({repository}/{path.removeprefix('../../') if path.startswith('../../') else file})"
 
     badge = re.compile(r"\[(!\[[^\]]*\]\([^)]+\))\]\((?!\w+:|#)([^)]+)\)")  # a picture inside a link
+    readme = re.sub(r'(<img src=")(?!\w+:)', rf"\g<1>{repository}/raw/{tag}/", readme)
     readme = badge.sub(lambda found: f"[{LINK.sub(lead, found[1])}]({LINK.sub(lead, f'[]({found[2]})')[3:-1]})", readme)
     return LINK.sub(lead, readme)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
@@ -83,11 +83,15 @@ FOLDED: Final = tuple(TEMPLATES)[-3:]
 
 
 @functools.cache
-def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of 32 tokens: letters, two pairs that it always merges, and special tokens."""
+def tokenizer_with(template: str | None, before: str = "") -> PreTrainedTokenizerFast:
+    """Return a tokenizer of 32 tokens: letters, two pairs that it always merges, and special tokens.
+
+    Some put a space before each text.
+    """
     vocabulary = {word: index for index, word in enumerate(WORDS)}
     merges = [(pair[0], pair[1]) for pair in MERGED]
     core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True))  # noqa: S106
+    core.normalizer = normalizers.Prepend(before) if before else normalizers.Sequence([])
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL[:5]])
     core.add_tokens([AddedToken(word, normalized=False) for word in SPECIAL[5:]])

@@ -15,13 +15,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LogitsProcessor
+from transformers.generation import utils
 
-from chat_tiny import SPEC, TEMPLATES, Words, hearing, ids_of, made, says, sizes_of, tokenizer_with, turns_of
+from chat_tiny import SPEC, TEMPLATES, Script, Words, hearing, ids_of, made, says, sizes_of, tokenizer_with, turns_of
 from sinkwindow import Chat, StreamingCache
 from sinkwindow_reference import reference_logits
 from strategies import budget, call
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 GREEDY: Final[dict[str, Any]] = {"do_sample": False, "max_new_tokens": 6}
@@ -126,6 +129,74 @@ def test_a_message_that_is_fed_in_chunks_counts_when_one_of_them_does(model: Pre
         chat.ask("d", **says("a"))
     assert fed == 4
     assert ids == turns_of("plain", "see", ["cegim", "d"], [[], []])
+
+
+class _Stops(LogitsProcessor):
+    """Raises when it is asked for a token, counted from 0."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return scores
+
+
+def test_guesses_that_nobody_said_are_taken_back(model: PreTrainedModel) -> None:
+    """Interrupted before it has judged them, assisted decoding leaves its guesses in the cache."""
+    message, plain, taken_back = "cdcdcdcd", Words(), 0
+    made(model, window=9).ask(message, plain, do_sample=False, max_new_tokens=9)
+    for at in range(6):
+        chat, words = made(model, window=9), Words()
+        with pytest.raises(KeyboardInterrupt), hearing(model) as ids:
+            chat.ask(message, prompt_lookup_num_tokens=3, do_sample=False, logits_processor=[_Stops(at)])
+        taken_back += len(ids) > chat.cache.seen_tokens[0]
+        held = ids[: chat.cache.seen_tokens[0]]
+        said = plain.answers[0][: len(held) + len(chat._end.pending) - len(plain.prompts[0])]
+        with hearing(model) as more:
+            chat.ask("e", words, **GREEDY)
+        expected = turns_of("plain", "see", [message, "e"], [said, words.answers[0]])
+        assert held + more == expected[: len(held + more)]
+        assert words.answers[0][0] == _likeliest(model, chat, expected[: len(expected) - len(words.answers[0])])
+    assert taken_back
+
+
+def test_an_interruption_while_a_turn_is_counted_is_found_by_the_next(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn counts whole."""
+    with hearing(model) as ids:
+        chat = made(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(chat._template, "ended", _Broken(0, KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                chat.ask("c", **says("ac"))
+        chat.ask("d", **says("a"))
+    assert ids == turns_of("plain", "see", ["c", "d"], [ids_of("ac"), []])
+
+
+@pytest.mark.skipif(not hasattr(utils, "DeferredStopCheck"), reason="this transformers always knows when to stop")
+def test_a_token_that_generate_takes_back_was_not_said(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some devices `generate` learns one token late that an answer has ended."""
+
+    class Event:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    monkeypatch.setattr(utils.DeferredStopCheck, "is_supported", staticmethod(lambda *_, **__: True))
+    monkeypatch.setattr(torch, "Event", Event)
+    with hearing(model) as ids:
+        chat = made(model)
+        assert chat.ask("c", logits_processor=[Script("ac<end>g")], max_new_tokens=9) == "ac"
+        end = chat.cache.seen_tokens[0]
+        del ids[end:]
+        chat.ask("d", **says("a"))
+    assert ids[: end + 3] == turns_of("plain", "see", ["c", "d"], [ids_of("ac<end>"), []])[: end + 3]
 
 
 REFUSED: Final[list[tuple[dict[str, Any], type[Exception], str]]] = [

@@ -181,6 +181,14 @@ def test_an_answer_ends_by_itself_at_last(model: PreTrainedModel) -> None:
         chat.model.generation_config.max_new_tokens = None
 
 
+def test_a_space_that_a_tokenizer_puts_before_a_text_is_not_in_a_turn(model: PreTrainedModel, heard: list[int]) -> None:
+    """It is before the first turn, which begins a text; the others go on with it."""
+    chat = Chat(model, tokenizer_with(TEMPLATES["line ends"], before=" "), "see", **SIZES)
+    chat.ask("c", **says("ac"))
+    chat.ask("d", **says("a"))
+    assert heard == ids_of(" ") + turns_of("line ends", "see", ["c", "d"], [ids_of("ac"), []])
+
+
 # -- the system prompt ------------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,7 @@ def test_source_archive_is_complete(tmp_path: Path) -> None:
         ("[a](docs/a.md#part) [b](LICENSE)", f"[a]({PLACE}/blob/v1/docs/a.md#part) [b]({PLACE}/blob/v1/LICENSE)"),
         ("[![a](../../actions/b.svg)](../../actions)", f"[![a]({PLACE}/actions/b.svg)]({PLACE}/actions)"),
         ("[![a](docs/a.svg)](docs/a.md)", f"[![a]({PLACE}/raw/v1/docs/a.svg)]({PLACE}/blob/v1/docs/a.md)"),
+        ('<img src="docs/a.svg" alt="b">', f'<img src="{PLACE}/raw/v1/docs/a.svg" alt="b">'),
         ("[a](https://arxiv.org/abs/2309.17453)", "[a](https://arxiv.org/abs/2309.17453)"),
         ("[a](#results)", "[a](#results)"),
         ("cache[0](docs)", f"cache[0]({PLACE}/blob/v1/docs)"),
@@ -75,7 +76,7 @@ def test_a_release_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = _metadata(_build("wheel", tmp_path))
     page = found.get_payload()
     assert isinstance(page, str)
-    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", page) == []
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)|src=\"(?!https?:)", page) == []
     assert f"{PLACE}/raw/v{VERSION}/docs/" in page
     urls = dict(url.split(", ") for url in found.get_all("Project-URL", []))
     assert urls["Source"] == PLACE

@@ -77,7 +77,7 @@ class StreamingCache(Cache, Copies):
     Warns:
         UserWarning: S + W + B + 1 exceeds the positions that the model was trained on, or positions are original.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -163,7 +163,7 @@ class StreamingCache(Cache, Copies):
     def debug_state(self) -> DebugState:
         """Return where the cache is, for measuring and for bug reports.
 
-        Example:
+        Examples:
             >>> cache.debug_state().evictions
             1
         """
@@ -288,7 +288,7 @@ class StreamingCache(Cache, Copies):
 
         Its tensors are kept for the next text, at their addresses; ``del cache`` frees them.
 
-        Example:
+        Examples:
             >>> cache.reset()
             >>> cache.seen_tokens
             [0]
@@ -334,7 +334,7 @@ class StreamingCache(Cache, Copies):
             TypeError: It is not an int.
             ValueError: It is less than 1.
 
-        Example:
+        Examples:
             >>> cache.batch_repeat_interleave(2)
             >>> cache.seen_tokens
             [9, 9]
@@ -384,7 +384,7 @@ class StreamingCache(Cache, Copies):
 
         A static cache keeps the 7 that its shapes have room for.
 
-        Example:
+        Examples:
             >>> cache.activate_past_recording()
             >>> with torch.no_grad():
             ...     output = model(torch.arange(3)[None], cache=cache)

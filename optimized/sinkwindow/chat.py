@@ -68,7 +68,7 @@ class Chat:
     Warns:
         UserWarning: The template has no place for a system prompt, which then stands in front of the first message.
 
-    Example:
+    Examples:
         .. code-block:: python
 
             chat = Chat(model, tokenizer, "Answer briefly.")
@@ -142,8 +142,7 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation, but not the system prompt."""
         with self._alone():
-            self.cache.reset()
-            self._turn = None
+            self.cache.reset()  # what is kept of turns means nothing without it
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the conversation to a file, as ``StreamingCache.save`` does; ``load`` goes on from it, bit for bit.

@@ -41,7 +41,7 @@ class Copies(Calls):
     def snapshot(self) -> Snapshot:
         """Copy the cache's content, to come back to it with ``restore`` any number of times.
 
-        Example:
+        Examples:
             >>> snapshot = cache.snapshot()
             >>> cache.reset()
             >>> cache.restore(snapshot)
@@ -95,7 +95,7 @@ class Copies(Calls):
             OSError: The file cannot be read.
             ValueError: It is no file of a cache, is damaged, is of another format or of another model.
 
-        Example:
+        Examples:
             >>> import tempfile, pathlib
             >>> path = pathlib.Path(tempfile.mkdtemp(), "chat.safetensors")
             >>> cache.save(path)

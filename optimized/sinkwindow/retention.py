@@ -34,7 +34,7 @@ class Retention:
         TypeError: A size is not an int.
         ValueError: A size is out of range, or ``evict`` is neither ``"token"`` nor ``"call"``.
 
-    Example:
+    Examples:
         >>> rule = Retention(num_sinks=2, window=3, buffer=1)
         >>> rule.retained(seen=6, evicted=0)
         [0, 1, 2, 3, 4, 5]

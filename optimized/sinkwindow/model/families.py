@@ -155,7 +155,7 @@ def supports(model: nn.Module) -> Support:
     Returns:
         A truthy or falsy answer with its reason.
 
-    Example:
+    Examples:
         >>> supports(torch.nn.Linear(2, 2)).reason
         'model must be a transformers PreTrainedModel, got Linear.'
     """
