@@ -69,12 +69,12 @@ class Chat:
         UserWarning: The template has no place for a system prompt, which then stands in front of the first message.
 
     Examples:
-        .. code-block:: python
-
-            chat = Chat(model, tokenizer, "Answer briefly.")
-            print(chat.ask("What is a cache?", max_new_tokens=40))
-            print(chat.ask("And what is evicted?", streamer=TextStreamer(tokenizer, skip_prompt=True)))
-            print(chat.cache.forwarded_tokens)
+        ```python
+        chat = Chat(model, tokenizer, "Answer briefly.")
+        print(chat.ask("What is a cache?", max_new_tokens=40))
+        chat.ask("And what is evicted?", streamer=TextStreamer(tokenizer, skip_prompt=True))
+        print(chat.cache.forwarded_tokens)
+        ```
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Chat:
             The answer's text, without special tokens.
 
         Raises:
-            TypeError: ``message`` is no string.
+            TypeError: ``message`` is no string, or an argument is one that the chat sets, such as ``attention_mask``.
             ValueError: The template refuses the message, or several beams or sequences are asked for.
             RuntimeError: A turn of this chat is running.
         """
