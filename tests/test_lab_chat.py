@@ -87,6 +87,20 @@ class Typist:
         assert found is not None, self.shown[start:]
         return found
 
+    def interrupt(self, pattern: str) -> None:
+        """Press Ctrl-C at the next prompt until a match is shown.
+
+        A signal between Python's prompt and its read is noticed only with the next line or signal.
+        """
+        self.wait(r"> $")
+        start = len(self.shown)
+        with self._news:
+            shown = False
+            while not shown:
+                os.write(self._end, b"\x03")
+                shown = self._news.wait_for(lambda: re.search(f"{pattern}|\0", self.shown[start:]) is not None, 1.0)
+        self.wait(pattern, start)
+
     def stats(self) -> dict[str, float]:
         """Return the numbers of `/stats`."""
         words = (
@@ -164,7 +178,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(folder: Path) -> None:
     typing.type("\x03", "stopped: the answer counts as far as it was said", prompt=False)
     said = typing.stats()
     assert 3 < said["forwarded"] < 1_000_000
-    typing.type("\x03", "Ctrl-D or /quit ends")
+    typing.interrupt("Ctrl-D or /quit ends")
     assert typing.stats()["forwarded"] == said["forwarded"]
     assert typing.close() == 0
 
