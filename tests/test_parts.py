@@ -273,7 +273,7 @@ def _no_pool(stream: Stream) -> Stream:
     "act",
     [
         lambda: POOL.held(_fed(3).state.pools[0], _fed(3).state.lanes * 2),
-        lambda: POOL.relocation(_fed(3).state.pools[0], _fed(3).state.lanes * 2),
+        lambda: POOL.relocation(_fed(3).state.pools[0], _fed(3).state.lanes * 2, recording=False),
         lambda: POOL.place_sinks(_fed(3).state.pools[0], _fed(3).state.lanes * 2, [], 3),
         lambda: POOL.place_sinks(_fed(3).state.pools[0], _fed(3).state.lanes, [], 3),
         lambda: _two_lanes(_fed(3)).preview(Inputs(1, 1, CPU, None)),

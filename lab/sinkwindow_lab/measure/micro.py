@@ -199,7 +199,7 @@ def relocation(configuration: Configuration, model: PreTrainedModel, *, stay: bo
     for tensor in bank.tensors:
         tensor.normal_()
     slots, lane = Slots((bank,), end=size), Lane(rule.num_sinks + rule.window, rule.buffer + 1)
-    return lambda: pool.relocation(slots, [lane], stay=stay)[0].finish()  # noqa: PLW0108 - planned each time
+    return lambda: pool.relocation(slots, [lane], recording=False, stay=stay)[0].finish()  # noqa: PLW0108 - planned each time
 
 
 @torch.inference_mode()

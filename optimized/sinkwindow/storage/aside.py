@@ -44,7 +44,7 @@ class Aside:
         evicted: Sequence[int],
         *,
         recording: bool,
-        in_place: bool = False,
+        in_place: bool,
     ) -> None:
         self._pool, self._lanes, self._held = pool, lanes, held
         self._size = pool.size(slots, recording=recording)

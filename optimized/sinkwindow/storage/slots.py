@@ -138,7 +138,7 @@ class Pool:
         lanes: Sequence[Lane],
         *,
         cut: Sequence[int] | None = None,
-        recording: bool = False,
+        recording: bool,
         stay: bool = False,
     ) -> tuple[Writes, Slots]:
         """Rotate windows to the lanes' offsets and move them to the front, into larger banks if recording wants them.
