@@ -70,6 +70,8 @@ def test_commands_are_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert re.findall(r"─ (\w+) ─", out) == ["Options", "Use", "Measure", "Maintain"]
     assert {one.rich_help_panel for one in app.registered_commands} == {"Use", "Measure", "Maintain"}
+    first = [str(one.callback.__doc__).partition("\n")[0] for one in app.registered_commands if one.callback]
+    assert [words for words in first if len(words) > 45 or "[" in words] == []  # the list of the page cuts longer ones
 
 
 # -- embedded model and texts --------------------------------------------------------------------------------------

