@@ -55,7 +55,7 @@ def project(session: nox.Session, *groups: str) -> Run:
         found = shutil.which(command, path=path) or command
         return session.run(found, *arguments, env={**env, "PATH": path}, external=True, **options)
 
-    if not programs.exists():
+    if not any(programs.glob("pip*")):  # there is none, or making it was interrupted
         session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(place), external=True)
     python = str(programs / "python")
     session.run_install(python, "requirements/install.py", "--lab", *groups, external=True)

@@ -1,8 +1,8 @@
 """Install dependency groups of pyproject.toml, every file checked against its hash in lock.txt.
 
 `python requirements/install.py [--lab] [GROUP...]`; `--lab` adds what the package and its lab depend on, and the
-embedded data. With `--torch`, only the CPU build of torch is installed, where there is one. An older pip than 26.1, the
-first that takes hashes from a constraints file, is replaced.
+embedded data. `--torch` alone installs the CPU build of torch, where there is one. An older pip than 26.1, the first
+that takes hashes from a constraints file, is replaced.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if newer_pip():
         return 1
+    if options.torch and (options.lab or options.groups):
+        parser.error("--torch stands alone")
     if options.torch:
         cpu_torch()
         return 0

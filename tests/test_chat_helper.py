@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders
 from transformers import GenerationConfig
 
 from chat_tiny import (
@@ -233,7 +235,7 @@ IMPOSSIBLE: Final = {
     "{% for m in messages %}{{ loop.index }}" + MESSAGE + "{% endfor %}": "depends on the messages before or behind",
     "{{ messages | length }}{% for m in messages %}" + MESSAGE + "{% endfor %}": "depends on the messages",
     "{% for m in messages %}" + MESSAGE + "{% endfor %}{{ messages | length }}": "depends on the messages",
-    "{{ nothing.at_all }}": "refuses 1 messages",
+    "{{ nothing.at_all }}": r"refuses a conversation of 1 message\(s\)",
 }
 
 
@@ -266,3 +268,84 @@ def test_a_message_that_a_template_refuses_changes_nothing(model: PreTrainedMode
             chat.ask(message)
     chat.ask("d", **says("a"))
     assert heard == turns_of("plain", None, ["c", "d"], [ids_of("ac"), []])
+
+
+# -- tokens at the edges ----------------------------------------------------------------------------------------------
+
+
+def test_a_word_boundary_ends_no_answer(model: PreTrainedModel) -> None:
+    """Some decoders take the first space away: such a token alone decodes to nothing, and is not special."""
+    tokenizer = copy.deepcopy(tokenizer_with(TEMPLATES["brackets"]))
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    assert tokenizer.decode(ids_of(" ")) == ""
+    assert Chat(model, tokenizer, **SIZES).ask("ab", **says("no ab </s>")) == "no ab "
+
+
+def test_an_ordinary_token_that_stops_is_part_of_the_answer(model: PreTrainedModel, heard: list[int]) -> None:
+    """It is returned, so the cache holds it too."""
+    chat, (stop,) = made(model), ids_of("[")
+    assert chat.ask("ab", eos_token_id=stop, **says("no ab[")) == "no ab["
+    chat.ask("c", **says("o"))
+    assert [*heard, *chat._end.pending] == turns_of("plain", "see", ["ab", "c"], [ids_of("no ab["), ids_of("o")])
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "expected"),
+    [
+        ("{{ m.role[0] }} {{ m.content }}{{ '\n' if loop.last else '\n\n' }}", "b", "u a\na no\n\nu b\na "),
+        ("{{ m.content }}\n", "\nb", "a\na no\n\nb\na "),
+    ],
+    ids=["the template", "the message"],
+)
+def test_an_end_that_merges_with_what_follows(
+    template: str, message: str, expected: str, model: PreTrainedModel, heard: list[int]
+) -> None:
+    """An answer that has said its line end is followed by the rest, no more and no less."""
+    text = "{% for m in messages %}" + template + "{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    chat = Chat(model, tokenizer_with(text), **SIZES)
+    chat.ask("a", **says("no\n"))
+    chat.ask(message, **says("o"))
+    assert tokenizer_with(None).decode(heard) == expected
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_the_chat_sets_are_refused(model: PreTrainedModel, heard: list[int]) -> None:
+    """Under both names of a cache; a system prompt that is no text is named."""
+    chat = made(model)
+    for name in ("cache", "past_key_values", "attention_mask"):
+        with pytest.raises(TypeError, match=f"{name} is set by the chat"):
+            chat.ask("ab", **{name: object()})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="system must be a str or None, got int"):
+        Chat(model, tokenizer_with(TEMPLATES["plain"]), 3)  # type: ignore[arg-type]
+    assert heard == []
+
+
+def test_stop_strings_need_no_tokenizer(model: PreTrainedModel) -> None:
+    """The chat has one."""
+    assert made(model).ask("ab", stop_strings=["ab"], **says("no ab cd")) == "no ab"
+
+
+def test_a_copy_of_a_chat_goes_on_by_itself(model: PreTrainedModel) -> None:
+    """Both have the history; what one hears next the other does not."""
+    chat = made(model)
+    chat.ask("ab", **says("no"))
+    twin = copy.deepcopy(chat)
+    answers = [one.ask("c", max_new_tokens=5, do_sample=False) for one in (chat, twin)]
+    assert answers[0] == answers[1]
+    assert twin.model is model
+    twin.ask("d", **says("no"))
+    assert twin.cache.seen_tokens[0] > chat.cache.seen_tokens[0]
+
+
+def test_a_streamer_that_was_interrupted_takes_the_next_turn(model: PreTrainedModel) -> None:
+    """It is told of the end: otherwise it would show the next prompt as an answer."""
+    words = Words(KeyboardInterrupt(), after=2)
+    chat = made(model)
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("ab", words, **says("no ab"))
+    words.error = None
+    chat.ask("c", words, **says("o"))
+    assert [len(one) for one in words.answers] == [2, 1]
+    assert len(words.prompts) == 2

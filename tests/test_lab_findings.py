@@ -104,10 +104,12 @@ def test_recall_by_hand() -> None:
     """12 tokens back is still inside a window of 12, 13 is not, although both are as many lines back."""
     found = answers("baseline", 1, [1, 1, 0], [5, 12, 13]) + answers("baseline", 9, [1, 1], [90, 91])
     found += answers("streaming_4_12_0", 1, [1, 0, 1], [5, 12, 13]) + answers("streaming_4_12_0", 9, [0, 0], [90, 91])
-    start = "- **Recall**: what is evicted is gone: streaming_4_12_0 answered 1 of 2 questions about facts at most 12 "
-    assert findings(found) == [
-        f"{start}tokens back, its window, and 1 of 3 about older ones, the dense model 2 of them."
-    ]
+    start = "streaming_4_12_0 answered 1 of 2 questions about facts at most 12 tokens back, its window, and"
+    assert findings(found) == [f"- **Recall**: {start} 1 of 3 about older ones, the dense model 2 of them."]
+    none = [one.model_copy(update={"samples": [0.0] * len(one.samples)}) for one in found if one.metric == "answered"]
+    rest = [one for one in found if one.metric != "answered"]
+    gone = f"what is evicted is gone: {start.replace('1 of 2', '0 of 2')} 0 of 3 about older ones"
+    assert findings(rest + none) == [f"- **Recall**: {gone}, the dense model 0 of them."]
     assert findings([one for one in found if one.configuration != "baseline"]) == []
     assert findings([one for one in found if one.at == 9]) == []  # nothing inside the window
 
@@ -116,6 +118,20 @@ def loss(text: str, metric: str, nearest: int | None, mean: float, targets: floa
     """Return a loss over dense with a standard error of 0.125."""
     figures = {metric: ("nat", [mean]), f"{metric}: standard error": ("nat", [0.125])}
     return measured("where", text, "streaming_4_12_0", nearest, figures | {f"{metric}: targets": ("tokens", [targets])})
+
+
+def test_recall_with_a_buffer() -> None:
+    """A token of the buffer is not evicted yet."""
+    found = [*answers("baseline", 1, [1, 1], [15, 19]), *answers("streaming_4_12_6", 1, [1, 0], [15, 19])]
+    shown = "streaming_4_12_6 answered 1 of 1 questions about facts at most 18 tokens back, its window and buffer"
+    assert findings(found) == [
+        f"- **Recall**: what is evicted is gone: {shown}, and 0 of 1 about older ones, the dense model 1 of them."
+    ]
+
+
+def test_a_cost_without_its_sum_is_left_out() -> None:
+    """As in a report that was cut."""
+    assert findings(loss("plays", "NLL minus dense", 1, 0.5, 4)) == []
 
 
 def test_cost_by_hand() -> None:

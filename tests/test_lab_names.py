@@ -52,6 +52,20 @@ def test_names_do_not_act(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "\\x1b[2J\\u202e[red]\nsecond\n"
 
 
+def test_letters_of_all_languages_are_shown() -> None:
+    """Spaces and joiners act on nothing; marks of direction reorder a line, and are shown as escapes."""
+    for words in (
+        "\u4f60\u3000\u597d",
+        "Bonjour\u00a0!",
+        "\u0645\u06cc\u200c\u062e",
+        "\U0001f468\u200d\U0001f469",
+        "a\u00ad b",
+    ):
+        assert printable(words) == words
+    for letter in "\x1b\u202e\u2066\u200f\u061c\u2028\ud800\x9b":
+        assert printable(letter) == ascii(letter)[1:-1]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_bars_show_names_as_text(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
     """In a terminal too, where rich reads brackets as colors."""

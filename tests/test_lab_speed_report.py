@@ -158,9 +158,9 @@ def test_what_a_user_gains_by_hand() -> None:
     changed += [place.one(side, "time", "ms/token", [took]) for side, took in times.items()]
     sizes = {"limit": 64, "prompt_limit": 256, "chunk": 32, "block": 32}
     assert gain(report(*changed, plan=sizes)) == (
-        "What you gain with tiny shape: batch 1, after 2,000 tokens, a token takes 3.0 ms, 0.75x of when the "
-        "cache was first full and 0.60x of a DynamicCache held at the same length; 5,120 tokens in chunks "
-        "of 32 are read 2.50x as fast as by the dense model."
+        "What you gain with tiny shape: batch 1, after 2,000 tokens, a token takes 3.0 ms, 0.75x of its time "
+        "when the cache was first full, and 0.60x of that with a DynamicCache of the same length; 5,120 tokens in "
+        "chunks of 32 are read 2.50x as fast as by the dense model."
     )
     assert gain(report(*changed, quick=True)) == gain(report()) == ""
 

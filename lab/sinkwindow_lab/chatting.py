@@ -35,8 +35,10 @@ HELP = {
 
 def open_chat(loaded: LoadedModel, *, system: str | None, file: Path | None, **sizes: Any) -> Chat:
     """Return a new chat, or the one in a file; show what it warns of."""
-    if file is not None and system is not None:
-        raise LabError("--system cannot be given with --load: the file has the system prompt of its conversation")
+    given = [f"--{name}" for name, value in {"system": system, **sizes}.items() if value is not None]
+    if file is not None and given:
+        raise LabError(f"{given[0]} cannot be given with --load: the file has that of its conversation")
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         try:
@@ -44,10 +46,9 @@ def open_chat(loaded: LoadedModel, *, system: str | None, file: Path | None, **s
                 chat = Chat(loaded.model, loaded.tokenizer, system, **sizes)
             else:
                 chat = Chat.load(file, loaded.model, loaded.tokenizer)
-        except FileNotFoundError as error:
-            raise LabError(f"--load {file}: there is no such file") from error
-        except ValueError as error:
-            raise LabError(f"model {loaded.record.name!r} cannot chat: {error}") from error
+        except (OSError, ValueError) as error:
+            subject = f"model {loaded.record.name!r} cannot chat" if file is None else f"--load {file}"
+            raise LabError(f"{subject}: {getattr(error, 'strerror', None) or error}") from error
     for one in found:
         say(f"warning: {one.message}")
     return chat
@@ -120,6 +121,8 @@ class Terminal:
                 self._commands[command](rest.strip())
             else:
                 say(f"error: there is no command {command}: /help lists them")
+        except KeyboardInterrupt:
+            say("stopped")
         except Exception as error:  # noqa: BLE001 - whatever a message or a command meets, the conversation goes on
             words = (None if isinstance(error, OSError) else explain(error)) or str(error) or type(error).__name__
             say(f"error: {' '.join(words.split())}")
@@ -129,7 +132,6 @@ class Terminal:
         try:
             self.chat.ask(message, printer, **self._arguments)
         except KeyboardInterrupt:
-            printer.end()  # type: ignore[no-untyped-call]
             said = self.chat.cache.forwarded_tokens > before
             say("stopped: " + ("the answer counts as far as it was said" if said else "the message was not read"))
         self._speed = printer.speed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|Storage size calculation overflowed|multiplication overflow"
     r"|into an index-sized integer|Overflow when unpacking long"
 )
+DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder a line
 LONGEST = 1000  # characters of a line that is shown whole
 
 
@@ -50,8 +52,15 @@ def check_number(option: str, value: float, least: float, most: float = float("i
 
 
 def printable(words: str) -> str:
-    """Return words of which nothing acts on a terminal: line ends, escapes, marks of direction are shown as escapes."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in words)
+    """Return words of which nothing acts on a terminal: line ends, escapes, marks of direction are shown as escapes.
+
+    Spaces of all kinds and joiners of letters, which many languages need, are shown as they are.
+    """
+    return "".join(one if one.isprintable() or _is_harmless(one) else ascii(one)[1:-1] for one in words)
+
+
+def _is_harmless(letter: str) -> bool:
+    return unicodedata.category(letter) in {"Zs", "Cf"} and letter not in DIRECTIONS
 
 
 def say(what: str, *, err: bool = True) -> None:

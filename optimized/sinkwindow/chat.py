@@ -127,13 +127,17 @@ class Chat:
         with self._alone():
             self._settle()
             start = self.cache.get_seq_length()
-            ids = [*self._end.pending, *self._template.next(message)[self._end.closed :]] if start else None
+            ids = [*self._end.pending, *self._template.next(message, self._end.closed)] if start else None
             turn = _Turn(start, ids or self._template.first(message))
             arguments = self._arguments(turn, generate_arguments)
             self._turn = turn  # from here on an interruption finds what it needs
             try:
                 output = self.model.generate(**arguments, streamer=streamer)  # type: ignore[operator]
                 turn.said = output[0]
+            except BaseException:
+                if streamer is not None:
+                    streamer.end()  # type: ignore[no-untyped-call]  # so that it can be given the next turn
+                raise
             finally:
                 answer = turn.answer
                 self._settle()
@@ -195,6 +199,15 @@ class Chat:
         chat._assemble(template, model, cache, end)  # noqa: SLF001
         return chat
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a chat that goes on from here by itself, with the same model, or its copy if that is copied too."""
+        with self._alone():
+            self._settle()
+            chat = type(self).__new__(type(self))
+            cache = copy.deepcopy(self.cache, memo)
+            chat._assemble(self._template, memo.get(id(self.model), self.model), cache, self._end)  # noqa: SLF001
+        return chat
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
@@ -240,7 +253,9 @@ class Chat:
         inputs = self._inputs(turn)
         if config.prefill_chunk_size or own.prefill_chunk_size:  # which takes positions of all columns
             inputs.pop("position_ids", None)
-        if taken := sorted(inputs.keys() & rest.keys()):
+        if config.stop_strings:
+            rest.setdefault("tokenizer", self.tokenizer)
+        if taken := sorted({*inputs, "cache", "past_key_values"} & rest.keys()):
             raise TypeError(f"{taken[0]} is set by the chat and cannot be given.")
         return rest | inputs | {"generation_config": config}
 

@@ -30,6 +30,8 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, system: str | None, source: str | None) -> None:
+        if not isinstance(system, str | None):
+            raise TypeError(f"system must be a str or None, got {type(system).__name__}.")
         self.tokenizer, self.system, self.source = tokenizer, system, source
         if source is None and getattr(tokenizer, "chat_template", "") is None:
             raise ValueError(
@@ -53,19 +55,28 @@ class ChatTemplate:
                 stacklevel=3,
             )
         self._closing = self._after_answer(closing)
-        self.end = [one for one in self._closing if not self.tokenizer.decode([one], skip_special_tokens=True)][:1]
+        self.end = [one for one in self._closing if self._special(one)][:1]
         self.pinned = _common(self._encoded(pinned), self.first(QUESTIONS[0]))
 
     def first(self, message: str) -> list[int]:
         """Return the tokens of a conversation up to its first answer."""
         return self._encoded(self._rendered(message))
 
-    def next(self, message: str) -> list[int]:
-        """Return the tokens from the end of an answer to the beginning of the next one."""
+    def next(self, message: str, closed: int = 0) -> list[int]:
+        """Return the tokens from the end of an answer to the beginning of the next one.
+
+        Args:
+            message: What is said in between.
+            closed: How many of the tokens that end an answer it has already.
+        """
         _, found, text = self._rendered(QUESTIONS[0], ANSWERS[0], message).partition(ANSWERS[0])
         if not found:
             raise ValueError("The chat template leaves out the answer before this message, so no turn can be added.")
-        return self._after_answer(text)
+        ids = self._after_answer(text)
+        if ids[:closed] == self._closing[:closed]:
+            return ids[closed:]
+        # The tokenizer merges what ends an answer with what follows.
+        return self._after_answer(text.removeprefix(self.tokenizer.decode(self._closing[:closed])))
 
     def probe(self) -> list[int]:
         """Return the tokens of some turn: another tokenizer or template makes others."""
@@ -77,9 +88,14 @@ class ChatTemplate:
         for count in range(len(closing), 0, -1):
             if answer[-count:] == closing[:count]:
                 return answer, count
-        if not answer or answer[-1] not in stops:
+        if not answer or answer[-1] not in stops or not self._special(answer[-1]):
             return answer, 0
         return (answer, closing.index(answer[-1]) + 1) if answer[-1] in closing else (answer[:-1], 0)
+
+    def _special(self, token: int) -> bool:
+        """Return whether a token is no text; one that decodes to nothing even so is a word boundary."""
+        decode = self.tokenizer.decode
+        return bool(decode([token])) and not decode([token], skip_special_tokens=True)
 
     def _shape(self) -> tuple[str, str]:
         """Return the text up to the end of the system prompt, and what ends an answer.
@@ -115,7 +131,7 @@ class ChatTemplate:
                 system + messages, tokenize=False, add_generation_prompt=answers, **more
             )
         except Exception as error:  # whatever the template or a tokenizer's own code raises
-            raise ValueError(f"it refuses {len(contents)} messages: {error}") from error
+            raise ValueError(f"it refuses a conversation of {len(contents)} message(s): {error}") from error
         return str(text)
 
     def _encoded(self, text: str) -> list[int]:

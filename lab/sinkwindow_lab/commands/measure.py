@@ -224,7 +224,9 @@ def evaluate(
     from sinkwindow_lab.ways.configurations import parse_list
 
     rows, names = parse_list(configs), [name.strip() for name in tasks.split(",") if name.strip()]
-    for option, value in (("--limit=", limit or 1), ("--batch-size=", batch_size)):
+    if not names:
+        raise LabError(f"--tasks {tasks!r} names no task")
+    for option, value in (("--limit=", 1 if limit is None else limit), ("--batch-size=", batch_size)):
         check_number(option, value, 1)
     models.check_place(device, dtype)
     with writer("lm-eval", out) as save:

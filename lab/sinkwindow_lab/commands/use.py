@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sinkwindow_lab.commands.options import Buffer, Device, Dtype, Model, Trust, Window, app
+from sinkwindow_lab.commands.options import Device, Dtype, Model, Trust, app
 from sinkwindow_lab.errors import check_number, say
 
 command = functools.partial(app.command, rich_help_panel="Use")
@@ -18,8 +18,8 @@ command = functools.partial(app.command, rich_help_panel="Use")
 def chat(
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="System prompt, which is never evicted.")] = None,
-    window: Window = 1020,
-    buffer: Buffer = 64,
+    window: Annotated[int | None, typer.Option(help="Most recent tokens to keep; 1,020 by default.")] = None,
+    buffer: Annotated[int | None, typer.Option(help="Tokens above that before an eviction; 64 by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 always takes the likeliest token.")] = 0.0,
     load: Annotated[
@@ -37,8 +37,9 @@ def chat(
     from sinkwindow_lab.chatting import Terminal, open_chat
     from sinkwindow_lab.inputs import models
 
-    check_number("--window ", window, 1)
-    check_number("--buffer ", buffer, 0)
+    for option, value, least in (("--window ", window, 1), ("--buffer ", buffer, 0)):
+        if value is not None:
+            check_number(option, value, least)
     check_number("--max-new-tokens ", max_new_tokens, 1)
     check_number("--temperature ", temperature, 0)
     loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

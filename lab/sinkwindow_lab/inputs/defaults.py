@@ -6,10 +6,10 @@ They are no dependencies: each requires a whole framework for the sake of one da
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import shutil
 import subprocess
 import sys
+from importlib.metadata import distributions
+from shutil import which
 
 from sinkwindow_lab.errors import LabError
 
@@ -19,9 +19,9 @@ BY_HAND = f"pip install --no-deps {' '.join(PACKAGES)}"
 
 def install() -> None:
     """Install the packages into this environment, by pip or, where there is none, by uv."""
-    if importlib.util.find_spec("pip"):
+    if any(distributions(name="pip")):  # find_spec("pip") would switch setuptools' own distutils off
         installer = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
-    elif uv := shutil.which("uv"):
+    elif uv := which("uv"):
         installer = [uv, "pip", "install", "--python", sys.executable]
     else:
         raise LabError(

@@ -8,9 +8,9 @@ from sinkwindow_lab.render.origins import head
 
 ERROR = " standard error"  # behind the name of a metric, that of its standard error
 WORDS = (
-    "**acc**: share of questions answered right, more is better. Of perplexities and bits, fewer is better.",
+    "**acc**: share of questions answered right, more is better. Lower perplexities and bits are better.",
     "**±**: standard error over documents, as lm-eval computes it.",
-    "**baseline** is lm-eval's own `HFLM`: where a text is longer than the model's length, it reads disjoint windows.",
+    "**baseline** is lm-eval's `HFLM`: it reads texts beyond the model's length in pieces, and the ends of questions.",
     "**Time**: the tasks together, one configuration after the other, each once.",
 )
 

@@ -91,8 +91,8 @@ def gain(report: Report) -> str:
     own = [one for one in found if one.place.subject == found[0].place.subject]
     late = [one for one in own if one.place.part == "tpot" and one.ours.configuration == "ours, late"]
     said = [
-        f"{one.what.rpartition(', over ')[0]}, a token takes {one.ours.median:.1f} ms, {_times(first.ratio)} of when "
-        f"the cache was first full and {_times(one.ratio)} of a {STOCK} held at the same length"
+        f"{one.what.rpartition(', over ')[0]}, a token takes {one.ours.median:.1f} ms, {_times(first.ratio)} of its "
+        f"time when the cache was first full, and {_times(one.ratio)} of that with a {STOCK} of the same length"
         for one, first in zip(late[::2], late[1::2], strict=True)  # as `COMPARED` has them
     ]
     said += [

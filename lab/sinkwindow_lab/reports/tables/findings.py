@@ -40,8 +40,9 @@ def _perplexity(report: Report, measured: pd.DataFrame) -> Iterator[str]:
             rest = [
                 f"; on {name(text)} {', '.join(f'{one:.2f}x' for one in row)}" for text, *row in ratios[1:].itertuples()
             ]
+            read = own[own.subject == found.index[0]]["at"].max()
             yield (
-                f"**Perplexity**: over {own['at'].max():,.0f} tokens of {name(found.index[0])} the dense model has PPL "
+                f"**Perplexity**: over {read:,.0f} tokens of {name(found.index[0])} the dense model has PPL "
                 f"{found.baseline.iloc[0]:.3f}, {', '.join(first)}{''.join(rest)}."
             )
             return
@@ -89,12 +90,14 @@ def _recall(report: Report, measured: pd.DataFrame) -> Iterator[str]:
         table = own.pivot_table(index="at", columns=["configuration", "metric"], values="samples", aggfunc="first")
         rows = {"back": (way.name, "tokens back"), "ours": (way.name, "answered"), "dense": ("baseline", "answered")}
         asked = pd.DataFrame({column: table[place].explode() for column, place in rows.items()})
-        near, far = asked[asked.back <= way.window], asked[asked.back > way.window]
+        kept = (way.window or 0) + (way.buffer or 0)
+        near, far = asked[asked.back <= kept], asked[asked.back > kept]
         if len(near) and len(far):
+            gone = "" if far.ours.sum() else "what is evicted is gone: "
             yield (
-                f"**Recall**: what is evicted is gone: {way.name} answered {near.ours.sum():.0f} of {len(near)} "
-                f"questions about facts at most {way.window:,} tokens back, its window, and {far.ours.sum():.0f} of "
-                f"{len(far)} about older ones, the dense model {far.dense.sum():.0f} of them."
+                f"**Recall**: {gone}{way.name} answered {near.ours.sum():.0f} of {len(near)} questions about facts at "
+                f"most {kept:,} tokens back, its window{' and buffer' if way.buffer else ''}, and {far.ours.sum():.0f} "
+                f"of {len(far)} about older ones, the dense model {far.dense.sum():.0f} of them."
             )
 
 
@@ -104,15 +107,18 @@ def _cost(report: Report, measured: pd.DataFrame) -> Iterator[str]:
     for way in _ways(report, own, "streaming")[:1]:
         rows = own[own.configuration == way.name].assign(label=own["at"].map(distance_name))
         known = rows.set_index(["subject", "label", "metric"]).value.to_dict()
-        (text, whole), *others = ((text, one) for (text, _, metric), one in known.items() if metric == f"{MEAN}, all")
-        means = {label: one for (subject, label, metric), one in known.items() if (subject, metric) == (text, MEAN)}
-        most = sorted(means.keys() - {"never"}, key=means.__getitem__)[-1:]
+        means = [(text, one) for (text, _, metric), one in known.items() if metric == f"{MEAN}, all"]
+        if not means:
+            continue
+        (text, whole), *others = means
+        by_label = {label: one for (subject, label, metric), one in known.items() if (subject, metric) == (text, MEAN)}
+        most = sorted(by_label.keys() - {"never"}, key=by_label.__getitem__)[-1:]
         told = {one: f"where the same {NGRAM}-gram was last seen {one} tokens ago" for one in most}
         shown = ""
         for label, words in (told | {"never": "where it never was"}).items():
-            if label in means:
+            if label in by_label:
                 error, targets = (known[text, label, f"{MEAN}: {one}"] for one in ("standard error", "targets"))
-                shown += f", {means[label]:+.3f} ± {error:.3f} (n = {targets:,.0f}) {words}"
+                shown += f", {by_label[label]:+.3f} ± {error:.3f} (n = {targets:,.0f}) {words}"
         rest = "".join(f"; on {name(other)} {one:+.4f}" for other, one in others)
         loss = f"{way.name} has a loss of {whole:+.4f} nat a token over dense"
         yield f"**Cost**: on {name(text)} {loss}{shown}{rest}."
