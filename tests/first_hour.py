@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,14 +45,15 @@ def run(language: str, text: str, folder: Path, environment: dict[str, str]) -> 
 
 
 def main(folder: Path, pages: list[str]) -> None:
-    """Run all pages with a home of their own, without caches, hub and the path of this project."""
+    """Run all pages, each in a copy of the project, with a home of their own, without caches, hub and the path of this project."""
     with tempfile.TemporaryDirectory() as home:
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "LANG", "LC_"))}
         environment = {**kept, "PATH": path, "HOME": home, "HF_HUB_OFFLINE": "1"}
-        for page in pages:
-            for language, text in programs(folder / page):
-                run(language, text, folder, environment)
+        for number, page in enumerate(pages):
+            place = shutil.copytree(folder, Path(home, f"page-{number}"))
+            for language, text in programs(place / page):
+                run(language, text, place, environment)
 
 
 if __name__ == "__main__":
