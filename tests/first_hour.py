@@ -45,7 +45,7 @@ def run(language: str, text: str, folder: Path, environment: dict[str, str]) -> 
 
 
 def main(folder: Path, pages: list[str]) -> None:
-    """Run all pages, each in a copy of the project, with a home of their own, without caches, hub and the path of this project."""
+    """Run all pages, each in a copy of the project, without caches, a hub and the path of this project."""
     with tempfile.TemporaryDirectory() as home:
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "LANG", "LC_"))}
