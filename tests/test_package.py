@@ -50,6 +50,11 @@ def test_source_archive_is_complete(tmp_path: Path) -> None:
     assert there - names == set()
 
 
+from_checkout = pytest.mark.skipif(
+    (ROOT / "PKG-INFO").exists(), reason="an unpacked source archive keeps the metadata that it was built with"
+)
+
+
 @pytest.mark.parametrize(
     ("link", "expected"),
     [
@@ -69,6 +74,7 @@ def test_links_of_the_page_are_absolute(link: str, expected: str) -> None:
     assert absolute(link, PLACE, "v1") == expected
 
 
+@from_checkout
 def test_a_release_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where CI names the repository, the package lists its addresses, and no link of its page is relative."""
     monkeypatch.setenv("GITHUB_SERVER_URL", "https://example.org")
@@ -83,6 +89,7 @@ def test_a_release_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert urls["Changelog"] == f"{PLACE}/blob/v{VERSION}/CHANGELOG.md"
 
 
+@from_checkout
 def test_a_build_at_a_desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a repository the page is README.md, and no address is made up."""
     monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
