@@ -387,6 +387,7 @@ def docs_site(session: nox.Session) -> None:
 def notebook(session: nox.Session) -> None:
     """Run docs/notebook.ipynb and save what it shows."""
     run = project(session, "notebook")
-    how = ("--coalesce-streams", "--ExecutePreprocessor.record_timing=False")
     quiet = {"PYTHONWARNINGS": "ignore:IProgress"}  # tqdm's bars would be widgets
-    run("jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", *how, "docs/notebook.ipynb", env=quiet)
+    # Lines of one output are joined before a notebook is run, not after it.
+    for how in (("--execute", "--ExecutePreprocessor.record_timing=False"), ("--coalesce-streams",)):
+        run("jupyter", "nbconvert", "--to", "notebook", "--inplace", *how, "docs/notebook.ipynb", env=quiet)
