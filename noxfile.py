@@ -387,7 +387,7 @@ def docs_site(session: nox.Session) -> None:
 def notebook(session: nox.Session) -> None:
     """Run docs/notebook.ipynb and save what it shows."""
     run = project(session, "notebook")
-    # tqdm's bars would be widgets; threads that spin while they wait take minutes on a machine that does something else.
+    # tqdm's bars would be widgets; threads that spin while they wait take minutes on a machine that is busy.
     quiet = {"PYTHONWARNINGS": "ignore:IProgress", "OMP_WAIT_POLICY": "passive"}
     # Lines of one output are joined before a notebook is run, not after it.
     for how in (("--execute", "--ExecutePreprocessor.record_timing=False"), ("--coalesce-streams",)):
