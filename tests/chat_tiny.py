@@ -131,7 +131,7 @@ class Words(BaseStreamer):
 
 
 class Script(LogitsProcessor):
-    """Let the model say certain tokens."""
+    """Make the model generate certain tokens."""
 
     def __init__(self, text: str | Sequence[int]) -> None:
         self.ids = ids_of(text) if isinstance(text, str) else [*text]
