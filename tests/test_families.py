@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,14 +147,18 @@ def test_attention_implementations_agree(family: str, attention: str) -> None:
     assert worst((logits - expected)[mask.bool()]) < FLOAT32_ISLAND
 
 
+def _hooks(model: torch.nn.Module) -> list[list[int]]:
+    return [[*module._forward_pre_hooks, *module._forward_hooks] for module in model.modules()]
+
+
 @families
 def test_supports_answers_without_side_effects(family: str) -> None:
     """`supports` is true with an empty reason, and adds no hook to the model."""
     model = build(family)  # shared: the cache of another test may not have been collected yet
-    gc.collect()
+    before = _hooks(model)
     answer = supports(model)
     assert (bool(answer), answer.reason) == (True, "")
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert _hooks(model) == before
 
 
 @pytest.mark.parametrize(
