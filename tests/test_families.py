@@ -42,6 +42,7 @@ SUPPORT = README.parent / "docs" / "support.md"
 # transformers computes angles and norms in float32: the error of a stock model relative to its largest logit.
 STOCK = 3e-5
 COUNTS_PADDING = {"mpt"}  # its ALiBi counts columns, so padding between tokens is refused
+HAS_TABLE = {"codegen", "gptj", "mpt"}  # of TRAINED positions: a call that is not split must fit
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -50,7 +51,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 @budget(0.05)
 def test_the_family_streams_as_the_reference_says(family: str, rule: Rule, seed: int, lengths: list[int]) -> None:
     """After every call, in both eviction modes, logits are within the bound and the retained tokens identical."""
-    assume(family not in COUNTS_PADDING or rule.evict == "token" or rule.capacity + max(lengths) <= TRAINED)
+    assume(family not in HAS_TABLE or rule.evict == "token" or rule.capacity + max(lengths) <= TRAINED)
     model, ids = build(family), tokens(seed, 1, sum(lengths))
     expected = reference_logits(model, ids, chunks=lengths, **rule.arguments)
     cache = rule.cache(model)
@@ -75,6 +76,20 @@ def test_padded_rows_of_the_family_are_rows_alone(
     for row, real in enumerate(mask):
         calls = real_per_call(real, lengths)
         assert cache.retained_tokens[row] == retained_after(sum(calls), **rule.arguments)
+
+
+@pytest.mark.parametrize("family", sorted(HAS_TABLE))
+def test_a_call_beyond_the_table_is_refused(family: str) -> None:
+    """If it may not be split: the error has both numbers, and the cache is unchanged; one token fewer is fine."""
+    model, rule, ids = build(family), Rule(0, 1, 0, "call"), tokens(0, 1, TRAINED + 1)
+    cache = rule.cache(model)
+    before = observe(cache)
+    with pytest.raises(ValueError, match=f"brings {TRAINED + 1} columns and 0 are cached, .* ends at {TRAINED}"):
+        call(model, cache, ids)
+    assert observe(cache) == before
+    logits = call(model, cache, ids[:, :TRAINED])
+    expected = reference_logits(model, ids[:, :TRAINED], chunks=[TRAINED], **rule.arguments)
+    assert worst(logits - expected) < FAMILIES[family].bound
 
 
 @pytest.mark.parametrize("family", sorted(COUNTS_PADDING))

