@@ -254,6 +254,15 @@ def test_errors_of_commands_are_lines_and_the_chat_goes_on(
     assert all(command in out for command in HELP)
 
 
+def test_an_interrupted_command_does_not_end_the_chat(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an interrupted answer does not."""
+    monkeypatch.setattr(chat, "save", _raising(KeyboardInterrupt()))
+    Terminal(chat, {})._take("/save somewhere")
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_a_failure_in_a_turn_is_a_line(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     """Memory that is not there, or anything else: the next message is answered."""
     for error, words in ((MemoryError(), "not enough memory"), (RuntimeError("a b\nc"), "a b c"), (KeyError(), "Key")):

@@ -313,6 +313,19 @@ def test_unknown_tasks_and_configurations_name_the_way_out(monkeypatch: pytest.M
         run.language_model(loaded_tiny(), parse("static_2_6_3"), 1)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--tasks", " , ", "--tasks ' , ' names no task"), ("--limit", "0", "--limit=0 must be 1 or more")],
+)
+def test_nothing_to_evaluate_is_refused(
+    option: str, value: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, before a report is written over another one."""
+    assert command("evaluate", option, value, "--out", tmp_path) == 2
+    assert capsys.readouterr().err.startswith(f"error: {words}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_lm_eval_the_extra_is_named() -> None:
     """One line names what to install, another extra than for the rest of the lab."""
     assert "pip install 'sinkwindow[eval]'" in str(explain(ModuleNotFoundError("", name="lm_eval.api")))

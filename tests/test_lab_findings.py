@@ -47,6 +47,8 @@ def test_perplexity_by_hand() -> None:
             "on docs 1.25x."
         )
     ]
+    longer = [one.model_copy(update={"at": 999}) if one.subject == "docs" else one for one in found]
+    assert findings(longer) == findings(found)  # the number of tokens is that of the text that is named
     found = [one for one in found if one.subject == "plays"]
     found += score("mistakes", "window_0_8", "plays", 20.0) + score("mistakes", "stale_ranks_2_6", "plays", 45.0)
     found += score("mistakes", "window_0_9", "plays", 7.0)  # of another size
