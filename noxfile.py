@@ -164,14 +164,18 @@ def compat(session: nox.Session, transformers: str) -> None:
     release = ("--requirement", f"requirements/transformers-{transformers}.txt")
     session.install("--no-deps", "--require-hashes", *release)
     session.run("python", "-c", VERSIONS)
-    session.run(
-        "pytest",
-        *PARALLEL,
-        "--ignore-glob=tests/test_lab_*",
-        "--ignore-glob=tests/test_benchmarks*",
-        *session.posargs,
-        env=ONE_THREAD,
-    )
+    session.run("pytest", *PARALLEL, "@tests/laws.txt", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def canary(session: nox.Session) -> None:
+    """Run the cache's tests on what pip is told to install: `-- --pre torch`, `-- "transformers @ git+ADDRESS"`."""
+    session.run_install("python", "requirements/install.py", "--lab", "test")
+    session.install(*EDITABLE[1:])
+    session.install("--upgrade", *session.posargs)
+    session.run("python", "-c", VERSIONS)
+    # Left out is what holds for the locked releases alone, and the warning of a transformers that no test has run on.
+    session.run("pytest", *PARALLEL, "@tests/laws.txt", "@tests/canary.txt", env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -1,4 +1,4 @@
-"""A tiny random model of every family that the cache supports, and of every family that it refuses.
+"""A tiny random model of every family that the cache supports.
 
 Weights have a standard deviation of 0.3: with the usual 0.02 a wrong position hardly changes the logits. Models have 64
 positions, so that positions are rebased often, and layers with a sliding window of their own have one that is shorter
@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sinkwindow import StreamingCache, supports
 from wide_norms import keep_norms_wide
@@ -37,10 +38,27 @@ MIXED: Final = {
     "sliding_window": OWN_WINDOW,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+NO_HEAD_DIM: Final[dict[str, Any]] = {name: value for name, value in MIXED.items() if name != "head_dim"}
 GPT: Final = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": TRAINED}
-EXPERTS: Final = {"experts_implementation": "eager"}  # grouped matrix products do not support float64
+EXPERTS: Final[dict[str, Any]] = {"experts_implementation": "eager"}  # grouped products do not support float64
+LOCAL: Final = {"num_local_experts": 4, "num_experts_per_tok": 2, **EXPERTS}
+MOE: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **EXPERTS}
+# Routers that compute in float32 choose all experts: rounding must not decide between two of them.
+GROUPS: Final = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+ROUTED: Final = {"n_routed_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 16, **GROUPS, **EXPERTS}
+ERNIE: Final = {"moe_num_experts": 4, "moe_k": 4, "moe_intermediate_size": 16, **EXPERTS}
+# Gemma 3n and 4: embeddings for each layer, and the last two layers attend to the keys of the first two.
+PER_LAYER: Final = {
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+}
+IDS: Final = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)  # where None is no id
+DEFAULT_ROPE: Final = {"rope_type": "default", "rope_theta": 100.0}
+YARN: Final = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 32}
+SCALED: Final = {**YARN, "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0}
+JETMOE: Final = {name: value for name, value in GQA.items() if name != "num_attention_heads"} | {"kv_channels": 8}
 FALCON: Final = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": TRAINED}
-LATENT: Final = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 LONGROPE: Final = {
     "rope_type": "longrope",
     "factor": 2.0,
@@ -85,12 +103,17 @@ def _llama(rope_type: str, **rope: Any) -> Family:
     )
 
 
+WINDOWS: Final = "RoPE; window in some layers"
+ONLY_WINDOWS: Final = "RoPE, only in the layers with a window"
+SHARED: Final = "RoPE of two kinds; window in some layers; layers that share keys"
 PAIRS: Final = "RoPE, interleaved"
 PARTIAL: Final = "RoPE, partial"
 EAGER_WITH_SINKS: Final[dict[str, Any]] = {"attention": ("eager",), "bound": FLOAT32_ISLAND}  # flex needs a GPU
+EAGER_ONLY: Final[dict[str, Any]] = {"attention": ("eager",)}  # it implements nothing else
 OWN: Final[dict[str, Any]] = {"attention": ("sdpa", "eager")}  # Falcon implements both itself
 # MPT and BLOOM cast scores to float32 whatever their dtype, where a float64 mask becomes -inf and padding NaN.
 EAGER: Final[dict[str, Any]] = {"attention": ("eager",), "bound": FLOAT32_ISLAND, "dtype": torch.float32}
+ISLAND: Final[dict[str, Any]] = {"bound": FLOAT32_ISLAND}  # a router in float32
 NO_FLEX: Final[dict[str, Any]] = {"attention": ("sdpa", "eager")}  # transformers refuses flex_attention
 # Eager attention computes its softmax in float32 whatever the model's dtype.
 NO_SDPA: Final[dict[str, Any]] = {"attention": ("eager", "flex_attention"), "bound": FLOAT32_ISLAND}
@@ -195,59 +218,119 @@ FAMILIES: Final[dict[str, Family]] = {
     "glm": _family("glm", "GLM", HEAD_DIM, PAIRS),
     "glm4": _family("glm4", "GLM-4", HEAD_DIM, PAIRS),
     "ernie4_5": _family("ernie4_5", "Ernie 4.5", HEAD_DIM, PAIRS),
+    "ernie4_5_moe": _family("ernie4_5_moe", "Ernie 4.5 MoE", {**GQA, **ERNIE}, PAIRS, **ISLAND),
+    "afmoe": _family("afmoe", "AFMoE (Trinity)", {**MIXED, **MOE, "num_experts_per_tok": 4}, ONLY_WINDOWS, **ISLAND),
+    "apertus": _family("apertus", "Apertus", {**GQA, "rope_parameters": DEFAULT_ROPE}),
+    "arcee": _family("arcee", "Arcee", GQA),
+    "cohere2_moe": _family(
+        "cohere2_moe", "Cohere 2 MoE", {**MIXED, **MOE}, f"{PAIRS}, only in the layers with a window"
+    ),
+    "cwm": _family("cwm", "CWM", {**MIXED, "rope_parameters": DEFAULT_ROPE, **IDS}, WINDOWS),
+    "dots1": _family("dots1", "dots.llm1", {**GQA, **ROUTED}, **ISLAND),
+    "exaone4": _family("exaone4", "EXAONE 4", NO_HEAD_DIM, ONLY_WINDOWS),
+    "gemma3_sliding": _family(
+        "gemma3_text",
+        "Gemma 3, all layers with a window",
+        {**HEAD_DIM, "sliding_window": TRAINED, "layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3_full": _family(
+        "gemma3_text",
+        "Gemma 3, no layer with a window",
+        {**HEAD_DIM, "layer_types": ["full_attention"] * 2, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3n_text": _family(
+        "gemma3n_text",
+        "Gemma 3n",
+        {**MIXED, **PER_LAYER, "laurel_rank": 4, "activation_sparsity_pattern": None},
+        SHARED,
+    ),
+    "gemma4_text": _family("gemma4_text", "Gemma 4", {**MIXED, **PER_LAYER, "global_head_dim": 16}, SHARED),
+    "glm4_moe": _family("glm4_moe", "GLM-4.5, GLM-4.6", {**HEAD_DIM, **ROUTED}, PARTIAL, **ISLAND),
+    "gpt_neox_japanese": _family(
+        "gpt_neox_japanese",
+        "GPT-NeoX Japanese",
+        {k: v for k, v in BASE.items() if k != "intermediate_size"},
+        **EAGER_ONLY,
+    ),
+    "granite_swa": _family("granite_swa", "Granite SWA", NO_HEAD_DIM, f"{WINDOWS}; learned sinks", **EAGER_WITH_SINKS),
+    "granitemoe": _family("granitemoe", "Granite MoE", {**GQA, **LOCAL}),
+    "helium": _family("helium", "Helium", HEAD_DIM, PAIRS),
+    "jetmoe": _family("jetmoe", "JetMoe", {**JETMOE, **LOCAL}),
+    "mimo_v2_flash": _family(
+        "mimo_v2_flash",
+        "MiMo-V2-Flash",
+        {**MIXED, **ROUTED, "v_head_dim": 4},
+        f"{WINDOWS}; learned sinks",
+        **EAGER_WITH_SINKS,
+    ),
+    "minimax_m2": _family(
+        "minimax_m2", "MiniMax-M2", {**HEAD_DIM, **LOCAL, "num_experts_per_tok": 4, "rotary_dim": 4}, PARTIAL, **ISLAND
+    ),
+    "ministral": _family("ministral", "Ministral", MIXED, WINDOWS),
+    "ministral3": _family(
+        "ministral3", "Ministral 3", {**HEAD_DIM, "rope_parameters": SCALED}, "RoPE, yarn; queries scaled by position"
+    ),
+    "modernbert-decoder": _family(
+        "modernbert-decoder",
+        "ModernBERT decoder",
+        {**BASE, "layer_types": MIXED["layer_types"][:2], "local_attention": 2 * OWN_WINDOW, **IDS},
+        "RoPE of two kinds; window in some layers",
+    ),
+    "nanochat": _family("nanochat", "nanochat", GQA, "RoPE, backwards"),
+    "olmo": _family("olmo", "OLMo", GQA),
+    "olmo3": _family("olmo3", "OLMo 3", NO_HEAD_DIM, WINDOWS),
+    "olmoe": _family("olmoe", "OLMoE", {**GQA, "num_experts": 4, "num_experts_per_tok": 2, **EXPERTS}, **NO_FLEX),
+    "phimoe": _family("phimoe", "Phi-3.5-MoE", {**GQA, **LOCAL, "sliding_window": None}),
+    "phimoe_longrope": _family(
+        "phimoe",
+        "Phi-3.5-MoE, longrope",
+        {
+            **GQA,
+            **LOCAL,
+            "sliding_window": None,
+            "rope_parameters": {**LONGROPE, "short_mscale": 1.2, "long_mscale": 1.4},
+        },
+        "RoPE, longrope",
+    ),
+    "qwen2_moe": _family("qwen2_moe", "Qwen2-MoE", {**GQA, **MOE, "shared_expert_intermediate_size": 16}),
+    "seed_oss": _family("seed_oss", "Seed-OSS", HEAD_DIM),
+    "vaultgemma": _family("vaultgemma", "VaultGemma", {**MIXED, "query_pre_attn_scalar": 8}, WINDOWS, **NO_SDPA),
 }
 
-# Both use AttentionInterface since transformers 5.24. With earlier releases they are refused, hence removed here.
+# Both use AttentionInterface since transformers 5.24. With earlier releases they are refused, hence removed here, as is
+# what a release does not have.
 for _late in ("gptj", "codegen"):
     if not hasattr(import_module(f"transformers.models.{_late}.modeling_{_late}"), "ALL_ATTENTION_FUNCTIONS"):
         del FAMILIES[_late]
-REFUSED: Final[dict[str, Family]] = {
-    "gpt2": _family("gpt2", "GPT-2", GPT, "learned, absolute"),
-    "opt": _family("opt", "OPT", {**BASE, "word_embed_proj_dim": 32, "ffn_dim": 40}, "learned, absolute"),
-    "deepseek_v3": _family(
-        "deepseek_v3",
-        "DeepSeek-V2, V3",
-        {
-            **BASE,
-            **LATENT,
-            "n_routed_experts": 4,
-            "n_group": 2,
-            "topk_group": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-        },
-        "RoPE and a latent",
-    ),
-    "t5": _family(
-        "t5",
-        "T5",
-        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4},
-        "bias",
-    ),
-    "mamba": _family("mamba", "Mamba", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}, "none"),
-}
+for _name in [name for name, family in FAMILIES.items() if family.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
+    del FAMILIES[_name]
 
 
 @functools.cache
 def build(family: str, attention: str | None = None) -> PreTrainedModel:
     """Return a family's model. Calls with the same arguments share one object, so do not change it."""
-    recipe = (FAMILIES | REFUSED)[family]
+    recipe = FAMILIES[family]
     special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = AutoConfig.for_model(recipe.model_type, **special, **recipe.config)
-    loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = AutoConfig.for_model(recipe.model_type, **special | recipe.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         chosen = {} if attention is None else {"attn_implementation": attention}
-        model: PreTrainedModel = loader.from_config(config, **chosen)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=WEIGHT_STD)
-        for name, parameter in model.named_parameters():
-            if name.endswith("sinks"):  # GPT-OSS
-                torch.nn.init.normal_(parameter)
+        loader: Any = AutoModelForCausalLM  # untyped in transformers
+        return randomize(loader.from_config(config, **chosen), recipe.dtype)
+
+
+def randomize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Give a model large random weights and a dtype, and switch dropout off."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=WEIGHT_STD)
+        elif name.endswith("sinks"):  # GPT-OSS
+            torch.nn.init.normal_(parameter)
+        else:  # one that begins with zeros, or ones, would hide what it does
+            parameter.data += torch.randn_like(parameter) / 10
     model.train(mode=False)
-    torch.nn.Module.to(model, recipe.dtype)
-    if recipe.dtype == torch.float64:
+    torch.nn.Module.to(model, dtype)
+    if dtype == torch.float64:
         keep_norms_wide(model)
     return model
 
@@ -272,9 +355,7 @@ def table() -> str:
         answer = supports(build(name))
         cells = (family.title, f"`{family.model_type}`", family.positions, _word(answer), _word(can_be_static(name)))
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(REFUSALS)
-    for name, family in REFUSED.items():
-        lines.append(f"| {family.title} | `{family.model_type}` | {supports(build(name)).reason} |")
+    lines.append(TAIL)
     return "\n".join(lines) + "\n"
 
 
@@ -289,14 +370,12 @@ calls and with padding. `supports(model)` answers for yours. Static: `tests/test
 | family | `model_type` | positions | streams | static |
 |---|---|---|---|---|"""
 
-REFUSALS: Final = """
+TAIL: Final = """
 Where layers have a sliding window of their own, they keep it: sinks, window and buffer are the other layers'. Where all
 layers have one (Mistral), num_sinks + window + buffer + 1 must fit it.
 
-Refused, by name and reason, before anything changes:
-
-| family | `model_type` | reason |
-|---|---|---|"""
+[Verdicts](verdicts.md) has every `model_type` of transformers: those that stream, and those that are refused, by
+name and reason, before anything changes."""
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCS: Final = ROOT / "docs"
 GUIDES: Final = sorted((DOCS / "guides").glob("*.md"))
-TO_RUN: Final = [ROOT / "README.md", *(DOCS / name for name in ("start.md", "migration.md", "lm-eval.md")), *GUIDES]
+TO_RUN: Final = [
+    ROOT / "README.md",
+    *(DOCS / name for name in ("start.md", "migration.md", "lm-eval.md", "sinks.md")),
+    *GUIDES,
+]
 STREAMS: Final = ("README", "batches", "compiled", "start", "transcripts")  # pages whose last cache must have evicted
 SVG: Final = "{http://www.w3.org/2000/svg}"
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ACTS = "\x1b[2J\u202e[red]"  # clears a terminal, turns the order of letters, colors what rich prints
 LONG = "x" * 5_000
-READS = ("perplexity", "speed", "tables", "verify")
+READS = ("perplexity", "sinks", "speed", "tables", "verify")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def inputs(command: str, folder: Path) -> dict[str, object]:
     """Return options with which a command that reads a text runs."""
-    out = {"--out": folder / "out", "--only": "mistakes"} if command == "tables" else {}
+    out: dict[str, object] = {"--out": folder / "out"} if command in ("sinks", "tables") else {}
+    out |= {"--only": "mistakes"} if command == "tables" else {}
     return {"--model": folder / "model", "--corpus": folder / "text.txt", **out}
 
 
@@ -118,6 +119,7 @@ def test_inputs_that_cannot_be_used(
     ("command", "options"),
     [
         ("perplexity", ("--tokens", "--window", "--block")),
+        ("sinks", ("--tokens", "--size")),
         ("speed", ("--prompt", "--tokens", "--rounds")),
         ("verify", ("--tokens", "--window", "--call-length")),
         ("mechanics", ("--window", "--evictions")),

@@ -23,6 +23,7 @@ INSTALLS: Final = re.compile(
 # The only lines of jobs with write permission that mention an artifact or run a script; a change here is a decision.
 BY_NAME: Final = (
     "python3 -I ../take_results.py ../new .",
+    "python3 -I canary_issue.py",
     'test -z "$(find report -type l)" # a link would quote a file of this machine',
     "number=$(tr -cd 0-9 < report/number)",
     "tail -c 50000 report/report.txt | tr '~' '-'",
@@ -143,12 +144,13 @@ def test_a_new_copy_is_noticed(command: str) -> None:
     assert "." in _takes_more(job)
 
 
-def test_the_script_that_writes_is_of_this_repository() -> None:
-    """The job that saves results reads the script at its own commit, as GitHub reads the workflow itself."""
-    text = (ROOT / ".github" / "workflows" / "save-results.yml").read_text("utf-8")
-    (path,) = re.findall(r"script=repos/\$REPOSITORY/contents/(\S+)\?ref=\$GITHUB_SHA\n", text)
+@pytest.mark.parametrize(("workflow", "script"), [("save-results", "take_results.py"), ("canary", "canary_issue.py")])
+def test_the_script_that_writes_is_of_this_repository(workflow: str, script: str) -> None:
+    """A job that may write reads its script at its own commit, as GitHub reads the workflow itself."""
+    text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text("utf-8")
+    (path,) = re.findall(r"script=repos/\$\w+/contents/(\S+)\?ref=\$GITHUB_SHA\n", text)
     assert (ROOT / path).is_file()
-    assert path.endswith("/take_results.py")
+    assert path.endswith(f"/{script}")
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=_names(WORKFLOWS))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
 
-from sinkwindow import Chat
+from sinkwindow import Chat, Family
 from sinkwindow_lab.errors import LabError, explain, printable, say
 from sinkwindow_lab.inputs.models import LoadedModel
 
@@ -33,7 +33,9 @@ HELP = {
 }
 
 
-def open_chat(loaded: LoadedModel, *, system: str | None, file: Path | None, **sizes: Any) -> Chat:
+def open_chat(
+    loaded: LoadedModel, *, system: str | None, file: Path | None, family: Family | None = None, **sizes: Any
+) -> Chat:
     """Return a new chat, or the one in a file; show what it warns of."""
     given = [f"--{name}" for name, value in {"system": system, **sizes}.items() if value is not None]
     if file is not None and given:
@@ -43,7 +45,7 @@ def open_chat(loaded: LoadedModel, *, system: str | None, file: Path | None, **s
         warnings.simplefilter("always")
         try:
             if file is None:
-                chat = Chat(loaded.model, loaded.tokenizer, system, **sizes)
+                chat = Chat(loaded.model, loaded.tokenizer, system, family=family, **sizes)
             else:
                 chat = Chat.load(file, loaded.model, loaded.tokenizer)
         except (OSError, ValueError) as error:

@@ -167,7 +167,7 @@ class Report(Record):
     """One run: the machine, the inputs, the plan and the results."""
 
     schema_version: Literal[4] = 4
-    kind: Literal["tables", "speed", "gpu", "lm-eval"]
+    kind: Literal["tables", "speed", "gpu", "lm-eval", "sinks"]
     quick: bool
     plan: dict[str, Any]
     machine: MachineRecord

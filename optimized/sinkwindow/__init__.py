@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sinkwindow.cache import StreamingCache
     from sinkwindow.chat import Chat
-    from sinkwindow.model.families import Support, UnsupportedModelError, supports
+    from sinkwindow.model.families import Family, Support, UnsupportedModelError, supports
     from sinkwindow.retention import Retention
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.state import Snapshot
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chat",
     "Eviction",
+    "Family",
     "Retention",
     "Snapshot",
     "StreamingCache",
@@ -31,6 +32,7 @@ __version__: str
 _MODULES = {
     "Chat": "chat",
     "Eviction": "stream.events",
+    "Family": "model.families",
     "Retention": "retention",
     "Snapshot": "stream.state",
     "StreamingCache": "cache",

@@ -20,12 +20,15 @@ from sinkwindow.attention.step import STEP_NAME, step_attention
 from sinkwindow.copies import Copies
 from sinkwindow.fit import OnOverflow, Positions, check_fit, pools_of, position_bound
 from sinkwindow.model.calls import News
-from sinkwindow.model.families import FULL, SLIDING, frequencies_of, inspect_model
+from sinkwindow.model.families import Family, inspect_model
 from sinkwindow.model.hooks import attach, uncompiled
 from sinkwindow.model.inputs import CallChecks
 from sinkwindow.model.layer_stub import stubs_of
 from sinkwindow.model.open_call import AttentionFacts
+from sinkwindow.model.rope import frequencies_of, length_for
+from sinkwindow.model.state_layers import StateLayers
 from sinkwindow.retention import EvictMode, Retention
+from sinkwindow.storage.states import can_go_back
 from sinkwindow.stream.state import DebugState
 from sinkwindow.stream.steps import Steps
 from sinkwindow.stream.stream import Stream
@@ -67,6 +70,7 @@ class StreamingCache(Cache, Copies):
         on_overflow: ``"evict"``, or ``"error"`` to refuse a call that would evict.
         static: Whether calls of one token per row have fixed shapes, for ``torch.compile`` and CUDA graphs:
             ``generate`` compiles them where it would for a ``StaticCache``. Tokens kept and logits stay the same.
+        family: What ``check_untested`` of the lab has found, for a model that is not in the table of supported ones.
 
     Raises:
         TypeError: A size is not an int, or ``on_evict`` is not callable.
@@ -103,23 +107,22 @@ class StreamingCache(Cache, Copies):
         positions: Positions = "rank",
         on_overflow: OnOverflow = "evict",
         static: bool = False,
+        family: Family | None = None,
     ) -> None:
         retention = Retention(num_sinks, window, buffer, evict)
         options: dict[str, Any] = {"positions": positions, "on_overflow": on_overflow}
-        facts = inspect_model(model)
+        facts = inspect_model(model, family)
         check_fit(facts, retention, {"on_evict": on_evict, **options}, static=static)
-        self._settings: dict[str, Any] = {**asdict(retention), **options, "static": static}
+        self._settings: dict[str, Any] = {**asdict(retention), **options, "static": static, **facts.given}
         pools = pools_of(facts, retention, ranked=positions == "rank", static=static)
         super().__init__(layers=stubs_of(facts, is_compileable=static))
         self.retention = retention
-        types = [FULL if kind.window is None else SLIDING for kind in facts.kinds]
-        self._attention = AttentionFacts(types, facts.own_attention, facts.has_table, retention.capacity)
+        types = [kind.layer_type for kind in facts.kinds]
+        own, states = facts.own_attention, bool(facts.states)
+        self._attention = AttentionFacts(types, own, facts.has_table, retention.capacity, states, *facts.special)
+        self._states = StateLayers({layer: self.layers[layer] for layer in facts.states})
         self._pool_of = {layer: index for index, pool in enumerate(pools) for layer in pool.layers}
-        self._stream = Stream(
-            pools,
-            position_bound(retention, facts, static=static),
-            longest=facts.trained_length if facts.has_table else None,
-        )
+        self._stream = Stream(pools, position_bound(retention, facts, static=static), longest=facts.longest)
         self._steps = Steps(self._stream, types) if static else None
         self._on_evict = on_evict
         self._serve()
@@ -154,11 +157,11 @@ class StreamingCache(Cache, Copies):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that hold keys and values: constant from a text's first call on, recording apart.
+        """Bytes of keys, values and states: constant from a text's first call on, recording apart.
 
         Before it they are 0; tensors that ``reset`` has kept for the next text count when it takes them.
         """
-        return sum(slots.nbytes for slots in self._state.pools)
+        return self._state.nbytes
 
     def debug_state(self) -> DebugState:
         """Return where the cache is, for measuring and for bug reports.
@@ -186,7 +189,7 @@ class StreamingCache(Cache, Copies):
     @property
     def is_croppable(self) -> bool:
         """Whether the newest tokens can be taken back; ``can_crop`` says how many."""
-        return True
+        return not self._states or can_go_back(self._state.states)
 
     @property
     def batch_size(self) -> int:
@@ -195,7 +198,7 @@ class StreamingCache(Cache, Copies):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Return how many columns were fed, padding included: ``generate`` slices its inputs by it."""
-        return self._state.columns
+        return length_for(self._state.columns, self._attention.switch)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return the number of keys that a call returns, and the column of the first one.
@@ -207,9 +210,9 @@ class StreamingCache(Cache, Copies):
         Raises:
             IndexError: There is no such layer.
         """
-        index = self._pool_of.get(layer_idx)
-        if index is None:
-            raise IndexError(f"layer_idx must be between 0 and {len(self._pool_of) - 1}, got {layer_idx!r}.")
+        if layer_idx not in range(len(self.layers)):
+            raise IndexError(f"layer_idx must be between 0 and {len(self.layers) - 1}, got {layer_idx!r}.")
+        index = self._pool_of.get(layer_idx, 0)  # of layers that attend, if this one does not
         if query_length == 1 and self._steps is not None and self._steps.ready and not self._is_planned():
             return self._stream.pools[index].size(self._stream.state.pools[index], recording=False), 0
         held = self._held(index)
@@ -217,8 +220,8 @@ class StreamingCache(Cache, Copies):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the column of a call's first query, counted as in ``get_mask_sizes``."""
-        # For a static cache generate cuts a 2D mask by it, in which evicted columns still have a place.
-        return self._held(0) if self._steps is None else self._state.columns
+        # Whoever makes a mask before the cache does cuts a 2D one by it, in which evicted columns still have a place.
+        return self._held(0) if self._steps is None and self._is_begun() else self._state.columns
 
     @uncompiled
     def _held(self, index: int) -> int:
@@ -261,7 +264,7 @@ class StreamingCache(Cache, Copies):
             return self._steps.update(layer_idx, key_states, value_states)
         if torch.compiler.is_compiling():
             return self._update_uncompiled(key_states, value_states, layer_idx)
-        if call is not None and layer_idx in call.todo and (len(call.todo) < len(self.layers) or call.is_served()):
+        if call is not None and layer_idx in call.todo and (len(call.todo) < len(self._pool_of) or call.is_served()):
             call.todo.remove(layer_idx)
             return call.targets[self._pool_of[layer_idx]].update(layer_idx, key_states, value_states)
         raise RuntimeError(
@@ -307,10 +310,8 @@ class StreamingCache(Cache, Copies):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue row ``i`` from row ``beam_idx[i]``, in everything the cache knows (beam search).
 
-        Before the first call there are no rows, and nothing happens.
-
         Args:
-            beam_idx: ``[rows]`` integers, of any length.
+            beam_idx: ``[rows]`` integers, of any length. Before the first call there are no rows, and nothing happens.
 
         Raises:
             TypeError: They are not integers.

@@ -109,7 +109,7 @@ class Copies(Calls):
         cache = cls(model, **snapshot.settings, on_evict=on_evict)
         try:
             snapshot.check(cache._settings, cache._fingerprint())
-            check(snapshot.state, cache._stream.pools)
+            check(snapshot.state, cache._stream.pools, cache._states.layers)
             cache._go_on_from(snapshot.state)
         except BaseException:
             cache._finalizer()  # now: the exception's traceback refers to the cache
@@ -118,7 +118,8 @@ class Copies(Calls):
 
     def _go_on_from(self, state: State) -> None:
         with self._idle("be restored") as stream:
-            stream.adopt(placed(state, layer_devices(self._decoder(), len(self._pool_of))))
+            decoder = self._decoder()
+            stream.adopt(placed(state, layer_devices(decoder, decoder.config.num_hidden_layers)))
 
     def _fingerprint(self) -> dict[str, str]:
         return fingerprint(self._decoder(), [pool.rotary.inv_freq for pool in self._stream.pools])

@@ -89,10 +89,11 @@ def _check_lengths(rule: Retention, facts: ModelFacts) -> None:
         )
     if facts.trained_length is None or rule.capacity <= facts.trained_length:
         return
-    if facts.has_table:
-        raise ValueError(
-            f"{sizes} exceeds the model's table of {facts.trained_length} positions; choose a smaller window or buffer."
-        )
+    if facts.longest is not None:
+        what = f"table of {facts.longest} positions"
+        if facts.scales_queries:
+            what = f"{facts.longest} positions, beyond which it scales queries by their position in the text"
+        raise ValueError(f"{sizes} exceeds the model's {what}; choose a smaller window or buffer.")
     warnings.warn(
         f"{sizes} exceeds the {facts.trained_length} positions that the model was trained on; beyond them quality "
         "falls. Choose a smaller window or buffer.",
@@ -124,6 +125,10 @@ def _check_static(facts: ModelFacts, options: dict[str, object]) -> None:
             raise ValueError(
                 f"static=True requires {argument}={only[argument]!r}, got {value!r}: use that, or static=False."
             )
+    if facts.states:
+        raise ValueError(
+            f"static=True needs layers that attend, and some of {name} keep a state instead: use static=False."
+        )
     if facts.own_attention:
         raise ValueError(
             f"static=True needs a model that takes a 4D mask, and {name} has an attention of its own: use static=False."

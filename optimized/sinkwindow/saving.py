@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 from contextlib import suppress
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,13 +21,15 @@ from safetensors.torch import save
 
 from sinkwindow.arguments import read_path
 from sinkwindow.lanes import Lane, batch_slice
+from sinkwindow.model.families import Family
 from sinkwindow.storage.bank import Bank, KeyValue
 from sinkwindow.storage.slots import PoolLane, Slots
+from sinkwindow.storage.states import CONV, PAST, RECURRENT
 from sinkwindow.stream.history import compact
 from sinkwindow.stream.state import CallRecord, Snapshot, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -101,8 +103,9 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
         number = content["format"]
         if number == FORMAT:
             settings = content["settings"]
-            if {name: type(value) for name, value in settings.items()} != SETTINGS:
+            if {name: type(value) for name, value in settings.items() if name != "family"} != SETTINGS:
                 raise TypeError(f"settings {settings}")
+            Family(**settings.get("family", {}))
             return Snapshot(
                 settings, dict(content["model"]), _state(content["state"], tensors), dict(content.get("note", {}))
             )
@@ -152,7 +155,9 @@ def placed(state: State, devices: Sequence[torch.device | None]) -> State:
             for device, layers in groups.items()
         ]
 
-    return state.with_banks([tuple(new for bank in slots.banks for new in split(bank)) for slots in state.pools])
+    moved = state.with_banks([tuple(new for bank in slots.banks for new in split(bank)) for slots in state.pools])
+    states = {key: tensor.to(devices[key[0]] or tensor.device) for key, tensor in state.states.items()}
+    return replace(moved, states=states)
 
 
 def _flush(folder: Path) -> None:
@@ -186,7 +191,11 @@ def _tensors(state: State, *, static: bool) -> dict[str, Tensor]:
             names = ("keys", "values", "sink_keys", "sink_values")
             for name, tensor in zip(names, (*used, *bank.sinks), strict=True):
                 found[f"pool{index}.bank{number}.{name}"] = tensor.contiguous().cpu()
-    return found
+    return found | {_state_name(*key): tensor.contiguous().cpu() for key, tensor in state.states.items()}
+
+
+def _state_name(layer: int, kind: str, number: int) -> str:
+    return f"layer{layer}.{kind}{number}"
 
 
 def _without_free(tensor: Tensor, bank: Bank, slots: Slots, state: State) -> Tensor:
@@ -203,7 +212,8 @@ def _without_free(tensor: Tensor, bank: Bank, slots: Slots, state: State) -> Ten
 
 
 def _counts(state: State) -> dict[str, Any]:
-    return {
+    states = {"states": list(state.states)} if state.states else {}
+    return states | {
         **{name: getattr(state, name) for name in COUNTS},
         "lanes": [astuple(lane) for lane in state.lanes],
         "past": [astuple(record) for record in state.past],
@@ -232,6 +242,7 @@ def _state(counts: dict[str, Any], tensors: Mapping[str, Tensor]) -> State:
         pools=tuple(pools),
         lanes=tuple(_made(Lane, lane) for lane in counts["lanes"]),
         past=tuple(_record(*fields) for fields in counts["past"]),
+        states={(layer, kind, i): tensors[_state_name(layer, kind, i)] for layer, kind, i in counts.get("states", ())},
         **{name: counts[name] for name in COUNTS},
     )
 
@@ -250,18 +261,19 @@ def _record(
 # -- whether a state makes sense --------------------------------------------------------------------------------------
 
 
-def check(state: State, pools: Sequence[Pool]) -> None:
+def check(state: State, pools: Sequence[Pool], layers: Collection[int] = ()) -> None:
     """Refuse a state that no stream holds.
 
     Args:
         state: From a file.
         pools: Of the stream that is to go on from it.
+        layers: Those that keep a state.
 
     Raises:
         ValueError: Its counts, layers or shapes do not go together.
     """
     try:
-        fits = _fits(state, pools)
+        fits = _fits(state, pools) and _states_fit(state, layers)
     except NONSENSE:
         fits = False
     if not fits:
@@ -283,6 +295,14 @@ def _fits(state: State, pools: Sequence[Pool]) -> bool:
             for record in state.past
         )
         and all(_pool_fits(pool, slots, state) for pool, slots in zip(pools, state.pools, strict=True))
+    )
+
+
+def _states_fit(state: State, layers: Collection[int]) -> bool:
+    found = {layer for layer, _, _ in state.states}
+    return found == (set() if state.batch is None else set(layers)) and all(
+        kind in {CONV, RECURRENT, PAST} and tensor.shape[0] == state.batch and tensor.dim() > 1
+        for (_, kind, _), tensor in state.states.items()
     )
 
 

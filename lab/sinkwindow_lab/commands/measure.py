@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,14 +20,19 @@ from sinkwindow_lab.commands.options import (
     Sinks,
     Text,
     Trust,
+    Untested,
     Window,
     app,
     as_json,
     read,
+    untested_family,
     warn,
 )
 from sinkwindow_lab.errors import LabError, check_number, keeping, say
 from sinkwindow_lab.records import BosPolicy, Documents
+
+if TYPE_CHECKING:
+    from sinkwindow_lab.inputs.corpora import Corpus
 
 command = functools.partial(app.command, rich_help_panel="Measure")
 
@@ -36,6 +42,7 @@ CallLength = Annotated[int | None, typer.Option(help="Tokens per call; by defaul
 Method = Annotated[
     Literal["token", "blocks", "both"], typer.Option(help="One token per call, long calls, or both compared.")
 ]
+Texts = Annotated[list[str] | None, typer.Option("--corpus", help=f"{CORPUS_HELP}; repeatable.")]
 PARTS = "experiments, mistakes, sinks, sizes, along, steps, where, recall"
 
 
@@ -156,7 +163,7 @@ def speed(
 @command()
 def tables(
     model: Model = None,
-    corpus: Annotated[list[str] | None, typer.Option(help=f"{CORPUS_HELP}; repeatable.")] = None,
+    corpus: Texts = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     configs: Annotated[str | None, typer.Option(help="Rows, separated by commas.")] = None,
@@ -173,7 +180,7 @@ def tables(
     Experiments and studies become JSON, Markdown, pictures and one HTML page.
     """
     from sinkwindow_lab import files
-    from sinkwindow_lab.inputs import corpora, models
+    from sinkwindow_lab.inputs import models
     from sinkwindow_lab.progress import Bars
     from sinkwindow_lab.reports.output import prepare, write_report
     from sinkwindow_lab.reports.tables import collect, plan
@@ -184,10 +191,7 @@ def tables(
     rows = parse_list(configs or plan.DEFAULT_CONFIGURATIONS)
     folder = prepare("tables", out)
     models.check_place(device, dtype)
-    texts = [corpora.load_corpus(name) for name in corpus or plan.DEFAULT_CORPORA]
-    names = [text.name for text in texts]
-    if repeated := [name for name in names if names.count(name) > 1]:  # columns are named by corpus
-        raise LabError(f"corpus {repeated[0]!r} is given twice; give each text once, and files different names")
+    texts = _texts(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = plan.QUICK if quick else plan.FULL
     with files.alone_in(folder, say):
@@ -199,6 +203,56 @@ def tables(
     warn(report.models, report.texts, report.measurements)
     if store.reused:
         typer.echo(f"note: {store.reused} measurements are from an earlier run; --fresh measures again", err=True)
+
+
+@command()
+def sinks(
+    model: Annotated[list[str] | None, typer.Option(help="As elsewhere; repeatable.")] = None,
+    corpus: Texts = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens read of each text; 2,000 by default.")] = None,
+    size: Annotated[int | None, typer.Option(help="S + W of every cache, in tokens; 256 by default.")] = None,
+    bos: Bos = "none",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Out = Path("results"),
+    *,
+    trust_remote_code: Trust = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens, and a smaller cache.")] = False,
+) -> None:
+    """Ask whether models need sinks.
+
+    PPL with 0, 1, 4 and 8 of them, and where attention goes, of each model on each text.
+    """
+    from sinkwindow_lab.inputs import models
+    from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.reports import sinks as study
+    from sinkwindow_lab.reports.output import writer
+
+    chosen = study.QUICK if quick else study.FULL
+    chosen = study.Plan(chosen.size if size is None else size, chosen.tokens if tokens is None else tokens)
+    check_number("--size ", chosen.size, max(study.COUNTS) + 1)
+    check_number("--tokens ", chosen.tokens, 2)
+    _distinct("model", model or ())
+    models.check_place(device, dtype)
+    load = functools.partial(models.load_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    texts = _texts(corpus)
+    with writer("sinks", out) as save:
+        study.collect(model or [None], texts, chosen, load=load, bos=bos, save=save, progress=Bars)
+
+
+def _texts(names: Sequence[str] | None) -> list[Corpus]:
+    """Load texts by name, the embedded ones by default; reports name columns and rows by text."""
+    from sinkwindow_lab.inputs import corpora
+    from sinkwindow_lab.reports.tables import plan
+
+    texts = [corpora.load_corpus(name) for name in names or plan.DEFAULT_CORPORA]
+    _distinct("corpus", [text.name for text in texts])
+    return texts
+
+
+def _distinct(kind: str, names: Sequence[str]) -> None:
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise LabError(f"{kind} {repeated[0]!r} is given twice; give each one once, and files different names")
 
 
 @command()
@@ -236,7 +290,9 @@ def evaluate(
 
 @command()
 def render(
-    source: Annotated[Path, typer.Argument(help="A paper_tables.json, speed.json, gpu_report.json or lm_eval.json.")],
+    source: Annotated[
+        Path, typer.Argument(help="A paper_tables.json, speed.json, gpu_report.json, lm_eval.json or sinks.json.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder for the pages; the file's own by default.")] = None,
 ) -> None:
     """Write the pages of an earlier run again.
@@ -268,6 +324,7 @@ def verify(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     *,
+    untested: Untested = False,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
@@ -282,11 +339,13 @@ def verify(
     rule = streaming(sinks, window, buffer)
     check.call_lengths(rule, tokens, call_length)
     asked = f"--tokens {tokens} --sinks {sinks} --window {window} --buffer {buffer}"
-    text, loaded, ids = read(corpus, (model, device, dtype, trust_remote_code), [rule], asked, 0, tokens=tokens)
+    ways = [] if untested else [rule]
+    text, loaded, ids = read(corpus, (model, device, dtype, trust_remote_code), ways, asked, 0, tokens=tokens)
+    family = untested_family(loaded) if untested else None
     check.call_lengths(rule, ids.ids.shape[1], call_length, f"corpus {text.name!r}, tokens:")  # it may end before
     warnings = warn([loaded.record], [ids.record()])
     with Bars(check.PASSES) as bars:
-        found = check.verify(loaded.model, ids.ids, rule, call_length=call_length, progress=bars)
+        found = check.verify(loaded.model, ids.ids, rule, call_length=call_length, family=family, progress=bars)
     result = {"result": {"right": found.right, **found.model_dump()}}
     words = f"{loaded.record.name}, {text.name}\n{found}"
     typer.echo(as_json(result, warnings, text, loaded, ids) if json else words)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import sinkwindow
-from sinkwindow_lab.errors import say
+from sinkwindow_lab.errors import LabError, say
 from sinkwindow_lab.records import Configuration, Measurement, ModelRecord, TextRecord
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps, ...")]
 Dtypes = Literal["float16", "bfloat16", "float32", "float64"]
 Dtype = Annotated[Dtypes, typer.Option(help="Of the weights, and of what is computed.")]
+Untested = Annotated[
+    bool, typer.Option("--untested", help="First check a model that is not in the table, on a tiny copy of it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the records as JSON.")]
 Sinks = Annotated[int, typer.Option(help="S, first tokens to keep.")]
 Window = Annotated[int, typer.Option(help="W, most recent tokens to keep in an eviction.")]
@@ -86,6 +89,18 @@ def read(
     loaded.check_ids(ids)
     requirements.check(ways, loaded.model, max(one.shape[1] for one in ids.texts) + more, asked)
     return text, loaded, ids
+
+
+def untested_family(loaded: LoadedModel) -> sinkwindow.Family:
+    """Return what a cache must be told of a model that is not in the table, after a check of a tiny copy."""
+    from sinkwindow_lab.measure.untested import check_untested
+
+    try:
+        family = check_untested(loaded.model)
+    except sinkwindow.UnsupportedModelError as error:
+        raise LabError(str(error)) from error
+    say(f"a tiny copy of {loaded.record.name} streams exactly: StreamingCache(model, family={family})")
+    return family
 
 
 def as_json(content: dict[str, Any], warnings: list[str], text: Corpus, loaded: LoadedModel, ids: TokenText) -> str:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sinkwindow_lab.commands.options import Device, Dtype, Model, Trust, app
-from sinkwindow_lab.errors import check_number, say
+from sinkwindow_lab.commands.options import Device, Dtype, Model, Trust, Untested, app, untested_family
+from sinkwindow_lab.errors import LabError, check_number, say
 
 command = functools.partial(app.command, rich_help_panel="Use")
 
@@ -28,6 +28,7 @@ def chat(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     *,
+    untested: Untested = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Chat for as long as you like.
@@ -42,8 +43,11 @@ def chat(
             check_number(option, value, least)
     check_number("--max-new-tokens ", max_new_tokens, 1)
     check_number("--temperature ", temperature, 0)
+    if untested and load is not None:
+        raise LabError("--untested cannot be given with --load: the file has that of its conversation")
     loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    talk = open_chat(loaded, system=system, file=load, window=window, buffer=buffer)
+    family = untested_family(loaded) if untested else None
+    talk = open_chat(loaded, system=system, file=load, family=family, window=window, buffer=buffer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     say(f"{loaded.record.name}; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
     Terminal(talk, {"max_new_tokens": max_new_tokens, **sampling}).run()

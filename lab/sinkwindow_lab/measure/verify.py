@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import mode
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +22,9 @@ from sinkwindow_lab.measure.clock import clock_for, spread
 from sinkwindow_lab.progress import Reporter
 from sinkwindow_lab.records import Configuration, Record
 from sinkwindow_lab.ways.sessions import StreamingSession
+
+if TYPE_CHECKING:
+    from sinkwindow import Family
 
 PASSES = 4  # runs of the model: reference and cache, in float64 and in its own dtype
 DOUBLE = 1e-9  # largest error of a float64 logit, as a share of the largest logit
@@ -131,12 +135,17 @@ def verify(
     rule: Configuration,
     *,
     call_length: int | None = None,
+    family: Family | None = None,
     progress: Reporter | None = None,
 ) -> Verdict:
-    """Compare the cache with the reference on a model, which is not changed, and on `ids` [1, tokens]."""
+    """Compare the cache with the reference on a model, which is not changed, and on `ids` [1, tokens].
+
+    `family` is what `check_untested` has found, for a model that is not in the table.
+    """
     calls, ids = call_lengths(rule, ids.shape[1], call_length), ids.to(model.device)
-    StreamingSession(model, *rule.limits).close()  # refuse a model before anything slow
-    check, twin = _Check(ids, rule, calls, progress or Reporter()), wide_copy(model)
+    check = _Check(ids, rule, calls, progress or Reporter(), family)
+    check.session(model).close()  # refuse a model before anything slow
+    twin = wide_copy(model)
     exact = check.reference(twin)
     runs = [check.stream(twin, exact, None)]
     del twin  # the larger of the two models
@@ -192,15 +201,22 @@ class _Check:
     rule: Configuration
     calls: list[int]
     progress: Reporter
+    family: Family | None
+
+    def session(self, model: PreTrainedModel) -> StreamingSession:
+        """Open a cache."""
+        options: dict[str, Any] = {} if self.family is None else {"family": self.family}
+        return StreamingSession(model, *self.rule.limits, **options)
 
     def reference(self, model: PreTrainedModel) -> _States:
         """Return what the reference computes in the model's dtype."""
         from sinkwindow_reference import reference_logits
 
-        sinks, window, buffer = self.rule.limits
+        sizes: dict[str, Any] = dict(zip(("num_sinks", "window", "buffer"), self.rule.limits, strict=True))
+        ropes = None if self.family is None else ropes_of(model, self.family)
         with self._watch(model, "reference") as layers:
             try:
-                logits = reference_logits(model, self.ids, num_sinks=sinks, window=window, buffer=buffer, upcast=False)
+                logits = reference_logits(model, self.ids, **sizes, ropes=ropes, upcast=False)
             except (ValueError, RuntimeError) as error:
                 raise LabError(f"the reference cannot run this model in {_name(model.dtype)}: {error}") from error
         return _States(logits, [torch.cat(parts, dim=1) for parts in layers])
@@ -209,7 +225,7 @@ class _Check:
         """Feed the cache call by call, and compare it; `plain` are the errors of the reference in this dtype."""
         from sinkwindow_reference import RetainedList
 
-        session, clock = StreamingSession(model, *self.rule.limits), clock_for(model.device)
+        session, clock = self.session(model), clock_for(model.device)
         errors, times, kept, seen = [], [], RetainedList(*self.rule.limits), 0
         differs_after: int | None = None
         with session, self._watch(model, "cache") as layers:
@@ -257,6 +273,15 @@ class _Check:
             for number, layer in enumerate(layers):
                 stack.callback(layer.register_forward_hook(hook(number)).remove)
             yield found
+
+
+def ropes_of(model: PreTrainedModel, family: Family) -> list[Any]:
+    """Return how each layer rotates, for the reference, which knows no model that nobody has tried."""
+    from sinkwindow.model.families import inspect_model
+    from sinkwindow_reference.models.rope import Rope
+
+    by_layer = {layer: kind.rotary for kind in inspect_model(model, family).kinds for layer in kind.layers}
+    return [Rope(by_layer[layer].inv_freq, by_layer[layer].interleaved) for layer in sorted(by_layer)]
 
 
 def _name(dtype: torch.dtype) -> str:

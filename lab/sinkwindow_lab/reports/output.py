@@ -16,8 +16,8 @@ from sinkwindow_lab.files import alone_in, output_file, output_folder, read_text
 from sinkwindow_lab.records import Report
 from sinkwindow_lab.render.markdown import Page
 
-NAMES = {"tables": "paper_tables", "speed": "speed", "gpu": "gpu_report", "lm-eval": "lm_eval"}
-PAGES = {"tables": "tables.page", "speed": "speed.page", "gpu": "speed.page", "lm-eval": "evaluation"}
+NAMES = {"tables": "paper_tables", "speed": "speed", "gpu": "gpu_report", "lm-eval": "lm_eval", "sinks": "sinks"}
+PAGES = {"tables": "tables.page", "speed": "speed.page", "gpu": "speed.page", "lm-eval": "evaluation", "sinks": "sinks"}
 HTML, FIGURES = "report.html", "figures"
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from sinkwindow.model.hooks import Hooked
+from sinkwindow.model.hooks import Hooked, uncompiled
 from sinkwindow.model.open_call import AttentionFacts, OpenCall, module_frame
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkwindow.model.inputs import CallChecks
+    from sinkwindow.model.state_layers import StateLayers
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.state import State
     from sinkwindow.stream.steps import Steps
@@ -50,6 +51,7 @@ class Calls(Hooked):
     Attributes:
         _stream: What the calls that count have left.
         _steps: Steps at fixed shapes, if the cache is static.
+        _states: The layers that keep a state.
         _call: The call that is open, or one that was interrupted and does not count.
         _news: Evictions to report, and those of a call that counts once the stream has its state.
         _lock: Held while a call opens and while the stream changes between calls.
@@ -57,6 +59,7 @@ class Calls(Hooked):
 
     _stream: Stream
     _steps: Steps | None
+    _states: StateLayers
     _attention: AttentionFacts
     _checks: CallChecks
     _pool_of: dict[int, int]
@@ -83,6 +86,11 @@ class Calls(Hooked):
         call = self._call
         return call is not None and call.plan is not None and call.is_running(module_frame())
 
+    @uncompiled
+    def _is_begun(self) -> bool:
+        """Return whether masks that are made now are for a call that the cache has rewritten."""
+        return self._is_planned()
+
     def _open(self, module: nn.Module) -> None:
         frame = module_frame()
         above = None if frame is None else frame.f_back  # an interrupted call's frame may have had this one's address
@@ -101,6 +109,8 @@ class Calls(Hooked):
             self._repair()
             inputs = self._checks.read(self._stream, decoder, kwargs, attached=self._finalizer.alive)
             call.todo = set(self._pool_of)
+            if self._states:
+                self._states.open(self._stream.state.states, recording=self._stream.state.recording)
             if self._steps is not None and self._steps.ready and inputs.columns == 1 and inputs.real is None:
                 return call.begin_step(self._steps, decoder, kwargs)
             return call.begin(self._stream, self._attention, decoder, kwargs, inputs)
@@ -112,7 +122,7 @@ class Calls(Hooked):
         call = self._call
         if call is None or call.plan is None or not (call.outputs or call.as_tuple or call.plan.is_special):
             return output
-        return call.completed(output, self._pool_of)
+        return call.completed(output, self._pool_of, self._attention)
 
     def _end(self, module: nn.Module) -> None:
         if self._call is not None and id(module) == self._call.module:
@@ -133,6 +143,8 @@ class Calls(Hooked):
             return
         assert call.stream is not None  # noqa: S101 - a plan has one
         state, evictions = call.stream.after(call.plan)
+        if self._states:
+            state = replace(state, states=self._states.taken(self._stream.state.states))
         if self._on_evict is not None:
             self._news = News(self._news.untold, state, [*call.evictions, *evictions])
         self._stream.adopt(state)
@@ -192,6 +204,7 @@ class Calls(Hooked):
             if self._call is not None and self._call.is_running(module_frame()):
                 raise RuntimeError(_in_use(self._call, what))
             self._call = None
+            self._states.close()
             if repair:
                 self._repair()
             yield self._stream

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from sinkwindow.model.families import TABLE, frequencies
+from sinkwindow.model.rope import TABLE, attention_scaling, frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +56,8 @@ def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple
     positions, layer_type = arguments["position_ids"], arguments.get("layer_type")
     if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64) or positions.is_meta:
         return output
+    if positions.dim() > 2:  # noqa: PLR2004 - three kinds of positions, equal in every text (M-RoPE)
+        positions = positions[0]
     exact, tables = _tables(module, positions, layer_type), []
     for which, layout in _form(module, layer_type):
         tables.append(LAYOUTS[layout](exact[which]).to(arguments["x"].dtype))
@@ -65,7 +67,7 @@ def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple
 def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
     """Return cosines and sines, ``[..., pairs]`` float64, times the module's attention scaling."""
     angles = positions[..., None].double() * frequencies(module, layer_type).double()
-    scale = float(getattr(module, f"{layer_type}_attention_scaling", getattr(module, "attention_scaling", 1.0)))
+    scale = attention_scaling(module, layer_type)
     return angles.cos() * scale, angles.sin() * scale
 
 

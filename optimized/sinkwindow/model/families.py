@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import sys
-import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from sinkwindow.attention.rotation import Rotary
+from sinkwindow.model.refusals import refusal
+from sinkwindow.model.rope import (
+    LENGTH_DEPENDENT_ROPE,
+    Switch,
+    frequencies,
+    has_alibi,
+    has_frequencies,
+    has_table,
+    pairing,
+    rope_types,
+    rotary_modules,
+    scales_queries,
+    trained_length,
+)
+from sinkwindow.model.state_layers import BOTH, NEITHER, STATE_ONLY, state_refusal, states_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedConfig
 
-# Rope types whose frequencies switch on the largest position of a call: there, positions must stay below the
-# trained length, whereas every other type only ever sees differences.
-LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-TABLE = "embed_positions"  # sines and cosines by position, which positions must not outrun
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
@@ -31,60 +39,54 @@ class UnsupportedModelError(ValueError):
     """The model is not known to stream exactly; the message says why and what to use instead."""
 
 
-def _all_layers(config: PreTrainedConfig, layer: int) -> bool:  # noqa: ARG001
-    return True
-
-
-def _marked_layers(config: PreTrainedConfig, layer: int) -> bool:
-    """SmolLM3: ``no_rope_layers`` is 1 where there is RoPE."""
-    return bool(config.no_rope_layers[layer])
-
-
-def _sliding_layers(config: PreTrainedConfig, layer: int) -> bool:
-    """Cohere 2: only layers with a sliding window rotate."""
-    return bool(config.layer_types[layer] == SLIDING)
-
-
-def _unless_alibi(config: PreTrainedConfig, layer: int) -> bool:  # noqa: ARG001
-    return not config.alibi
-
-
-def _no_layers(config: PreTrainedConfig, layer: int) -> bool:  # noqa: ARG001
-    return False
-
-
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family that is known to work.
+    """What a model of a tested family does not tell of itself.
 
     Attributes:
-        interleaved: Whether RoPE pairs channels ``(2 i, 2 i + 1)`` rather than halves.
-        rotates: Whether a layer has RoPE; the others have no positions, or ALiBi, which follows the order of the keys.
+        only_sliding_rotate: Whether layers without a sliding window have no RoPE, as long as others have a window.
         own_attention: Whether the model bypasses ``AttentionInterface``: a call is then split where it evicts.
         counts_columns: Whether its ALiBi counts columns, padding included: then there must be none between tokens.
     """
 
-    interleaved: bool = False
-    rotates: Callable[[PreTrainedConfig, int], bool] = _all_layers
+    only_sliding_rotate: bool = False
     own_attention: bool = False
     counts_columns: bool = False
 
 
+# Families that tests/families.py compares with the reference; the rest is read off the model.
+PLAIN = (
+    "apertus", "apertus1p5_text", "arcee", "aria_text", "bitnet", "codegen", "cohere", "cohere_compass_text", "cwm",
+    "dbrx", "dots1", "emu3_text_model", "ernie4_5", "ernie4_5_moe", "exaone", "flex_olmo", "gemma", "gemma2",
+    "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_neox",
+    "gpt_oss", "gptj", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium",
+    "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe",
+    "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral",
+    "modernbert-decoder", "moshi", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi",
+    "phi3", "phimoe", "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_moe",
+    "qwen3_vl_moe_text", "qwen3_vl_text", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+    "vaultgemma",
+)  # fmt: skip
+# The same of tests/hybrids.py: some of their layers keep a state.
+HYBRIDS = (
+    "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "nemotron_h",
+    "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba2", "zaya",
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
+    **dict.fromkeys((*PLAIN, *HYBRIDS), Family()),
     **dict.fromkeys(
-        ("gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral", "nemotron"),
-        Family(),
+        ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1", "lara_mini"),
+        Family(only_sliding_rotate=True),
     ),
-    **dict.fromkeys(
-        ("olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2"), Family()
-    ),
-    **dict.fromkeys(("codegen", "cohere", "ernie4_5", "glm", "glm4", "gptj"), Family(interleaved=True)),
-    "bloom": Family(rotates=_no_layers, own_attention=True),
-    "cohere2": Family(interleaved=True, rotates=_sliding_layers),
-    "falcon": Family(rotates=_unless_alibi, own_attention=True),
-    "mpt": Family(rotates=_no_layers, own_attention=True, counts_columns=True),
-    "smollm3": Family(rotates=_marked_layers),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox_japanese"), Family(own_attention=True)),
+    "mpt": Family(own_attention=True, counts_columns=True),
 }
+
+
+UNKNOWN = (
+    "is not known to stream exactly: no test of this release compares it with the reference. "
+    "sinkwindow verify --untested does; docs/verdicts.md lists what is tested."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +97,13 @@ class LayerKind:
         rotary: How they rotate; without RoPE a rotation of no channels.
         window: Their own sliding window [tokens] in a model that mixes kinds; ``None`` where the stream's rule holds.
         layers: Their indices.
+        layer_type: What the model calls them, and the mask that they take.
     """
 
     rotary: Rotary
     window: int | None
     layers: list[int]
+    layer_type: str = FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +129,18 @@ class ModelFacts:
 
     Attributes:
         decoder: The module whose forward receives the cache: hooks go here.
-        num_layers: Decoder layers that hold keys and values.
+        num_layers: Decoder layers.
         kinds: The layers by kind; the first one follows the stream's rule.
         own_attention: See ``Family``.
         counts_columns: See ``Family``.
         trained_length: Positions that the model was trained on [tokens]; ``None`` where it knows none.
         length_dependent: Whether positions must stay below it: frequencies depend on the largest, or there is a table.
         has_table: Whether positions, or columns where they are counted, index a table of that length.
+        scales_queries: Whether queries are scaled by position beyond that length.
         native_window: The sliding window that all layers share [tokens], or ``None``.
+        borrowers: The types of the last layers, those that have no keys of their own.
+        given: The family by name, for the settings of the cache, if the caller gave it.
+        states: How many states each layer keeps that keeps any.
     """
 
     decoder: PreTrainedModel
@@ -143,14 +151,30 @@ class ModelFacts:
     trained_length: int | None
     length_dependent: bool
     has_table: bool
+    scales_queries: bool
     native_window: int | None
+    borrowers: list[str]
+    states: dict[int, int]
+    given: dict[str, dict[str, bool]]
+
+    @property
+    def longest(self) -> int | None:
+        """The length that no list may exceed [tokens], ``None`` where there is none."""
+        return self.trained_length if self.has_table or self.scales_queries else None
+
+    @property
+    def special(self) -> tuple[list[str], Switch | None]:
+        """What few families have: ``borrowers``, and a length at which their part of ``generate`` leaves a cache out."""
+        length = getattr(self.decoder.config, "original_max_position_embeddings", None)
+        return self.borrowers, None if length is None else Switch(type(self.decoder).__module__, length)
 
 
-def supports(model: nn.Module) -> Support:
-    """Return whether ``StreamingCache(model)`` works, without touching the model.
+def supports(model: nn.Module, family: Family | None = None) -> Support:
+    """Return whether ``StreamingCache(model, family=family)`` works, without touching the model.
 
     Args:
-        model: Any module; only ``transformers`` models of a known family are supported.
+        model: Any module; only ``transformers`` models of a known family are supported, and what has one for its texts.
+        family: What ``sinkwindow_lab.measure.untested.check_untested`` has found, for a model that is not in the table.
 
     Returns:
         A truthy or falsy answer with its reason.
@@ -160,14 +184,18 @@ def supports(model: nn.Module) -> Support:
         'model must be a transformers PreTrainedModel, got Linear.'
     """
     try:
-        inspect_model(model)
+        inspect_model(model, family)
     except UnsupportedModelError as error:
         return Support(ok=False, reason=str(error))
     return Support(ok=True)
 
 
-def inspect_model(model: nn.Module) -> ModelFacts:
+def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = None) -> ModelFacts:
     """Read what the cache needs off a model.
+
+    Args:
+        model: The model.
+        family: Its family, as a dict where a file has kept it, if it is not to be that of its ``model_type``.
 
     Raises:
         UnsupportedModelError: The model is not of a family that is known to stream exactly.
@@ -175,52 +203,76 @@ def inspect_model(model: nn.Module) -> ModelFacts:
     if not isinstance(model, PreTrainedModel):
         name = type(model).__name__
         raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {name}.{_inner(model)}")
-    decoder = cast("PreTrainedModel", model.base_model)
+    decoder = _decoder_of(model)
     config = decoder.config
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnsupportedModelError(_refusal(config) + _inner(model))
+    given = Family(**family) if isinstance(family, dict) else family
+    family = given or FAMILIES.get(config.model_type)
+    reason = "" if config.model_type in FAMILIES else refusal(decoder)
+    if reason or family is None:
+        raise UnsupportedModelError(f"model_type {config.model_type!r} {reason or UNKNOWN}")
     if _attends_by_itself(decoder) and not family.own_attention:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {transformers.__version__}, "
             "which it came to later: pip install -U transformers."
         )
-    windows = _windows(config)
+    if attends_ahead(config):
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} with is_causal=False or use_bidirectional_attention lets tokens attend "
+            "to later ones, which a StreamingCache never does: use a DynamicCache."
+        )
+    if reason := state_refusal(decoder, is_hybrid=config.model_type in HYBRIDS):
+        raise UnsupportedModelError(f"model_type {config.model_type!r} {reason}")
+    windows, states = _windows(config), states_of(config)
+    if not windows:  # a drafter of Gemma 4
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} has no layer with keys of its own here: give the cache to the model "
+            "whose keys it reads."
+        )
     kinds = _kinds(decoder, family, windows)
+    native = None if None in windows.values() else next(iter(windows.values()))
     return ModelFacts(
         decoder=decoder,
         num_layers=config.num_hidden_layers,
         kinds=kinds,
         own_attention=family.own_attention,
-        counts_columns=family.counts_columns,
-        trained_length=_trained_length(config),
-        length_dependent=bool(_rope_types(decoder) & LENGTH_DEPENDENT_ROPE) or _has_table(decoder),
-        has_table=family.counts_columns or _has_table(decoder),
-        native_window=windows[0] if windows[0] is not None and None not in windows else None,
+        counts_columns=family.counts_columns or bool(states),
+        trained_length=trained_length(config),
+        length_dependent=bool(rope_types(decoder) & LENGTH_DEPENDENT_ROPE)
+        or has_table(decoder)
+        or scales_queries(config),
+        has_table=family.counts_columns or has_table(decoder),
+        scales_queries=scales_queries(config),
+        native_window=native,
+        borrowers=_borrowers(config),
+        states=states,
+        given={} if given is None else {"family": asdict(given)},
     )
 
 
-def _refusal(config: PreTrainedConfig) -> str:
-    """Return why a model is not supported, as precisely as its configuration allows."""
-    name = f"model_type {config.model_type!r}"
-    if getattr(config, "is_encoder_decoder", False):
-        return f"{name} is an encoder-decoder: its decoder attends to an encoder, and a stream of tokens has none."
-    if getattr(config, "kv_lora_rank", None):
-        return f"{name} caches latent keys and values (MLA), whose sinks cannot be moved by rotating keys."
-    if config.model_type in {"gpt2", "gpt_neo", "opt", "gpt_bigcode", "biogpt", "xglm"}:
-        return f"{name} has absolute position embeddings in its inputs: cached tokens cannot move to new ranks."
-    if config.model_type in {"mamba", "mamba2", "rwkv", "falcon_mamba", "recurrent_gemma"}:
-        return f"{name} keeps a state of fixed size instead of keys and values: it streams without a cache like this."
-    return f"{name} is not known to stream exactly; known to work: {', '.join(sorted(FAMILIES))}."
+def _decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the module whose forward receives the cache: in an image-text model that of its text model."""
+    decoder = cast("PreTrainedModel", model.base_model)
+    if isinstance(getattr(decoder.config, "text_config", None), transformers.PreTrainedConfig):
+        text: object = decoder.get_decoder()  # type: ignore[no-untyped-call]  # transformers is not typed there
+        return cast("PreTrainedModel", getattr(text, "base_model", decoder))
+    return decoder
 
 
 def _inner(model: nn.Module) -> str:
-    """Return advice where a model wraps one that is supported, as PEFT, ``torch.compile`` and image-text models do."""
+    """Return advice where a module wraps a model that is supported, as those of PEFT and ``torch.compile`` do."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return " Prompt learning of PEFT puts virtual tokens in front of every call, where a stream has none."
     parts = model.named_modules() if hasattr(model, "named_modules") else ()
     for name, part in parts:
-        if part is not model and isinstance(part, PreTrainedModel) and part.config.model_type in FAMILIES:
+        if isinstance(part, PreTrainedModel) and supports(part):
             return f" It wraps a {type(part).__name__}: pass model.{name}, and call the wrapper as before."
     return ""
+
+
+def attends_ahead(config: PreTrainedConfig) -> bool:
+    """Return whether tokens attend to later ones by configuration; "vision" lets those of images do so."""
+    everywhere = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    return everywhere or getattr(config, "is_causal", None) is False
 
 
 def _attends_by_itself(decoder: nn.Module) -> bool:
@@ -232,78 +284,6 @@ def _attends_by_itself(decoder: nn.Module) -> bool:
     return not any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
-def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
-    """List the modules that turn positions into cosines and sines."""
-    return [module for module in decoder.modules() if _frequency_names(module)]
-
-
-def _frequency_names(module: nn.Module) -> list[str]:
-    """Name the buffers of frequencies: one, or one for each type of layer."""
-    names = [name for name, _ in module.named_buffers(recurse=False) if name.endswith(("inv_freq", TABLE))]
-    return [name for name in names if "original" not in name]
-
-
-def frequencies(module: nn.Module, layer_type: str | None = None) -> Tensor:
-    """Return a rotary module's frequencies, ``[pairs]``, for a type of layer where they differ.
-
-    GPT-J and CodeGen keep a table of sines and cosines instead, made from these frequencies.
-    """
-    name = _buffer_name(module, layer_type)
-    if name == TABLE:
-        width = cast("int", module.pos_embd_dim)
-        return 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.int64, device="cpu") / width))
-    return cast("Tensor", getattr(module, name)).detach()
-
-
-def _buffer_name(module: nn.Module, layer_type: str | None) -> str:
-    """Return the buffer that a rotary module's angles come from.
-
-    The one that it started with is preferred: dynamic types overwrite theirs on long calls.
-    """
-    if hasattr(module, TABLE):
-        return TABLE
-    prefix = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
-    original = f"{prefix}original_inv_freq"
-    return original if isinstance(getattr(module, original, None), Tensor) else f"{prefix}inv_freq"
-
-
-@dataclass(slots=True, eq=False)
-class Frequencies:
-    """The buffer that a rotary module's angles come from, as it was once.
-
-    Attributes:
-        module: The module.
-        name: The buffer's name.
-        buffer: The buffer, or an equal one that has taken its place.
-    """
-
-    module: weakref.ref[nn.Module]
-    name: str
-    buffer: Tensor
-
-    def are_unchanged(self) -> bool:
-        """Return whether the module still has these values: a move to another device keeps them, a cast need not."""
-        module = self.module()
-        now = getattr(module, self.name, None)
-        if now is self.buffer or not isinstance(now, Tensor) or now.is_meta:  # meta: off-loaded until the module runs
-            return True
-        if not torch.equal(now.to("cpu", torch.float64), self.buffer.to("cpu", torch.float64)):
-            return False
-        self.buffer = now
-        return True
-
-
-def frequencies_of(decoder: nn.Module) -> list[Frequencies]:
-    """Return what all rotary modules' angles come from."""
-    found = []
-    for module in rotary_modules(decoder):
-        for name in _frequency_names(module):
-            original = name.replace("inv_freq", "original_inv_freq")
-            first = original if isinstance(getattr(module, original, None), Tensor) else name
-            found.append(Frequencies(weakref.ref(module), first, getattr(module, first)))
-    return found
-
-
 def layer_devices(decoder: PreTrainedModel, count: int) -> list[torch.device | None]:
     """Return the device of each decoder layer, ``None`` where it is off-loaded or cannot be told."""
     stacks = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
@@ -311,65 +291,65 @@ def layer_devices(decoder: PreTrainedModel, count: int) -> list[torch.device | N
     return [None if weight is None or weight.is_meta else weight.device for weight in found]
 
 
-def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """Return each layer's own sliding window [tokens], ``None`` where it has none."""
-    count = config.num_hidden_layers
+def _windows(config: PreTrainedConfig) -> dict[int, int | None]:
+    """Return the own sliding window of each layer that attends to keys of its own [tokens], ``None`` without one."""
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if layer_types is None:
-        return [window] * count
-    unknown = set(layer_types) - {SLIDING, FULL}
+        return dict.fromkeys(range(config.num_hidden_layers), window)
+    layer_types = layer_types[: len(layer_types) - len(_borrowers(config))]
+    unknown = set(layer_types) - {SLIDING, FULL, *BOTH, *STATE_ONLY, *NEITHER}
     if unknown:
         raise UnsupportedModelError(
-            f"model_type {config.model_type!r} has layers of type {', '.join(sorted(unknown))}, not known to stream."
+            f"model_type {config.model_type!r} has layers of type {', '.join(sorted(unknown))}, which "
+            "are not known to stream: use a DynamicCache."
         )
-    return [window if kind == SLIDING else None for kind in layer_types]
+    attending = {layer: kind for layer, kind in enumerate(layer_types) if kind not in STATE_ONLY + NEITHER}
+    return {layer: window if "sliding" in kind else None for layer, kind in attending.items()}
 
 
-def _kinds(decoder: PreTrainedModel, family: Family, windows: list[int | None]) -> list[LayerKind]:
+def _borrowers(config: PreTrainedConfig) -> list[str]:
+    """Return the types of the last layers, which attend to the keys of an earlier layer of their type (Gemma 3n, 4)."""
+    count = getattr(config, "num_kv_shared_layers", None) or 0
+    return list(config.layer_types[-count:]) if count else []
+
+
+def _kinds(decoder: PreTrainedModel, family: Family, windows: dict[int, int | None]) -> list[LayerKind]:
     """Group the layers; where all of them slide, the stream's rule takes the place of their window."""
-    mixed = None in windows and any(window is not None for window in windows)
-    config = decoder.config
-    groups: dict[tuple[int | None, bool], list[int]] = {}
-    for layer, window in enumerate(windows):
-        groups.setdefault((window if mixed else None, family.rotates(config, layer)), []).append(layer)
+    slides = any(window is not None for window in windows.values())
+    mixed = slides and None in windows.values()
+    types = getattr(decoder.config, "layer_types", None) or [FULL] * len(windows)
+    marked: dict[Any, bool] = {}
+    for part in decoder.modules():
+        if hasattr(part, "use_rope") or getattr(part, "force_rope", False):
+            marked[part.layer_idx] = bool(getattr(part, "use_rope", True))
+    groups: dict[tuple[int | None, str, bool], list[int]] = {}
+    for layer, window in windows.items():
+        rotates = marked.get(layer, not (family.only_sliding_rotate and slides and window is None))
+        groups.setdefault((window if mixed else None, types[layer], rotates), []).append(layer)
     kinds = []
-    for (window, rotates), layers in groups.items():
-        layer_type = FULL if windows[layers[0]] is None else SLIDING
-        kinds.append(LayerKind(_rotary(decoder, family, layer_type, rotates), window, layers))
+    for (window, layer_type, rotates), layers in groups.items():
+        rotary = _rotary(decoder, layer_type) if rotates else NO_ROPE
+        kinds.append(LayerKind(rotary, window, layers, layer_type))
     return sorted(kinds, key=lambda kind: kind.window is not None)
 
 
-def _rotary(decoder: PreTrainedModel, family: Family, layer_type: str, rotates: bool) -> Rotary:  # noqa: FBT001
-    if not rotates:
-        return Rotary(torch.zeros(0, device="cpu"))
+NO_ROPE = Rotary(torch.zeros(0, device="cpu"))
+
+
+def _rotary(decoder: PreTrainedModel, layer_type: str) -> Rotary:
+    """Return how a type of layer rotates: not at all with ALiBi, or where it has no frequencies and others do."""
     modules = rotary_modules(decoder)
-    if not modules:
+    found = [frequencies(module, layer_type) for module in modules if has_frequencies(module, layer_type)]
+    if has_alibi(decoder.config) or ((modules or states_of(decoder.config)) and not found):
+        return NO_ROPE
+    if not found:
         raise UnsupportedModelError(f"{type(decoder).__name__} has no rotary module with frequencies.")
-    found = [frequencies(module, layer_type) for module in modules]
     if any(not torch.equal(found[0], other) for other in found[1:]):
         raise UnsupportedModelError(
             f"{type(decoder).__name__} has {len(modules)} rotary modules that differ where one was expected."
         )
-    return Rotary(found[0], family.interleaved)
-
-
-def _rope_types(decoder: PreTrainedModel) -> set[str]:
-    types: set[str] = set()
-    for module in rotary_modules(decoder):
-        kind = getattr(module, "rope_type", "default")
-        types.update(kind.values() if isinstance(kind, dict) else (kind,))
-    return types
-
-
-def _has_table(decoder: PreTrainedModel) -> bool:
-    return any(hasattr(module, TABLE) for module in rotary_modules(decoder))
-
-
-def _trained_length(config: PreTrainedConfig) -> int | None:
-    """Read how far positions may go; longrope switches its factors beyond the length it was first trained on."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    return None if length is None else int(length)
+    pairs = pairing(decoder)
+    if pairs is None:
+        raise UnsupportedModelError(f"{type(decoder).__name__} has no function that shows how it rotates.")
+    return Rotary(found[0] * pairs.direction, pairs.interleaved)

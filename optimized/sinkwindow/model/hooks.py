@@ -25,7 +25,7 @@ import torch
 
 from sinkwindow.attention.step import STEP_NAME
 from sinkwindow.model.exact_rope import recompute_tables
-from sinkwindow.model.families import rotary_modules
+from sinkwindow.model.rope import rotary_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkwindow.lanes import Inputs
-from sinkwindow.model.families import FULL
+from sinkwindow.model.families import FULL, attends_ahead
 from sinkwindow.model.pieces import tokens_of
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from sinkwindow.model.families import Frequencies
+    from sinkwindow.model.rope import Frequencies
     from sinkwindow.stream.state import State
     from sinkwindow.stream.stream import Stream
 
+REMEMBERED = " A Qwen-VL model makes them of what its last generate or image has left: set its rope_deltas to None."
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where each of several packed texts begins
 
 
@@ -66,7 +67,8 @@ class CallChecks:
                 "model.to(torch.bfloat16) rounds them. Make the cache after the cast."
             )
         _check_flags(decoder, kwargs)
-        inputs = read_inputs(kwargs, stream, self.native_window)
+        by_kind = any(hasattr(one.module(), "mrope_section") for one in self.frequencies)
+        inputs = read_inputs(kwargs, stream, self.native_window, by_kind=by_kind)
         if self.counts_columns:
             _check_padding_is_leading(inputs, [lane.seen for lane in stream.state.lanes])
         if not self.may_evict or self.last_position is not None:
@@ -104,10 +106,7 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "use_cache=False contradicts a cache: pass use_cache=True, also to generate where the model's "
             "generation_config says False, or pass no cache."
         )
-    config = decoder.config
-    if False in (kwargs.get("is_causal"), getattr(config, "is_causal", None)) or getattr(
-        config, "use_bidirectional_attention", False
-    ):
+    if kwargs.get("is_causal") is False or attends_ahead(decoder.config):
         raise ValueError(
             "is_causal=False, or a config with is_causal=False or use_bidirectional_attention, contradicts a "
             "StreamingCache, whose tokens never attend to later ones."
@@ -120,13 +119,16 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             )
 
 
-def read_inputs(kwargs: dict[str, Any], stream: Stream, native_window: int | None = None) -> Inputs:
+def read_inputs(
+    kwargs: dict[str, Any], stream: Stream, native_window: int | None = None, *, by_kind: bool = False
+) -> Inputs:
     """Read and check the arguments of a decoder's forward.
 
     Args:
         kwargs: The arguments by name.
         stream: What the cache holds. If it is static, ``generate`` makes 4D masks of its own.
         native_window: The sliding window that all layers share [tokens], or ``None``.
+        by_kind: Whether the model has positions by time, height and width (M-RoPE).
 
     Raises:
         ValueError: No tokens, another batch size than before, a mask that is not a left-padding 2D mask over all
@@ -134,14 +136,16 @@ def read_inputs(kwargs: dict[str, Any], stream: Stream, native_window: int | Non
     """
     rows, columns, device = _read_tokens(kwargs, stream.state.batch)
     mask, real = kwargs.get("attention_mask"), None
-    if stream.static:
-        mask = _padding_behind(mask, columns, native_window)
+    if isinstance(mask, dict):  # made by `generate`, or by a model around the decoder
+        _check_is_causal(mask, columns)
+    if stream.static or isinstance(mask, dict):
+        mask = _padding_behind(mask, columns, native_window, static=stream.static)
     if mask is not None and not _has_no_data(mask):
         real = _read_mask(mask, rows, columns, stream)
     inputs = Inputs(rows, columns, device, real)
     positions = kwargs.get("position_ids")
     if positions is not None and not _has_no_data(positions):
-        _check_positions(positions, inputs, stream.state)
+        _check_positions(positions, inputs, stream.state, by_kind=by_kind)
     return inputs
 
 
@@ -187,15 +191,42 @@ def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
             continue
         if before or real != list(range(inputs.columns - len(real), inputs.columns)):
             raise ValueError(
-                f"attention_mask pads row {index} after its first token, and this model's ALiBi counts padding as "
-                "distance; pad on the left of the first call only."
+                f"attention_mask pads row {index} after its first token, and this model counts padding there: as a "
+                "distance with ALiBi, as a step of a layer's state; pad on the left of the first call only."
             )
 
 
-def _padding_behind(mask: object, columns: int, native_window: int | None) -> object:
-    """Return the 2D mask that ``generate`` has made a 4D one of: a column that attends to itself is a token.
+def _check_is_causal(masks: dict[str, object], columns: int) -> None:
+    """Refuse 4D masks, one for each type of layers, in which a token attends to a later one.
 
-    That of a step says nothing: ``generate`` pads no row after its prompt.
+    Raises:
+        ValueError: One of them does, or cannot be read.
+    """
+    for mask in masks.values():
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):  # noqa: PLR2004
+            continue
+        if not isinstance(mask, Tensor):
+            raise ValueError(  # noqa: TRY004 - as for every argument of a call
+                f"attention_mask holds a {type(mask).__name__}, which cannot be compared with what was fed: use "
+                'attn_implementation="sdpa" or "eager".'
+            )
+        if columns > 1 and _seen(mask, columns).triu(1).any():
+            raise ValueError(
+                "attention_mask lets tokens attend to later ones, as those of an image do in some models, and the "
+                "tokens of a StreamingCache never do: use a DynamicCache for this prompt, or leave its images out."
+            )
+
+
+def _seen(mask: Tensor, columns: int) -> Tensor:
+    """Return which of a call's columns attend to which of them in a 4D mask, ``[batch, columns, columns]`` bool."""
+    own = mask[:, 0, :, -columns:]
+    return own if own.dtype == torch.bool else own == 0
+
+
+def _padding_behind(mask: object, columns: int, native_window: int | None, *, static: bool) -> object:
+    """Return the 2D mask that a 4D one was made of: a column that attends to itself is a token.
+
+    That of a step of a static cache says nothing: ``generate`` pads no row after its prompt.
 
     Raises:
         ValueError: The mask hides more than the future and padding.
@@ -204,10 +235,9 @@ def _padding_behind(mask: object, columns: int, native_window: int | None) -> ob
         mask = mask.get(FULL, next(iter(mask.values())))
     if not isinstance(mask, Tensor) or mask.dim() != 4:  # noqa: PLR2004 - [batch, 1, queries, keys]
         return mask
-    if columns == 1:
+    if columns == 1 and static:
         return None
-    seen = mask[:, 0, :, -columns:]
-    seen = seen if seen.dtype == torch.bool else seen == 0
+    seen = _seen(mask, columns)
     real = seen.diagonal(dim1=-2, dim2=-1)
     expected = real[:, None, :].expand_as(seen).tril()
     if not torch.equal(seen, expected if native_window is None else expected.triu(1 - native_window)):
@@ -290,7 +320,25 @@ def _real_columns(mask: Tensor) -> list[list[int] | None]:
     return rows
 
 
-def _check_positions(positions: object, inputs: Inputs, state: State) -> None:
+def _positions_of_text(positions: Tensor, inputs: Inputs) -> Tensor:
+    """Return the positions of a text by time, height and width (M-RoPE), which are equal, ``[rows, columns]``.
+
+    Raises:
+        ValueError: They differ: these are tokens of an image.
+    """
+    differs = (positions != positions[:1]).any(dim=0)
+    for row in range(inputs.batch):
+        own = None if inputs.real is None else inputs.real[row]
+        found = differs[row if len(differs) > 1 else 0]
+        if (found if own is None else found[own]).any():
+            raise ValueError(
+                "position_ids have several components that differ, as for the tokens of an image (M-RoPE), and a "
+                "StreamingCache counts tokens in one: use a DynamicCache for this prompt, or leave its images out."
+            )
+    return positions[0]
+
+
+def _check_positions(positions: object, inputs: Inputs, state: State, *, by_kind: bool) -> None:
     """Compare the caller's positions with those of the tokens: the cache makes its own.
 
     Tokens are numbered by natural index, as ``generate`` does, by column, or by rank in the retained list.
@@ -299,9 +347,15 @@ def _check_positions(positions: object, inputs: Inputs, state: State) -> None:
         ValueError: They are numbered otherwise.
     """
     wanted = ((1, inputs.columns), (inputs.batch, inputs.columns))
-    if not isinstance(positions, Tensor) or tuple(positions.shape) not in wanted:
-        shape = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
-        raise ValueError(f"position_ids must be a tensor of shape {wanted[1]}, got {shape}; omit it: the cache counts.")
+    kinds = ((), (1,), (3,), (4,)) if by_kind else ((),)  # also behind positions by token (Qwen-VL)
+    shape = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+    hint = REMEMBERED if by_kind else ""
+    if not isinstance(positions, Tensor) or shape[-2:] not in wanted or shape[:-2] not in kinds:
+        raise ValueError(
+            f"position_ids must be a tensor of shape {wanted[1]}, got {shape}; omit it: the cache counts.{hint}"
+        )
+    if len(shape) == 3:  # noqa: PLR2004
+        positions = _positions_of_text(positions, inputs)
     given, lanes, rows = positions.tolist(), state.lanes, state.pools[0].lanes
     for row in range(inputs.batch):
         lane, gone = (lanes[row], rows[row].evicted) if len(lanes) > 1 else (lanes[0], rows[0].evicted)
@@ -314,5 +368,5 @@ def _check_positions(positions: object, inputs: Inputs, state: State) -> None:
             raise ValueError(
                 f"position_ids of row {row} begin with {found[:3]}, but its next token is number {lane.seen}: a "
                 "StreamingCache gives every token its own position and takes no other. Omit position_ids; where "
-                "generate makes them, pass it the new tokens only."
+                f"generate makes them, pass it the new tokens only.{hint}"
             )

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import CacheLayerMixin
 
+from sinkwindow.model.state_layers import StateLayer
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -62,7 +64,24 @@ class LayerStub(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
         return -1
 
 
+class HybridStub(StateLayer, LayerStub):  # type: ignore[misc, no-untyped-call]  # as in stock layers of both kinds
+    """A layer that attends and keeps a state."""
+
+    def __init__(self, number_of_states: int, *, is_sliding: bool) -> None:
+        LayerStub.__init__(self, is_sliding=is_sliding)
+        StateLayer.__init__(self, number_of_states)
+
+
 def stubs_of(facts: ModelFacts, *, is_compileable: bool) -> list[Any]:
     """Return a stub for each layer; transformers makes a mask for each kind."""
     sliding = {layer for kind in facts.kinds if kind.window is not None for layer in kind.layers}
-    return [LayerStub(is_sliding=layer in sliding, is_compileable=is_compileable) for layer in range(facts.num_layers)]
+    attending = {layer for kind in facts.kinds for layer in kind.layers}
+    stubs: list[Any] = []
+    for layer in range(facts.num_layers):
+        if layer not in facts.states:
+            stubs.append(LayerStub(is_sliding=layer in sliding, is_compileable=is_compileable))
+        elif layer in attending:
+            stubs.append(HybridStub(facts.states[layer], is_sliding=layer in sliding))
+        else:
+            stubs.append(StateLayer(facts.states[layer]))
+    return stubs

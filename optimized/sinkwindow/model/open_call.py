@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sinkwindow.attention.mask import additive
 from sinkwindow.model.exact_rope import marked
 from sinkwindow.model.pieces import JOINED, PER_CALL, arguments_of, joined, piece_of
+from sinkwindow.model.state_layers import STATE_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkwindow.lanes import Inputs
+    from sinkwindow.model.rope import Switch
     from sinkwindow.stream.call import PoolCall, StreamCall
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.steps import Steps
     from sinkwindow.stream.stream import Stream
 
+ATTENDING_PART = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 MASKED = ("sdpa", "eager", "flex_attention")  # attention implementations that take our 4D masks
 
 _CALL = nn.Module._call_impl.__code__  # noqa: SLF001 - the function that runs a module's forward and its hooks
@@ -43,12 +46,18 @@ class AttentionFacts:
         own: Whether the model bypasses ``AttentionInterface``: it makes its masks itself, of a 2D one.
         table: Whether positions index a table of the model.
         float32_from: Positions from which the model's float32 angles are not good enough.
+        keeps_states: Whether some layers keep a state: they are given a mask of padding.
+        borrowers: The types of the last layers, which attend to the keys of an earlier one of their type.
+        switch: Where stock code changes over to other frequencies, if anywhere.
     """
 
     layer_types: list[str]
     own: bool
     table: bool
     float32_from: int
+    keeps_states: bool = False
+    borrowers: Sequence[str] = ()
+    switch: Switch | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -231,13 +240,15 @@ class OpenCall:
 
     # -- what the decoder returns -------------------------------------------------------------------------------------
 
-    def completed(self, output: Any, pool_of: Mapping[int, int]) -> Any:
+    def completed(self, output: Any, pool_of: Mapping[int, int], facts: AttentionFacts) -> Any:
         """Return the output with those of earlier pieces, and weights of copied sinks in their own columns."""
         if self.outputs:
             output = joined([*self.outputs, output])
         weights = output.get("attentions") if isinstance(output, dict) else None
         if weights is not None and self.plan is not None:
-            parts = [self.plan.parts[pool_of[layer]] for layer in range(len(weights))]
+            pools = [pool_of[layer] for layer in sorted(pool_of)]
+            pools += [facts.layer_types.index(kind) for kind in facts.borrowers]
+            parts = [self.plan.parts[pool] for pool in pools]
             output["attentions"] = tuple(
                 weight if weight is None else part.fold(weight) for part, weight in zip(parts, weights, strict=True)
             )
@@ -252,7 +263,7 @@ def _has_gradient(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 def _mask(
     plan: StreamCall, facts: AttentionFacts, decoder: PreTrainedModel, inputs: Inputs, *, masked: bool
-) -> Tensor | dict[str, Tensor] | None:
+) -> Tensor | Mapping[str, Tensor | None] | None:
     """Return the mask that the model is given: 4D where it takes one, 2D where it makes its own of it.
 
     Raises:
@@ -276,6 +287,10 @@ def _mask(
     if implementation != "sdpa":
         masks = [additive(mask, decoder.dtype).expand(inputs.batch, -1, -1, -1) for mask in masks]
     by_type = dict(zip(facts.layer_types, masks, strict=True))
+    if facts.keeps_states:  # by which names they ask for them depends on the family
+        own = {ATTENDING_PART.get(kind, kind): mask for kind, mask in by_type.items()}
+        padding = None if plan.plain else plan.columns_with_tokens(inputs.device)[:, -inputs.columns :]
+        return {**by_type, **own, **dict.fromkeys(STATE_ONLY, padding)}
     return masks[0] if len(by_type) == 1 else by_type
 
 

@@ -29,8 +29,13 @@ def tokens_of(kwargs: dict[str, Any]) -> str:
 
 
 def arguments_of(kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Return a call's arguments for a run of its columns: those that have a value for each column are cut."""
+    """Return a call's arguments for a run of its columns: those that have a value for each column are cut.
+
+    Gemma 4's decoder leaves out columns of which no logits are wanted; here the head alone does.
+    """
     shape = kwargs[tokens_of(kwargs)].shape[:2]
+    if "logits_to_keep" in kwargs:
+        kwargs = kwargs | {"logits_to_keep": 0}
     return {
         name: value[:, start:stop] if isinstance(value, Tensor) and value.shape[:2] == shape else value
         for name, value in kwargs.items()

@@ -13,6 +13,7 @@ import torch
 
 from sinkwindow.lanes import Lane
 from sinkwindow.storage.journal import Writes
+from sinkwindow.storage.states import states_before
 from sinkwindow.stream.state import CallRecord
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, 
     """Return what to write, and the state then, to take the newest columns back; ``None`` where that is impossible."""
     column = state.columns - columns
     counts = _counts_at(pools, state, column) if columns else _counts_now(state)
-    if counts is None or not _reachable(pools, state, counts):
+    states = states_before(state.states, columns) if columns else state.states
+    if counts is None or states is None or not _reachable(pools, state, counts):
         return None
     lanes = tuple(
         Lane(seen, min(lane.offset, gone))  # no position below a rank
@@ -105,7 +107,13 @@ def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, 
         after.append(change[1])
     past = _shortened(state.past, column)
     return Writes(writes), replace(
-        state, pools=tuple(after), lanes=lanes, columns=column, num_evictions=counts.num_evictions, past=past
+        state,
+        pools=tuple(after),
+        lanes=lanes,
+        columns=column,
+        num_evictions=counts.num_evictions,
+        past=past,
+        states=states,
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from sinkwindow.storage.bank import Bank
     from sinkwindow.storage.slots import Slots
+    from sinkwindow.storage.states import States
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class State:
         past: Calls that a roll-back may cross and cannot undo by counting.
         forgot: Whether older ones of them were dropped.
         recording: Whether evicted tokens are kept for a roll-back.
+        states: What layers that keep a state remember; unlike those of the pools, these tensors are never written.
     """
 
     pools: tuple[Slots, ...]
@@ -65,6 +67,12 @@ class State:
     past: tuple[CallRecord, ...] = ()
     forgot: bool = False
     recording: bool = False
+    states: States = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in use."""
+        return sum(slots.nbytes for slots in self.pools) + sum(tensor.nbytes for tensor in self.states.values())
 
     def by_row(self, batch: int) -> State:
         """Return the same with a lane for every row."""
@@ -74,7 +82,7 @@ class State:
         return replace(self, lanes=self.lanes * batch, pools=pools)
 
     def cloned(self) -> State:
-        """Return the same in tensors of its own."""
+        """Return the same in tensors of its own, where they are ever written."""
         return self.with_banks([tuple(bank.map(torch.clone) for bank in slots.banks) for slots in self.pools])
 
     def with_banks(self, banks: Sequence[tuple[Bank, ...]]) -> State:

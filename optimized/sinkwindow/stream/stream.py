@@ -18,6 +18,7 @@ import torch
 from sinkwindow.lanes import Inputs, Lane, LaneCall
 from sinkwindow.storage.journal import Write, Writes
 from sinkwindow.storage.slots import Pool, Slots
+from sinkwindow.storage.states import RECURRENT, without_past
 from sinkwindow.stream.call import PoolCall, StreamCall
 from sinkwindow.stream.events import Eviction, evictions_of
 from sinkwindow.stream.history import count_evictions, cropped, recorded, select_past, tokens_fed
@@ -152,7 +153,7 @@ class Stream:
         held = self.pools[0].held(state.pools[0], state.lanes)
         if self.longest is not None and held + columns > self.longest:
             raise ValueError(
-                f"The call brings {columns} columns and {held} are cached, but this model's table of positions "
+                f"The call brings {columns} columns and {held} are cached, but this model's range of positions "
                 f'ends at {self.longest}; feed shorter calls, or use evict="token", which splits them.'
             )
 
@@ -244,6 +245,7 @@ class Stream:
             past=past,
             forgot=state.forgot or len(past) < len(state.past) + (not counting),
             recording=state.recording,
+            states=state.states,  # of before the call: whoever runs the layers has the new ones
         )
         return after, events
 
@@ -312,8 +314,8 @@ class Stream:
         several = len(state.lanes) > 1
         lanes = tuple(state.lanes[row] for row in chosen) if several else state.lanes
 
-        def select(tensor: Tensor) -> Tensor:
-            return tensor.index_select(1, index.to(tensor.device))
+        def select(tensor: Tensor, dim: int = 1) -> Tensor:
+            return tensor.index_select(dim, index.to(tensor.device))
 
         pools = tuple(
             replace(
@@ -327,7 +329,9 @@ class Stream:
         if count is None:  # evicting by call, rows differ by their own calls only: each has its share
             count = state.num_evictions * len(chosen) // state.batch
         past = select_past(state.past, chosen) if several else state.past
-        self.adopt(replace(state, pools=pools, lanes=lanes, batch=len(chosen), num_evictions=count, past=past))
+        states = {key: select(tensor, 0) for key, tensor in state.states.items()}
+        changed = replace(state, pools=pools, lanes=lanes, batch=len(chosen), num_evictions=count, past=past)
+        self.adopt(replace(changed, states=states))
 
     # -- going back ---------------------------------------------------------------------------------------------------
 
@@ -342,6 +346,11 @@ class Stream:
             ValueError: The tokens that they evicted are gone; nothing has changed then.
         """
         change = cropped(self.pools, self.state, columns)
+        if change is None and any(kind == RECURRENT for _, kind, _ in self.state.states):
+            raise ValueError(
+                f"The last {columns} columns cannot be taken back: the model has linear attention or state-space "
+                "layers, whose state has no way back. Call snapshot() before feeding them, then restore()."
+            )
         if change is None:
             raise ValueError(
                 f"The last {columns} columns cannot be taken back: they evicted tokens that are gone. Call "
@@ -367,4 +376,4 @@ class Stream:
         for pool, slots in zip(self.pools, self.state.pools, strict=True):
             rows = tuple(replace(row, mark=pool.retention.first(row.evicted)) for row in slots.lanes)
             pools.append(replace(slots, lanes=rows))
-        self.state = replace(self.state, pools=tuple(pools))
+        self.state = replace(self.state, pools=tuple(pools), states=without_past(self.state.states))

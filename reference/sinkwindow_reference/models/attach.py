@@ -52,7 +52,7 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,  # noqa: ARG001 - some models pass it by name
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -90,7 +90,7 @@ def use_rank_attention(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         _plan.reset(token)
         for config, name in before:
             config._attn_implementation = name  # noqa: SLF001
-    layers = model.config.get_text_config().num_hidden_layers
+    layers = len(plan.ropes)
     if plan.calls != layers:
         raise ValueError(
             f"model of type {model.config.model_type!r} sent {plan.calls} of its {layers} layers through "

@@ -34,6 +34,8 @@ def _recompute_tables(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
     layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)  # noqa: PLR2004 - hidden, positions, type
     scaling = getattr(module, f"{layer_type}_attention_scaling", None) or module.attention_scaling
+    if module.config.model_type == "phimoe":  # a factor of its own, another one beyond the length first trained on
+        scaling = module.config.rope_parameters.get("short_mscale", scaling)
     if not positions.any():  # position 0, in any layout: attention scaling only
         return torch.full_like(cos, scaling), torch.zeros_like(sin)
     # Only models that receive ranks as positions (`steps`) get here, and they have the half-split layout.

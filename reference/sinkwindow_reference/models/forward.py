@@ -14,7 +14,7 @@ import torch
 from sinkwindow_reference.models.attach import Plan, use_rank_attention
 from sinkwindow_reference.models.checks import real_tokens
 from sinkwindow_reference.models.exact_rope import exact_rope
-from sinkwindow_reference.models.layers import OWN_ATTENTION, own_windows
+from sinkwindow_reference.models.layers import OWN_ATTENTION, check_lengths, own_windows
 from sinkwindow_reference.models.rope import ropes_of
 from sinkwindow_reference.models.steps import logits_by_steps
 from sinkwindow_reference.retention import call_lengths, retained_lists
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel
+
+    from sinkwindow_reference.models.rope import Rope
 
 
 @torch.no_grad()
@@ -37,6 +39,7 @@ def reference_logits(
     evict: str = "token",
     chunks: Sequence[int] | None = None,
     upcast: bool = True,
+    ropes: Sequence[Rope] | None = None,
 ) -> torch.Tensor:
     """Return the logits of a model under the rule, the correct result for any cache or kernel.
 
@@ -53,6 +56,7 @@ def reference_logits(
         chunks: Lengths of the calls, padding included [columns]; they matter only to "call".
         upcast: Whether to compute attention in float64, see `rank_attention`. Models that do not use
             AttentionInterface always compute in their own dtype.
+        ropes: How each layer rotates; by default read off the model, whose family must be known.
 
     Returns:
         Logits `[batch, columns, vocab]`, NaN at padding.
@@ -62,9 +66,9 @@ def reference_logits(
         ValueError: If a size is too small, a shape or the sum of `chunks` is wrong, a row has no token, or the model
             is not supported.
     """
-    mask = real_tokens(input_ids, attention_mask)
+    mask, text_config = real_tokens(input_ids, attention_mask), model.config.get_text_config()
     calls = call_lengths(input_ids.shape[1], evict, chunks)
-    ropes = ropes_of(model)
+    ropes = ropes_of(model) if ropes is None else list(ropes)
     rows = []
     for ids, real in zip(input_ids, mask, strict=True):
         lengths = [int(call.sum()) for call in real.split(calls)]
@@ -72,11 +76,12 @@ def reference_logits(
             int(real.sum()), num_sinks=num_sinks, window=window, buffer=buffer, evict=evict,
             chunks=[length for length in lengths if length],  # skip calls of padding only
         )  # fmt: skip
+        check_lengths(text_config, max(map(len, lists)))
         with exact_rope(model):
             if model.config.model_type in OWN_ATTENTION:
                 logits = logits_by_steps(model, ids[real], lists, ropes)
             else:
-                logits = _row_logits(model, ids[real], Plan(lists, ropes, own_windows(model.config), upcast))
+                logits = _row_logits(model, ids[real], Plan(lists, ropes, own_windows(text_config), upcast))
         row = logits.new_full((len(ids), logits.shape[-1]), torch.nan)
         row[real] = logits
         rows.append(row)

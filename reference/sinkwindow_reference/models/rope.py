@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sinkwindow_reference.models.layers import FULL, check_model, has_alibi, has_rope
+from sinkwindow_reference.models.layers import attending, check_model, has_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Families whose RoPE pairs the channels (2i, 2i + 1); all others pair (i, i + pairs). Each is tested.
-INTERLEAVED = frozenset({"codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium"})
+INTERLEAVED = frozenset(
+    {"codegen", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium"}
+)
+BACKWARDS = frozenset({"nanochat"})  # rotates by minus its angles
 
 
 class Rope(NamedTuple):
@@ -28,24 +31,25 @@ class Rope(NamedTuple):
 
 
 def ropes_of(model: PreTrainedModel) -> list[Rope]:
-    """Return the rotary embedding of each layer of `model`.
+    """Return the rotary embedding of each layer of `model` that attends.
 
     Raises:
         ValueError: If the model is refused (`check_model`), has neither RoPE nor ALiBi, or its rotary modules differ.
     """
     config = model.config.get_text_config()
     check_model(config)
-    types = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
-    return [
-        Rope(_layer_frequencies(model, types[layer], rotates=has_rope(config, layer)), config.model_type in INTERLEAVED)
-        for layer in range(config.num_hidden_layers)
-    ]
+    sign = -1 if config.model_type in BACKWARDS else 1
+    ropes = []
+    for layer, kind in attending(config).items():
+        frequencies = _layer_frequencies(model, kind) if has_rope(config, layer) else torch.zeros(0)
+        ropes.append(Rope(sign * frequencies, config.model_type in INTERLEAVED))
+    return ropes
 
 
-def _layer_frequencies(model: PreTrainedModel, layer_type: str, *, rotates: bool) -> torch.Tensor:
-    """Return the frequencies `[pairs]` of a layer, empty if it does not rotate."""
+def _layer_frequencies(model: PreTrainedModel, layer_type: str) -> torch.Tensor:
+    """Return the frequencies `[pairs]` of a layer that rotates."""
     found = [freq for module in model.modules() if (freq := _frequencies(module, layer_type)) is not None]
-    if not found and not has_alibi(model.config):
+    if not found:
         raise ValueError(
             f"model of type {model.config.model_type!r} has no module with inv_freq: the reference supports only "
             "rotary position embeddings (RoPE) and ALiBi"
@@ -55,7 +59,7 @@ def _layer_frequencies(model: PreTrainedModel, layer_type: str, *, rotates: bool
             f"model of type {model.config.model_type!r} has rotary modules with different frequencies: the reference "
             "supports one for each type of layer"
         )
-    return found[0] if rotates else torch.zeros(0)
+    return found[0]
 
 
 def _frequencies(module: torch.nn.Module, layer_type: str) -> torch.Tensor | None:

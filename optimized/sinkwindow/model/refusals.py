@@ -1,0 +1,98 @@
+"""Why a model cannot stream, as precisely as its modules and its configuration tell."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from sinkwindow.model.state_layers import OWN_STATE
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+INSTEAD: Final = "use a DynamicCache."
+# Modules and buffers that hold one vector for each absolute position.
+POSITIONS: Final = re.compile(r"(^|\.)(wpe|pos_encoding|positions?_embed\w*|embed_positions)(\.|$)")
+OTHER_INPUTS: Final = re.compile(r"vision|image|audio|speech")  # in names of modules
+RELATIVE: Final = re.compile(r"relative|rel_attn$|position_bias$")
+# What cannot be read off a model.
+NAMED: Final = {
+    **OWN_STATE,
+    "beam": f"scales the queries of its layers without RoPE by their position in the whole text: {INSTEAD}",
+    "blt": f"attends to patches of bytes, whose ends later bytes decide: {INSTEAD}",
+    "diffllama": f"attends twice in each layer, which the reference does not, so nothing proves it exact: {INSTEAD}",
+    "doge": f"makes a bias of the cached values and adds it to its mask: {INSTEAD}",
+    **dict.fromkeys(
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text"),
+        f"scales channels of queries and keys after rotating them, so that scores depend on positions: {INSTEAD}",
+    ),
+}
+LOOPS: Final = ("loop_num_passes", "n_recurrent_loops")  # in configurations of models that run layers again
+INDEXES: Final = re.compile("index|sparse|compressed")  # in types of layers that choose what they attend to
+INDEX_SIZES: Final = ("index_topk", "index_topk_blocks")
+
+
+def refusal(decoder: PreTrainedModel) -> str:
+    """Return what about a model does not stream, and what to use instead; empty if nothing is known of it.
+
+    Args:
+        decoder: The module whose forward receives the cache.
+    """
+    config = decoder.config
+    types = list(getattr(config, "layer_types", None) or ())
+    names = [name for name, _ in (*decoder.named_modules(), *decoder.named_buffers())]
+    text = [name for name in names if not OTHER_INPUTS.search(name)]
+    cases = (  # the first that is true
+        (
+            getattr(config, "is_encoder_decoder", False),
+            "is an encoder-decoder: its decoder attends to an encoder, and a stream of tokens has none.",
+        ),
+        (config.model_type in NAMED, NAMED.get(config.model_type, "")),
+        (
+            _some(decoder, "kv_lora_rank"),
+            f"caches latent keys and values (MLA), whose sinks cannot be moved by rotating keys: {INSTEAD}",
+        ),
+        (
+            any(map(POSITIONS.search, text)) or hasattr(decoder, "pos_encoding"),
+            f"has absolute position embeddings in its inputs: cached tokens cannot move to new ranks; {INSTEAD}",
+        ),
+        (
+            any(map(INDEXES.search, types)) or any(hasattr(config, name) for name in INDEX_SIZES),
+            f"chooses the tokens to attend to by an index (sparse attention), which cannot evict: {INSTEAD}",
+        ),
+        (
+            "chunked_attention" in types,
+            f"attends within chunks of the text (chunked_attention), and a stream evicts inside of them: {INSTEAD}",
+        ),
+        (
+            any(map(RELATIVE.search, text)) or hasattr(config, "rel_extent"),
+            f"has a bias by relative position in its scores, which a stream would have to make: {INSTEAD}",
+        ),
+        (
+            any(hasattr(config, name) for name in LOOPS),
+            f"runs its layers several times for each token, with keys of their own each time: {INSTEAD}",
+        ),
+        (
+            _some(decoder, "cross_attn", "crossattention", "encoder_attn"),
+            f"has layers that attend to something other than its own tokens (cross-attention): {INSTEAD}",
+        ),
+        (
+            getattr(config, "prefix_lm", False),
+            f"lets the tokens of a prompt attend to each other (prefix_lm), which a stream never does: {INSTEAD}",
+        ),
+        (
+            len(text) < len(names),
+            f"takes images or sound in the same call as its tokens, which a stream cannot place: {INSTEAD}",
+        ),
+        (
+            getattr(decoder, "_is_stateful", False),
+            "keeps a state of fixed size instead of keys and values: it streams without a cache like this.",
+        ),
+    )
+    return next((reason for holds, reason in cases if holds), "")
+
+
+def _some(decoder: nn.Module, *names: str) -> bool:
+    """Return whether a module of the model has one of these attributes."""
+    return any(getattr(part, name, None) is not None for part in decoder.modules() for name in names)
