@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from packaging.version import Version
 
 from families import FAMILIES, FLOAT32_ISLAND, REFUSED, TRAINED, build, table
+from releases import NEWEST
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
-from sinkwindow.model.versions import NEWEST_TESTED
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
     BOTH,
@@ -78,7 +77,7 @@ def test_padded_rows_of_the_family_are_rows_alone(
         assert cache.retained_tokens[row] == retained_after(sum(calls), **rule.arguments)
 
 
-@pytest.mark.parametrize("family", sorted(HAS_TABLE))
+@pytest.mark.parametrize("family", sorted(HAS_TABLE & FAMILIES.keys()))
 def test_a_call_beyond_the_table_is_refused(family: str) -> None:
     """If it may not be split: the error has both numbers, and the cache is unchanged; one token fewer is fine."""
     model, rule, ids = build(family), Rule(0, 1, 0, "call"), tokens(0, 1, TRAINED + 1)
@@ -224,7 +223,7 @@ def test_a_list_longer_than_the_window_of_all_layers_is_refused() -> None:
 
 
 # With earlier releases GPT-J and CodeGen are refused, so the table is shorter.
-@pytest.mark.skipif(Version(transformers.__version__) < NEWEST_TESTED, reason="the table is that of the newest release")
+@NEWEST
 def test_the_support_table_is_current() -> None:
     """docs/support.md is the output of `python tests/families.py`: 25 families or more, as many as the README says."""
     assert SUPPORT.read_text(encoding="utf-8") == table()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import build
+from releases import ready_for_drafts
 from strategies import (
     BOTH,
     CACHE_NAME,
@@ -42,7 +43,7 @@ def _everything(cache: StreamingCache) -> tuple[Any, ...]:
         cache.debug_state(),
         (cache.batch_size, cache.forwarded_tokens, cache.is_croppable, cache.is_initialized),
         [
-            (cache.get_query_offset(layer), cache.get_max_length(layer), cache.is_recording_past(layer))
+            (cache.get_query_offset(layer), cache.get_max_length(layer), cache.debug_state().recording)
             for layer in layers
         ],
         [cache.get_mask_sizes(1, layer) for layer in layers],
@@ -114,7 +115,7 @@ def test_a_reset_after_recording_gives_the_memory_back() -> None:
     call(model, used, ids)
     enlarged = used.nbytes
     used.reset()
-    assert not used.is_recording_past(0)
+    assert not used.debug_state().recording
     assert not used._stream.state.pools[0].spare  # it is free at once, not with the next text's first call
     stream(model, used, ids, [10, *[1] * 20])
     stream(model, new, ids, [10, *[1] * 20])
@@ -152,7 +153,7 @@ def test_drafts_are_right_on_static_caches_through_evictions(mode: Any) -> None:
     how: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False}
     more = {"assistant_model": model} if mode == "assisted" else mode
     expected = model.generate(ids, **{CACHE_NAME: rule.cache(model)}, **how)  # type: ignore[operator]
-    cache = rule.cache(model, static=True)
+    cache = ready_for_drafts(rule.cache(model, static=True))
     assert torch.equal(model.generate(ids, **{CACHE_NAME: cache}, **how, **more), expected)  # type: ignore[operator]
     assert cache.num_evictions > 50
 

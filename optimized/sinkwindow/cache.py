@@ -25,6 +25,7 @@ from sinkwindow.model.hooks import attach, uncompiled
 from sinkwindow.model.inputs import CallChecks
 from sinkwindow.model.layer_stub import stubs_of
 from sinkwindow.model.open_call import AttentionFacts
+from sinkwindow.model.versions import ASKS_QUERY_OFFSET, CROP_REMOVES
 from sinkwindow.retention import EvictMode, Retention
 from sinkwindow.stream.state import DebugState
 from sinkwindow.stream.steps import Steps
@@ -195,18 +196,21 @@ class StreamingCache(Cache, Copies):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Return how many columns were fed, padding included: ``generate`` slices its inputs by it."""
+        if not ASKS_QUERY_OFFSET and self._is_planned():
+            return self.get_query_offset()
         return self._state.columns
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Return the number of keys that a call returns, and the column of the first one.
 
         Args:
-            query_length: Columns of the call.
+            query_length: Columns of the call; up to transformers 5.3 a tensor with a number for each of them.
             layer_idx: Index of the decoder layer.
 
         Raises:
             IndexError: There is no such layer.
         """
+        query_length = query_length if isinstance(query_length, int) else len(query_length)
         index = self._pool_of.get(layer_idx)
         if index is None:
             raise IndexError(f"layer_idx must be between 0 and {len(self._pool_of) - 1}, got {layer_idx!r}.")
@@ -362,6 +366,8 @@ class StreamingCache(Cache, Copies):
 
         Args:
             tokens_to_remove: Minus the number of columns; 0 only says that the recorded past is not needed any more.
+                Before transformers 5.14, whose ``generate`` says it so, a number of columns that are to stay, in the
+                last call, is understood as well.
 
         Raises:
             TypeError: It is not an int.
@@ -371,6 +377,8 @@ class StreamingCache(Cache, Copies):
         with self._idle("be cropped") as stream:
             tokens_to_remove = read_int("tokens_to_remove", tokens_to_remove, -sys.maxsize, sys.maxsize)
             fed = stream.state.columns
+            if not CROP_REMOVES and tokens_to_remove > fed - (stream.state.forwarded - self._forwarded):
+                tokens_to_remove = min(0, tokens_to_remove - fed)  # assisted generation counts what stays
             if not 0 <= -tokens_to_remove <= fed:
                 raise ValueError(
                     f"tokens_to_remove must be minus a number between 0 and the {fed} fed, got {tokens_to_remove}."

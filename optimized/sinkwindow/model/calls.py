@@ -53,6 +53,7 @@ class Calls(Hooked):
         _call: The call that is open, or one that was interrupted and does not count.
         _news: Evictions to report, and those of a call that counts once the stream has its state.
         _lock: Held while a call opens and while the stream changes between calls.
+        _forwarded: Columns that calls before the last one have run.
     """
 
     _stream: Stream
@@ -68,6 +69,7 @@ class Calls(Hooked):
         self._call: OpenCall | None = None
         self._news = News()
         self._lock = threading.RLock()
+        self._forwarded = 0
 
     @property
     def _state(self) -> State:
@@ -100,7 +102,7 @@ class Calls(Hooked):
         try:
             self._repair()
             inputs = self._checks.read(self._stream, decoder, kwargs, attached=self._finalizer.alive)
-            call.todo = set(self._pool_of)
+            call.todo, self._forwarded = set(self._pool_of), self._state.forwarded
             if self._steps is not None and self._steps.ready and inputs.columns == 1 and inputs.real is None:
                 return call.begin_step(self._steps, decoder, kwargs)
             return call.begin(self._stream, self._attention, decoder, kwargs, inputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sinkwindow.attention.rotation import Rotary
+from sinkwindow.model.versions import too_old
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,6 +181,8 @@ def inspect_model(model: nn.Module) -> ModelFacts:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(_refusal(config) + _inner(model))
+    if reason := too_old(config.model_type):
+        raise UnsupportedModelError(reason)
     if _attends_by_itself(decoder) and not family.own_attention:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {transformers.__version__}, "
