@@ -151,7 +151,7 @@ def test_drafts_are_right_on_static_caches_through_evictions(mode: Any) -> None:
     """Prompt lookup and assisted decoding give the greedy text, with a text that repeats itself and no buffer."""
     model, rule = ModelSpec(max_positions=128).model(), Rule(4, 8)
     ids = torch.cat([tokens(2, 1, 9)] * 4, dim=1)
-    how: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False}
+    how: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": 10_000}  # no token ends it
     if mode == "assisted":  # a model of its own, since generate counts drafts in its generation_config
         mode = {"assistant_model": fresh_model(ModelSpec(max_positions=128)).double()}
         mode["assistant_model"].generation_config.update(num_assistant_tokens=7, num_assistant_tokens_schedule="constant")
