@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from releases import NEW_ALONE
 from sinkwindow_reference import reference_logits
 from strategies import CACHE_NAME, EXACT, ModelSpec, Rule, budget, call, observe, rules, seeds, stream, tokens, worst
 
@@ -30,7 +31,9 @@ def _answer(model: PreTrainedModel, cache: StreamingCache, history: Tensor, *, f
     return torch.cat([history, output[:, -NEW:]], dim=1)
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["full history", "new tokens"])
+@pytest.mark.parametrize(
+    "full", [pytest.param(True, id="full history"), pytest.param(False, id="new tokens", marks=NEW_ALONE)]
+)
 @given(rule=rules(), seed=seeds(), first=st.integers(1, 40), turns=st.lists(st.integers(1, 15), min_size=2, max_size=4))
 @budget(0.15)
 def test_a_chat_is_one_stream(rule: Rule, seed: int, first: int, turns: list[int], *, full: bool) -> None:

@@ -19,6 +19,7 @@ from transformers import LogitsProcessor
 from transformers.generation import utils
 
 from chat_tiny import SPEC, TEMPLATES, Script, Words, hearing, ids_of, made, says, sizes_of, tokenizer_with, turns_of
+from releases import IN_PARTS, NEW_ALONE
 from sinkwindow import Chat, StreamingCache
 from sinkwindow_reference import reference_logits
 from strategies import budget, call
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 GREEDY: Final[dict[str, Any]] = {"do_sample": False, "max_new_tokens": 6}
 BREAKS: Final = (KeyboardInterrupt(), ValueError("a callback"), MemoryError())
+
+
+pytestmark = NEW_ALONE
 
 
 @pytest.fixture
@@ -144,6 +148,7 @@ class _Stops(LogitsProcessor):
         return scores
 
 
+@IN_PARTS
 def test_guesses_that_nobody_said_are_taken_back(model: PreTrainedModel) -> None:
     """Interrupted before it has judged them, assisted decoding leaves its guesses in the cache."""
     message, plain, taken_back = "cdcdcdcd", Words(), 0
@@ -248,7 +253,12 @@ def test_a_chat_has_one_turn_at_a_time(model: PreTrainedModel, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 2}, {"static": True}, {"stop_strings": ["zzz"]}],
+    [
+        pytest.param({"prefill_chunk_size": 3}, marks=IN_PARTS),
+        pytest.param({"prompt_lookup_num_tokens": 2}, marks=IN_PARTS),
+        {"static": True},
+        {"stop_strings": ["zzz"]},
+    ],
     ids=str,
 )
 def test_each_way_to_generate_says_the_same(arguments: dict[str, Any], model: PreTrainedModel) -> None:

@@ -29,6 +29,7 @@ from chat_tiny import (
     tokenizer_with,
     turns_of,
 )
+from releases import NEW_ALONE
 from sinkwindow import Chat
 from sinkwindow_reference import reference_logits
 from strategies import VOCABULARY, budget, seeds
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkwindow import Eviction
+
+
+pytestmark = NEW_ALONE
 
 
 @pytest.fixture

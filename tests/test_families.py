@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from packaging.version import Version
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from families import FAMILIES, FLOAT32_ISLAND, TRAINED, build, table
+from releases import NEWEST
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
 from sinkwindow.model.rope import Pairing, pairing
-from sinkwindow.model.versions import NEWEST_TESTED
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
     BOTH,
@@ -46,6 +44,8 @@ SUPPORT = README.parent / "docs" / "support.md"
 STOCK = 3e-5
 COUNTS_PADDING = {"mpt"}  # its ALiBi counts columns, so padding between tokens is refused
 HAS_TABLE = {"codegen", "gptj", "mpt"}  # of TRAINED positions: a call that is not split must fit
+# The longest list [tokens] that a family and the reference allow, which a call that is not split can make.
+LIMITS = dict.fromkeys((*HAS_TABLE, "gemma3_sliding", "mistral"), TRAINED) | {"ministral3": 32}
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -54,7 +54,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 @budget(0.05)
 def test_the_family_streams_as_the_reference_says(family: str, rule: Rule, seed: int, lengths: list[int]) -> None:
     """After every call, in both eviction modes, logits are within the bound and the retained tokens identical."""
-    assume(family not in HAS_TABLE or rule.evict == "token" or rule.capacity + max(lengths) <= TRAINED)
+    assume(rule.evict == "token" or rule.capacity + max(lengths) <= LIMITS.get(family, sum(lengths) + rule.capacity))
     model, ids = build(family), tokens(seed, 1, sum(lengths))
     expected = reference_logits(model, ids, chunks=lengths, **rule.arguments)
     cache = rule.cache(model)
@@ -81,7 +81,7 @@ def test_padded_rows_of_the_family_are_rows_alone(
         assert cache.retained_tokens[row] == retained_after(sum(calls), **rule.arguments)
 
 
-@pytest.mark.parametrize("family", sorted(HAS_TABLE))
+@pytest.mark.parametrize("family", sorted(HAS_TABLE & FAMILIES.keys()))
 def test_a_call_beyond_the_table_is_refused(family: str) -> None:
     """If it may not be split: the error has both numbers, and the cache is unchanged; one token fewer is fine."""
     model, rule, ids = build(family), Rule(0, 1, 0, "call"), tokens(0, 1, TRAINED + 1)
@@ -267,7 +267,7 @@ def test_a_rotation_that_cannot_be_told_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 # With earlier releases GPT-J and CodeGen are refused, so the table is shorter.
-@pytest.mark.skipif(Version(transformers.__version__) < NEWEST_TESTED, reason="the table is that of the newest release")
+@NEWEST
 def test_the_support_table_is_current() -> None:
     """docs/support.md is the output of `python tests/families.py`: 25 families or more, as many as the README says."""
     assert SUPPORT.read_text(encoding="utf-8") == table()

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from releases import ready_for_drafts
 from sinkwindow_reference import reference_logits, retained_lists
 from strategies import (
     CACHE_NAME,
@@ -161,7 +162,7 @@ def test_drafts_change_nothing(by: str, rule: Rule) -> None:
     drafts: dict[str, Any] = (
         {"prompt_lookup_num_tokens": 4} if by == "prompt lookup" else {"assistant_model": _assistant()}
     )
-    cache = rule.cache(model)
+    cache = ready_for_drafts(rule.cache(model))
     generated = _generate(model, ids, mask, cache, max_new_tokens=40, **drafts)
     assert torch.equal(generated, _expected(model, rule, ids, mask, max_new_tokens=40))
     assert cache.forwarded_tokens > cache.get_seq_length()  # some drafts were wrong

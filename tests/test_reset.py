@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import build
+from releases import ready_for_drafts
 from strategies import (
     BOTH,
     CACHE_NAME,
@@ -18,6 +19,7 @@ from strategies import (
     Rule,
     budget,
     call,
+    fresh_model,
     model_specs,
     observe,
     padding_mask,
@@ -42,7 +44,7 @@ def _everything(cache: StreamingCache) -> tuple[Any, ...]:
         cache.debug_state(),
         (cache.batch_size, cache.forwarded_tokens, cache.is_croppable, cache.is_initialized),
         [
-            (cache.get_query_offset(layer), cache.get_max_length(layer), cache.is_recording_past(layer))
+            (cache.get_query_offset(layer), cache.get_max_length(layer), cache.debug_state().recording)
             for layer in layers
         ],
         [cache.get_mask_sizes(1, layer) for layer in layers],
@@ -114,7 +116,7 @@ def test_a_reset_after_recording_gives_the_memory_back() -> None:
     call(model, used, ids)
     enlarged = used.nbytes
     used.reset()
-    assert not used.is_recording_past(0)
+    assert not used.debug_state().recording
     assert not used._stream.state.pools[0].spare  # it is free at once, not with the next text's first call
     stream(model, used, ids, [10, *[1] * 20])
     stream(model, new, ids, [10, *[1] * 20])
@@ -149,11 +151,14 @@ def test_drafts_are_right_on_static_caches_through_evictions(mode: Any) -> None:
     """Prompt lookup and assisted decoding give the greedy text, with a text that repeats itself and no buffer."""
     model, rule = ModelSpec(max_positions=128).model(), Rule(4, 8)
     ids = torch.cat([tokens(2, 1, 9)] * 4, dim=1)
-    how: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False}
-    more = {"assistant_model": model} if mode == "assisted" else mode
+    how: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": 10_000}  # no token ends it
+    if mode == "assisted":  # a model of its own, since generate counts drafts in its generation_config
+        assistant = fresh_model(ModelSpec(max_positions=128)).double()
+        assistant.generation_config.update(num_assistant_tokens=7, num_assistant_tokens_schedule="constant")
+        mode = {"assistant_model": assistant}
     expected = model.generate(ids, **{CACHE_NAME: rule.cache(model)}, **how)  # type: ignore[operator]
-    cache = rule.cache(model, static=True)
-    assert torch.equal(model.generate(ids, **{CACHE_NAME: cache}, **how, **more), expected)  # type: ignore[operator]
+    cache = ready_for_drafts(rule.cache(model, static=True))
+    assert torch.equal(model.generate(ids, **{CACHE_NAME: cache}, **how, **mode), expected)  # type: ignore[operator]
     assert cache.num_evictions > 50
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from releases import CROP
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
     BOTH,
@@ -102,7 +103,7 @@ def test_recorded_drafts_can_be_rolled_back(calls: list[int]) -> None:
     assert worst(call(model, cache, other[:, 40:]) - reference_logits(model, other, **rule.arguments)[:, 40:]) < EXACT
 
 
-@pytest.mark.parametrize("columns", [1, -51, -1000])
+@pytest.mark.parametrize("columns", [pytest.param(1, marks=CROP), -51, -1000])
 def test_impossible_crops_are_named(columns: int) -> None:
     """A positive number (it once meant tokens to keep) and more than was fed are errors with both numbers."""
     rule, model, ids = Rule(2, 6, 3), ModelSpec().model(), tokens(1, 1, 50)

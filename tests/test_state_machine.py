@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sinkwindow.model.versions import CONTINUES_IN_PARTS, TAKES_NEW_TOKENS_ALONE
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import BOTH, CACHE_NAME, EXACT, ModelSpec, Rule, call, rules, seeds, tokens, worst
 
@@ -27,6 +28,7 @@ SPECS: Final = (
     ModelSpec(max_positions=24),  # rebases often
     ModelSpec(family="gpt_neox", head_dim=16, kv_heads=2, rotary_fraction=0.5, max_positions=40),
 )
+CHUNKS: Final = [None, 2] if CONTINUES_IN_PARTS else [None]
 MAX_ROWS: Final = 4
 OTHER: Final = Rule(1, 4, 2)  # of another cache of the model
 FLOAT32: Final = 1e-5  # `generate` hands logits out in float32
@@ -141,7 +143,8 @@ class Streams(Feeding):
 
     # -- feeding ------------------------------------------------------------------------------------------------------
 
-    @rule(seed=seeds(), prompt=st.integers(1, 6), new=st.integers(1, 4), chunk=st.sampled_from([None, 2]))
+    @precondition(lambda _: TAKES_NEW_TOKENS_ALONE)
+    @rule(seed=seeds(), prompt=st.integers(1, 6), new=st.integers(1, 4), chunk=st.sampled_from(CHUNKS))
     def generate(self, seed: int, prompt: int, new: int, chunk: int | None) -> None:
         """Continue greedily by `generate`, given only new tokens; each is the likeliest that the reference knows."""
         ids, before = tokens(seed, len(self.rows), prompt), self.columns()

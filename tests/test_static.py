@@ -21,6 +21,7 @@ from transformers import CompileConfig
 
 from families import FAMILIES as EVERY_FAMILY
 from families import FLOAT32_ISLAND, TRAINED, build, can_be_static
+from releases import ready_for_drafts
 from sinkwindow import StreamingCache
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
@@ -265,7 +266,9 @@ def test_generate_modes_are_those_of_a_dynamic_cache(mode: dict[str, int]) -> No
     model, ids = ModelSpec().model(), tokens(9, 1, 14)
     how = {"max_new_tokens": 25, "do_sample": False, **mode}
     found, again = (
-        model.generate(ids, **{CACHE_NAME: StreamingCache(model, 2, 6, 2, static=static)}, **how)  # type: ignore[operator]
+        model.generate(  # type: ignore[operator]
+            ids, **{CACHE_NAME: ready_for_drafts(StreamingCache(model, 2, 6, 2, static=static))}, **how
+        )
         for static in (True, False)
     )
     assert torch.equal(found, again)

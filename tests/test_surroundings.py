@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -211,7 +212,7 @@ def test_training_mode_is_a_mode_like_another_and_checkpointing_is_refused() -> 
     layers: Any = model.base_model.layers
     for layer in layers:
         layer.gradient_checkpointing = True  # what the methods do, which have other names in each release
-        layer._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+        layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     cache = RULE.cache(model)
     with pytest.raises(ValueError, match="Gradient checkpointing gives no cache"):
         logits_of(model, cache, ids)

@@ -12,8 +12,8 @@ from sinkwindow.model.versions import NEWEST_TESTED, check_transformers
 
 def test_an_older_release_is_refused() -> None:
     """The message names both versions and the command to upgrade."""
-    with pytest.raises(ImportError, match=r"needs transformers >= 5\.21\.0, found 4\.57\.6: pip install -U"):
-        check_transformers("4.57.6")
+    with pytest.raises(ImportError, match=r"needs transformers >= 4\.57\.6, found 4\.56\.2: pip install -U"):
+        check_transformers("4.56.2")
 
 
 def test_a_newer_release_warns() -> None:

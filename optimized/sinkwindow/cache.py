@@ -27,6 +27,7 @@ from sinkwindow.model.layer_stub import stubs_of
 from sinkwindow.model.open_call import AttentionFacts
 from sinkwindow.model.rope import frequencies_of, length_for
 from sinkwindow.model.state_layers import StateLayers
+from sinkwindow.model.versions import ASKS_QUERY_OFFSET
 from sinkwindow.retention import EvictMode, Retention
 from sinkwindow.storage.states import can_go_back
 from sinkwindow.stream.state import DebugState
@@ -198,18 +199,21 @@ class StreamingCache(Cache, Copies):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Return how many columns were fed, padding included: ``generate`` slices its inputs by it."""
+        if not ASKS_QUERY_OFFSET and self._is_begun():
+            return self.get_query_offset()
         return length_for(self._state.columns, self._attention.switch)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Return the number of keys that a call returns, and the column of the first one.
 
         Args:
-            query_length: Columns of the call.
+            query_length: Columns of the call; up to transformers 5.3 a tensor with a number for each of them.
             layer_idx: Index of the decoder layer.
 
         Raises:
             IndexError: There is no such layer.
         """
+        query_length = query_length if isinstance(query_length, int) else len(query_length)
         if layer_idx not in range(len(self.layers)):
             raise IndexError(f"layer_idx must be between 0 and {len(self.layers) - 1}, got {layer_idx!r}.")
         index = self._pool_of.get(layer_idx, 0)  # of layers that attend, if this one does not
@@ -363,6 +367,7 @@ class StreamingCache(Cache, Copies):
 
         Args:
             tokens_to_remove: Minus the number of columns; 0 only says that the recorded past is not needed any more.
+                Before transformers 5.14, whose ``generate`` does so, also how many columns stay, in the last call.
 
         Raises:
             TypeError: It is not an int.
@@ -370,14 +375,9 @@ class StreamingCache(Cache, Copies):
                 changed then.
         """
         with self._idle("be cropped") as stream:
-            tokens_to_remove = read_int("tokens_to_remove", tokens_to_remove, -sys.maxsize, sys.maxsize)
-            fed = stream.state.columns
-            if not 0 <= -tokens_to_remove <= fed:
-                raise ValueError(
-                    f"tokens_to_remove must be minus a number between 0 and the {fed} fed, got {tokens_to_remove}."
-                )
-            if tokens_to_remove:
-                stream.crop(-tokens_to_remove)
+            columns = self._columns_of(read_int("tokens_to_remove", tokens_to_remove, -sys.maxsize, sys.maxsize))
+            if columns:
+                stream.crop(columns)
             stream.forget_past()
 
     def activate_past_recording(self) -> None:

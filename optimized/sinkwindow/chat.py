@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria, __version__
 
 from sinkwindow.cache import StreamingCache
 from sinkwindow.chat_template import ChatTemplate
-from sinkwindow.model.versions import CACHE_ARGUMENT
+from sinkwindow.model.versions import CACHE_ARGUMENT, CONTINUES_IN_PARTS, TAKES_NEW_TOKENS_ALONE
 from sinkwindow.saving import NONSENSE, read
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 LEAST_SINKS = 4  # as the StreamingLLM paper recommends
 MAX_NEW_TOKENS = 512  # of an answer, where neither the caller nor the model's generation_config says otherwise
+IN_PARTS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
 
 
 class Chat:
@@ -89,6 +90,11 @@ class Chat:
         chat_template: str | None = None,
         **cache_arguments: Any,
     ) -> None:
+        if not TAKES_NEW_TOKENS_ALONE:
+            raise RuntimeError(
+                f"A Chat gives generate the new tokens alone, which needs transformers 5.3, and {__version__} is "
+                "installed: pip install -U transformers, or pass a StreamingCache and the whole text to generate."
+            )
         template = ChatTemplate(tokenizer, system, chat_template)
         sinks = max(LEAST_SINKS, template.pinned) if num_sinks is None else num_sinks
         self._assemble(template, model, StreamingCache(model, sinks, window, buffer, **cache_arguments), _End())
@@ -132,7 +138,8 @@ class Chat:
             arguments = self._arguments(turn, generate_arguments)
             self._turn = turn  # from here on an interruption finds what it needs
             try:
-                output = self.model.generate(**arguments, streamer=streamer)  # type: ignore[operator]
+                heard = None if streamer is None else _Heard(streamer, turn)
+                output = self.model.generate(**arguments, streamer=heard)  # type: ignore[operator]
                 turn.said = output[0]
             except BaseException:
                 if streamer is not None:
@@ -250,6 +257,12 @@ class Chat:
             config.max_new_tokens = own.max_new_tokens or MAX_NEW_TOKENS
         config.return_dict_in_generate = False
         rest["stopping_criteria"] = [*(rest.get("stopping_criteria") or []), turn]
+        for name in () if CONTINUES_IN_PARTS or not turn.start else IN_PARTS:
+            if rest.get(name) or getattr(config, name, None) or getattr(own, name, None):
+                raise ValueError(
+                    f"{name} needs transformers 5.17 after the first turn of a chat, and {__version__} is installed: "
+                    "leave it out, or pip install -U transformers."
+                )
         inputs = self._inputs(turn)
         if config.prefill_chunk_size or own.prefill_chunk_size:  # which takes positions of all columns
             inputs.pop("position_ids", None)
@@ -307,3 +320,23 @@ class _Turn(StoppingCriteria):
     def answer(self) -> list[int]:
         """The answer so far."""
         return [] if self.said is None else self.said[len(self.ids) :].tolist()
+
+
+class _Heard:
+    """A streamer in front of the user's: before transformers 5.17, a token is shown before stopping criteria see it."""
+
+    def __init__(self, streamer: BaseStreamer, turn: _Turn) -> None:
+        self._streamer, self._turn = streamer, turn
+        self._heard = torch.zeros(0, dtype=torch.long, device="cpu")
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then the tokens of the answer."""
+        self._heard = torch.cat([self._heard, value.flatten().cpu()])
+        said = self._turn.said
+        if len(self._heard) > max(len(self._turn.ids), 0 if said is None else len(said)):
+            self._turn.said = self._heard
+        self._streamer.put(value)  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """End the answer."""
+        self._streamer.end()  # type: ignore[no-untyped-call]

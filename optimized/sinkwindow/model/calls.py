@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkwindow.model.hooks import Hooked, uncompiled
 from sinkwindow.model.open_call import AttentionFacts, OpenCall, module_frame
+from sinkwindow.model.versions import CROP_REMOVES
 
 if TYPE_CHECKING:
     import weakref
@@ -55,6 +56,7 @@ class Calls(Hooked):
         _call: The call that is open, or one that was interrupted and does not count.
         _news: Evictions to report, and those of a call that counts once the stream has its state.
         _lock: Held while a call opens and while the stream changes between calls.
+        _forwarded: Columns that calls before the last one have run.
     """
 
     _stream: Stream
@@ -71,6 +73,7 @@ class Calls(Hooked):
         self._call: OpenCall | None = None
         self._news = News()
         self._lock = threading.RLock()
+        self._forwarded = 0
 
     @property
     def _state(self) -> State:
@@ -108,7 +111,7 @@ class Calls(Hooked):
         try:
             self._repair()
             inputs = self._checks.read(self._stream, decoder, kwargs, attached=self._finalizer.alive)
-            call.todo = set(self._pool_of)
+            call.todo, self._forwarded = set(self._pool_of), self._state.forwarded
             if self._states:
                 self._states.open(self._stream.state.states, recording=self._stream.state.recording)
             if self._steps is not None and self._steps.ready and inputs.columns == 1 and inputs.real is None:
@@ -153,6 +156,21 @@ class Calls(Hooked):
                 self._steps.follow()
         if self._on_evict is not None:
             self._tell()
+
+    def _columns_of(self, tokens_to_remove: int) -> int:
+        """Return the number of columns that a crop takes back.
+
+        Raises:
+            ValueError: There are not as many, or the number is positive.
+        """
+        state = self._stream.state
+        if not CROP_REMOVES and tokens_to_remove > state.columns - (state.forwarded - self._forwarded):
+            tokens_to_remove = min(0, tokens_to_remove - state.columns)  # it says what stays
+        if not 0 <= -tokens_to_remove <= state.columns:
+            raise ValueError(
+                f"tokens_to_remove must be minus a number between 0 and the {state.columns} fed, got {tokens_to_remove}."
+            )
+        return -tokens_to_remove
 
     def _collect_news(self) -> None:
         """Add the evictions of the last call, if it counts, to those to report."""

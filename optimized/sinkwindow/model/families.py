@@ -27,6 +27,7 @@ from sinkwindow.model.rope import (
     trained_length,
 )
 from sinkwindow.model.state_layers import BOTH, NEITHER, STATE_ONLY, state_refusal, states_of
+from sinkwindow.model.versions import too_old
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -164,7 +165,7 @@ class ModelFacts:
 
     @property
     def special(self) -> tuple[list[str], Switch | None]:
-        """What few families have: ``borrowers``, and a length at which their part of ``generate`` leaves a cache out."""
+        """What few families have: ``borrowers``, and a length at which their part of ``generate`` drops a cache."""
         length = getattr(self.decoder.config, "original_max_position_embeddings", None)
         return self.borrowers, None if length is None else Switch(type(self.decoder).__module__, length)
 
@@ -210,6 +211,8 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
     reason = "" if config.model_type in FAMILIES else refusal(decoder)
     if reason or family is None:
         raise UnsupportedModelError(f"model_type {config.model_type!r} {reason or UNKNOWN}")
+    if old := too_old(config.model_type):
+        raise UnsupportedModelError(old)
     if _attends_by_itself(decoder) and not family.own_attention:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {transformers.__version__}, "

@@ -47,7 +47,7 @@ class LayerStub(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
         """
         raise RuntimeError("Update the StreamingCache, not one of its layers.")
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:  # noqa: ARG002
         """Refuse like ``update``.
 
         Raises:
@@ -61,6 +61,10 @@ class LayerStub(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
 
     def get_max_length(self) -> int:
         """Return -1: there is no maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1, as ``get_max_length``, which is called so from transformers 5.13 on."""
         return -1
 
 

@@ -224,6 +224,10 @@ class OpenCall:
         plan.is_special |= bool(self.outputs)
         self.plan, self.targets = plan, plan.parts
         positions = plan.positions(inputs.device)
+        if kwargs.get("cache_position") is not None:  # of transformers before 5.4: masks count columns from it
+            before = plan.parts[0].length - inputs.columns
+            columns = torch.arange(before, before + inputs.columns, device=inputs.device)
+            kwargs = kwargs | {"cache_position": columns}
         return kwargs | {
             "position_ids": marked(positions, decoder, plan.reach(), facts.float32_from, table=facts.table),
             "attention_mask": _mask(plan, facts, decoder, inputs, masked=masked),

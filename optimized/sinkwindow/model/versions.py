@@ -1,22 +1,55 @@
-"""Which releases of transformers the tests run on, and what is said outside of them."""
+"""What differs between releases of transformers, and what is said outside of the range that the tests run on.
+
+Everything that depends on a release is a fact of this table, with the release that it begins with; no other module
+asks which release is installed. A model family that a release gets wrong is named in ``EXACT_SINCE``.
+"""
 
 from __future__ import annotations
 
-import inspect
 import warnings
 
+import transformers
 from packaging.version import Version
-from transformers import GenerationMixin, __version__
 
-# What `generate` and `forward` call the cache: `cache` from transformers 5.24 on, `past_key_values` before.
-CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
-
-OLDEST = Version("5.21.0")  # before, tests fail: stock Gemma 2 to 5.20, chunked prompts on a filled cache to 5.16
+OLDEST = Version("4.57.6")  # before, attention masks are made elsewhere, and caches have no layers
 NEWEST_TESTED = Version("5.24.0")
+INSTALLED = Version(transformers.__version__)
+
+
+def since(release: str) -> bool:
+    """Return whether the installed transformers is this release, one of its pre-releases, or a later one."""
+    return INSTALLED.release >= Version(release).release
+
+
+# What `generate` and `forward` call the cache.
+CACHE_ARGUMENT = "cache" if since("5.24") else "past_key_values"
+# `crop` takes minus the columns to remove; before, it takes the length that is left.
+CROP_REMOVES = since("5.14")
+# Masks count a call's columns from `get_query_offset()`; before, from `get_seq_length()` or `cache_position`, which
+# therefore say, inside a call, how many columns the cache hands over.
+ASKS_QUERY_OFFSET = since("5.14")
+
+# `generate` takes the new tokens of a text alone, with a mask of all columns; before, it needs the whole text.
+TAKES_NEW_TOKENS_ALONE = since("5.3")
+# `generate` runs drafts and chunks of a prompt behind what a cache holds already, given the new tokens alone.
+CONTINUES_IN_PARTS = since("5.17")
+
+# Families that stock code gets wrong in earlier releases: the first that is right, and what is wrong before.
+EXACT_SINCE = {
+    "codegen": ("5.24", "it bypasses AttentionInterface before"),
+    "gemma2": ("5.21", "stock masks are wrong before"),
+    "gptj": ("5.24", "it bypasses AttentionInterface before"),
+    "nemotron": ("5.14", "it bypasses AttentionInterface before"),
+}
+
+
+def too_old(model_type: str) -> str:
+    """Return why the installed transformers is too old for a family; empty if it is not."""
+    release, why = EXACT_SINCE.get(model_type, ("0", ""))
+    if since(release):
+        return ""
+    needed = f"model_type {model_type!r} needs transformers {release}, you have {INSTALLED}"
+    return f"{needed}: {why}. pip install -U transformers."
 
 
 def check_transformers(version: str) -> None:
@@ -45,4 +78,4 @@ def check_transformers(version: str) -> None:
         )
 
 
-check_transformers(__version__)
+check_transformers(transformers.__version__)

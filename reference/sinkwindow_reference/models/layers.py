@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig as PreTrainedConfig  # its name before transformers 5.0
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
