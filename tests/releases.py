@@ -9,12 +9,10 @@ import pytest
 from sinkwindow.model.versions import since
 
 if TYPE_CHECKING:
-    from pytest import MarkDecorator
-
     from sinkwindow import StreamingCache
 
 
-def needs(release: str, why: str) -> MarkDecorator:
+def needs(release: str, why: str) -> pytest.MarkDecorator:
     """Return a mark that skips a test before a release."""
     return pytest.mark.skipif(not since(release), reason=f"needs transformers {release}: {why}")
 

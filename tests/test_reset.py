@@ -154,7 +154,8 @@ def test_drafts_are_right_on_static_caches_through_evictions(mode: Any) -> None:
     how: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": 10_000}  # no token ends it
     if mode == "assisted":  # a model of its own, since generate counts drafts in its generation_config
         assistant = fresh_model(ModelSpec(max_positions=128)).double()
-        assistant.generation_config.update(num_assistant_tokens=7, num_assistant_tokens_schedule="constant")
+        config: Any = assistant.generation_config
+        config.update(num_assistant_tokens=7, num_assistant_tokens_schedule="constant")
         mode = {"assistant_model": assistant}
     expected = model.generate(ids, **{CACHE_NAME: rule.cache(model)}, **how)  # type: ignore[operator]
     cache = ready_for_drafts(rule.cache(model, static=True))

@@ -163,12 +163,12 @@ class Calls(Hooked):
         Raises:
             ValueError: There are not as many, or the number is positive.
         """
-        state = self._stream.state
-        if not CROP_REMOVES and tokens_to_remove > state.columns - (state.forwarded - self._forwarded):
-            tokens_to_remove = min(0, tokens_to_remove - state.columns)  # it says what stays
-        if not 0 <= -tokens_to_remove <= state.columns:
+        fed, last = self._stream.state.columns, self._stream.state.forwarded - self._forwarded
+        if not CROP_REMOVES and tokens_to_remove > max(0, fed - last):
+            tokens_to_remove = min(0, tokens_to_remove - fed)  # it says what stays
+        if not 0 <= -tokens_to_remove <= fed:
             raise ValueError(
-                f"tokens_to_remove must be minus a number between 0 and the {state.columns} fed, got {tokens_to_remove}."
+                f"tokens_to_remove must be minus a number between 0 and the {fed} fed, got {tokens_to_remove}."
             )
         return -tokens_to_remove
 
