@@ -311,9 +311,8 @@ def build(family: str, attention: str | None = None) -> PreTrainedModel:
     config = AutoConfig.for_model(recipe.model_type, **special | recipe.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        chosen = {} if attention is None else {"attn_implementation": attention}
         loader: Any = AutoModelForCausalLM  # untyped in transformers
-        return randomize(loader.from_config(config, **chosen), recipe.dtype)
+        return randomize(loader.from_config(config, attn_implementation=attention or recipe.attention[0]), recipe.dtype)
 
 
 def randomize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,15 @@ def test_a_model_with_its_own_attention_is_refused_unless_it_is_known(monkeypatc
     assert not answer
     assert "'llama' bypasses AttentionInterface" in answer.reason
     assert "pip install -U transformers" in answer.reason
+
+
+@pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
+def test_an_attention_that_leaves_the_softcap_out_is_refused(family: str) -> None:
+    """Before transformers 5.21 it is the default; a model can also be switched over to it after the cache was made."""
+    model = copy.deepcopy(build(family))
+    cache = StreamingCache(model, 1, 4, 1)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' leaves out: load it with"):
+        call(model, cache, tokens(1, 1, 3))
+    assert cache.seen_tokens == [0]
+    assert "attn_logit_softcapping" in supports(model).reason

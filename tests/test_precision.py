@@ -7,6 +7,7 @@ The streams are long and fixed, since the largest error of a short one depends o
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from families import TRAINED, build
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
@@ -135,3 +137,18 @@ class Recorder:
         assert torch.equal(result[0][:, :, copies + sinks :], all_keys[:, :, order[sinks:]])
         self.checked += 1
         return result
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("family", ["llama_dynamic", "llama_longrope", "phi3_longrope"])
+@pytest.mark.filterwarnings("ignore:num_sinks")
+def test_a_list_beyond_the_trained_length_keeps_its_frequencies(family: str, dtype: torch.dtype) -> None:
+    """Stock code changes over to others there, in the middle of a stream; the cached keys have the first ones."""
+    model = copy.deepcopy(build(family))
+    for parameter in model.parameters():  # the frequencies keep their dtype, as when a model is loaded
+        parameter.data = parameter.data.to(dtype)
+    rule, lengths, ids = Rule(3, TRAINED, 20), [40, *[1] * 60, 25, 1], tokens(5, 1, 126)
+    exact = reference_logits(build(family), ids, **rule.arguments)
+    plain = reference_logits(model, ids, upcast=False, **rule.arguments)
+    ours = stream(model, rule.cache(model), ids, lengths)
+    assert worst(ours - exact) <= 2 * worst(plain - exact) + torch.finfo(dtype).eps * float(exact.abs().max())

@@ -31,21 +31,26 @@ Form = tuple[int, int]
 _forms: weakref.WeakKeyDictionary[nn.Module, dict[str | None, tuple[Form, ...]]] = weakref.WeakKeyDictionary()
 
 
-def marked(positions: Tensor, decoder: PreTrainedModel, reach: int, float32_from: int, *, table: bool) -> Tensor:
+def marked(
+    positions: Tensor, decoder: PreTrainedModel, reach: int, float32_from: int, own_below: int | None, *, table: bool
+) -> Tensor:
     """Return a call's positions, marked where the model's own float32 angles are not good enough.
 
     They never are for a float64 model. For a float32 one they are below the positions that a list can fill: there it
-    keeps its own numbers bit for bit. Half dtypes always do: their rounding of cosines outweighs any angle's.
+    keeps its own numbers bit for bit. Half dtypes always do: their rounding of cosines outweighs any angle's. Where
+    frequencies depend on the largest position of a call, they would not be those of the cached keys.
 
     Args:
         positions: ``[lanes, columns]`` int64.
         decoder: The model.
         reach: The position farthest from 0.
         float32_from: Where float32 angles stop being good enough.
+        own_below: Where the model changes over to other frequencies, if anywhere.
         table: Whether positions index a table of the model.
     """
     dtype = decoder.dtype
     exact = dtype == torch.float64 or (dtype == torch.float32 and reach > float32_from)
+    exact = exact or (own_below is not None and reach >= own_below)
     if not exact or positions.device.type == "mps":  # mps has no float64
         return positions
     return positions.int() if table else positions.double()

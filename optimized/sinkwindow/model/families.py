@@ -164,10 +164,11 @@ class ModelFacts:
         return self.trained_length if self.has_table or self.scales_queries else None
 
     @property
-    def special(self) -> tuple[list[str], Switch | None]:
-        """What few families have: ``borrowers``, and a length at which their part of ``generate`` drops a cache."""
+    def special(self) -> tuple[list[str], Switch | None, int | None]:
+        """What few families have: see ``AttentionFacts``, whose last arguments they are."""
         length = getattr(self.decoder.config, "original_max_position_embeddings", None)
-        return self.borrowers, None if length is None else Switch(type(self.decoder).__module__, length)
+        switch = None if length is None else Switch(type(self.decoder).__module__, length)
+        return self.borrowers, switch, self.trained_length if self.length_dependent else None
 
 
 def supports(model: nn.Module, family: Family | None = None) -> Support:
@@ -223,6 +224,8 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
             f"model_type {config.model_type!r} with is_causal=False or use_bidirectional_attention lets tokens attend "
             "to later ones, which a StreamingCache never does: use a DynamicCache."
         )
+    if reason := loses_softcap(config):
+        raise UnsupportedModelError(reason)
     if reason := state_refusal(decoder, is_hybrid=config.model_type in HYBRIDS):
         raise UnsupportedModelError(f"model_type {config.model_type!r} {reason}")
     windows, states = _windows(config), states_of(config)
@@ -255,7 +258,7 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
 def _decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the module whose forward receives the cache: in an image-text model that of its text model."""
     decoder = cast("PreTrainedModel", model.base_model)
-    if isinstance(getattr(decoder.config, "text_config", None), transformers.PreTrainedConfig):
+    if isinstance(getattr(decoder.config, "text_config", None), transformers.PretrainedConfig):
         text: object = decoder.get_decoder()  # type: ignore[no-untyped-call]  # transformers is not typed there
         return cast("PreTrainedModel", getattr(text, "base_model", decoder))
     return decoder
@@ -276,6 +279,16 @@ def attends_ahead(config: PreTrainedConfig) -> bool:
     """Return whether tokens attend to later ones by configuration; "vision" lets those of images do so."""
     everywhere = getattr(config, "use_bidirectional_attention", None) in (True, "all")
     return everywhere or getattr(config, "is_causal", None) is False
+
+
+def loses_softcap(config: PreTrainedConfig) -> str:
+    """Return what is wrong if scores lose their softcap: before transformers 5.21, that is so by default."""
+    if config._attn_implementation != "sdpa" or getattr(config, "attn_logit_softcapping", None) is None:  # noqa: SLF001
+        return ""
+    return (
+        f"model_type {config.model_type!r} has an attn_logit_softcapping, which attn_implementation='sdpa' leaves out: "
+        "load it with attn_implementation='eager'."
+    )
 
 
 def _attends_by_itself(decoder: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkwindow.lanes import Inputs
-from sinkwindow.model.families import FULL, attends_ahead
+from sinkwindow.model.families import FULL, attends_ahead, loses_softcap
 from sinkwindow.model.pieces import tokens_of
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "is_causal=False, or a config with is_causal=False or use_bidirectional_attention, contradicts a "
             "StreamingCache, whose tokens never attend to later ones."
         )
+    if reason := loses_softcap(decoder.config):
+        raise ValueError(reason)
     for name in PACKED:
         if kwargs.get(name) is not None:
             raise ValueError(

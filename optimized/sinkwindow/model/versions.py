@@ -35,11 +35,13 @@ TAKES_NEW_TOKENS_ALONE = since("5.3")
 CONTINUES_IN_PARTS = since("5.17")
 
 # Families that stock code gets wrong in earlier releases: the first that is right, and what is wrong before.
+BYPASSES = "before, it bypasses AttentionInterface"
 EXACT_SINCE = {
-    "codegen": ("5.24", "it bypasses AttentionInterface before"),
-    "gemma2": ("5.21", "stock masks are wrong before"),
-    "gptj": ("5.24", "it bypasses AttentionInterface before"),
-    "nemotron": ("5.14", "it bypasses AttentionInterface before"),
+    "codegen": ("5.24", BYPASSES),
+    "gemma3_text": ("5.0", "before, its rotary modules do not tell which layers they serve"),
+    "gptj": ("5.24", BYPASSES),
+    "nemotron": ("5.13", BYPASSES),
+    "stablelm": ("5.0", BYPASSES),
 }
 
 
@@ -49,7 +51,7 @@ def too_old(model_type: str) -> str:
     if since(release):
         return ""
     needed = f"model_type {model_type!r} needs transformers {release}, you have {INSTALLED}"
-    return f"{needed}: {why}. pip install -U transformers."
+    return f"{needed}; {why}: pip install -U transformers."
 
 
 def check_transformers(version: str) -> None:
