@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from releases import as_released
 from sinkwindow import StreamingCache, supports
 from sinkwindow.model.versions import too_old
 from wide_norms import keep_norms_wide
@@ -308,7 +309,7 @@ def build(family: str, attention: str | None = None) -> PreTrainedModel:
     """Return a family's model. Calls with the same arguments share one object, so do not change it."""
     recipe = FAMILIES[family]
     special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = AutoConfig.for_model(recipe.model_type, **special | recipe.config)
+    config = AutoConfig.for_model(recipe.model_type, **as_released(special | recipe.config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         loader: Any = AutoModelForCausalLM  # untyped in transformers

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from releases import as_released
+
 STOCK = 1e-6
 OURS = 1e-12
 VOCAB = 50
@@ -34,7 +36,7 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrained
         small["head_dim"] = 8
     torch.manual_seed(seed)
     build: Any = AutoModelForCausalLM.from_config  # untyped in transformers
-    model: PreTrainedModel = build(AutoConfig.for_model(kind, **{**small, **changes})).double().eval()
+    model: PreTrainedModel = build(AutoConfig.for_model(kind, **as_released({**small, **changes}))).double().eval()
     return model
 
 

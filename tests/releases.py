@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,3 +28,15 @@ def ready_for_drafts(cache: StreamingCache) -> StreamingCache:
     if not since("5.14"):
         cache.activate_past_recording()
     return cache
+
+
+def as_released(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of a configuration by the names that they have in this release."""
+    if since("5.0") or "rope_parameters" not in arguments:
+        return arguments
+    rope = dict(arguments["rope_parameters"])
+    theta, part = rope.pop("rope_theta", 10_000.0), rope.pop("partial_rotary_factor", None)
+    older = {"rope_theta": theta, "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope}
+    if part is not None:  # GPT-NeoX
+        older |= {"rotary_pct": part, "rotary_emb_base": theta}
+    return {name: value for name, value in arguments.items() if name != "rope_parameters"} | older

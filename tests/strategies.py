@@ -30,6 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from releases import as_released
 from sinkwindow import StreamingCache
 from wide_norms import keep_norms_wide
 
@@ -149,7 +150,7 @@ def fresh_model(spec: ModelSpec, **changes: Any) -> PreTrainedModel:
     """Build a new float32 model, with changes to its config."""
     make_config, make_model = FAMILIES[spec.family]
     with torch.random.fork_rng():
-        model = cast("PreTrainedModel", make_model(make_config(**(_config(spec) | changes))))
+        model = cast("PreTrainedModel", make_model(make_config(**as_released(_config(spec) | changes))))
     model.train(mode=False).requires_grad_(requires_grad=False)
     generator = torch.Generator().manual_seed(spec.layers * 10_000 + spec.heads * 100 + spec.head_dim)
     for name, parameter in model.named_parameters():

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sinkwindow.model.versions import ROPE_PARAMETERS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -42,7 +44,7 @@ def fingerprint(decoder: PreTrainedModel, frequencies: Iterable[Tensor]) -> dict
 
 def _chosen(decoder: PreTrainedModel) -> str:
     """Return what changes keys and values without changing a weight."""
-    names = ("rope_parameters", "hidden_act", "rms_norm_eps", "layer_norm_eps", "attention_multiplier")
+    names = (ROPE_PARAMETERS, "hidden_act", "rms_norm_eps", "layer_norm_eps", "attention_multiplier")
     return json.dumps({name: getattr(decoder.config, name, None) for name in names}, sort_keys=True, default=str)
 
 

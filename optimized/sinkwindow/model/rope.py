@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sinkwindow.model.versions import ROPE_PARAMETERS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -140,7 +142,9 @@ class Frequencies:
     def are_unchanged(self) -> bool:
         """Return whether the module still has these values: a move to another device keeps them, a cast need not."""
         module = self.module()
-        now = getattr(module, self.name, None)
+        now, used = (getattr(module, name, None) for name in (self.name, self.name.replace("original_", "")))
+        if isinstance(used, Tensor) and used.element_size() < self.buffer.element_size():
+            return False  # in transformers 4 the first ones are no buffer, so a cast passes them by
         if now is self.buffer or not isinstance(now, Tensor) or now.is_meta:  # meta: off-loaded until the module runs
             return True
         if not torch.equal(now.to("cpu", torch.float64), self.buffer.to("cpu", torch.float64)):
@@ -223,6 +227,6 @@ def has_alibi(config: PreTrainedConfig) -> bool:
 
 def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Return the parameters of RoPE: one dict, or one for each type of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config, ROPE_PARAMETERS, None) or {}
     each = [value for value in rope.values() if isinstance(value, dict)]
     return each or [rope]

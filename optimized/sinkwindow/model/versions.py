@@ -23,6 +23,8 @@ def since(release: str) -> bool:
 
 # What `generate` and `forward` call the cache.
 CACHE_ARGUMENT = "cache" if since("5.24") else "past_key_values"
+# What a configuration calls the parameters of RoPE.
+ROPE_PARAMETERS = "rope_parameters" if since("5.0") else "rope_scaling"
 # `crop` takes minus the columns to remove; before, it takes the length that is left.
 CROP_REMOVES = since("5.14")
 # Masks count a call's columns from `get_query_offset()`; before, from `get_seq_length()` or `cache_position`, which
@@ -36,11 +38,22 @@ CONTINUES_IN_PARTS = since("5.17")
 
 # Families that stock code gets wrong in earlier releases: the first that is right, and what is wrong before.
 BYPASSES = "before, it bypasses AttentionInterface"
+UNPROVED = "before, its experts do not compute in float64, so no test proves it exact"
 EXACT_SINCE = {
     "codegen": ("5.24", BYPASSES),
+    "dots1": ("5.0", UNPROVED),
+    "ernie4_5_moe": ("5.0", UNPROVED),
     "gemma3_text": ("5.0", "before, its rotary modules do not tell which layers they serve"),
+    "gemma3n_text": ("5.6", "before, layers that share keys hand them on beside the cache"),
+    "glm4_moe": ("5.0", UNPROVED),
     "gptj": ("5.24", BYPASSES),
+    "jetmoe": ("5.0", BYPASSES),
+    "ministral3": ("5.4", "before, it scales queries by their column, not by their position"),
+    "modernbert-decoder": ("5.0", "before, generate gives other tokens than the reference"),
     "nemotron": ("5.13", BYPASSES),
+    "olmoe": ("5.0", BYPASSES),
+    "phimoe": ("5.1", "before, it bypasses AttentionInterface or fails with longrope"),
+    "qwen2_moe": ("5.0", BYPASSES),
     "stablelm": ("5.0", BYPASSES),
 }
 
