@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab_tiny import WORDS, save_chatty, text_of_lines
+from releases import NEW_ALONE
 from sinkwindow import Chat
 from sinkwindow.model.versions import CACHE_ARGUMENT
 from sinkwindow_reference import reference_logits
@@ -64,6 +65,7 @@ def test_there_is_no_other_example() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {"chat.py", "log_reader.py", "transcript.py"}
 
 
+@NEW_ALONE
 def test_chat(folder: Path) -> None:
     """Its answers are those of `Chat`, and it says at the end what it has cost."""
     out = finish(start("chat.py", folder, "--system", "w1 w2"), "w3 w4\nw5\n")
@@ -110,6 +112,7 @@ def test_log_reader_follows(folder: Path) -> None:
     assert finish(process) == ""
 
 
+@NEW_ALONE
 def test_transcript(folder: Path) -> None:
     """However the text comes in pieces, each note is what the model says after that much of it; no note is heard."""
     text = text_of_lines(30)

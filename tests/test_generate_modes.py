@@ -163,7 +163,7 @@ def test_drafts_change_nothing(by: str, rule: Rule) -> None:
         {"prompt_lookup_num_tokens": 4} if by == "prompt lookup" else {"assistant_model": _assistant()}
     )
     cache = ready_for_drafts(rule.cache(model))
-    generated = _generate(model, ids, mask, cache, max_new_tokens=40, **drafts)
+    generated = _generate(model, ids, mask, cache, max_new_tokens=40, eos_token_id=10_000, **drafts)
     assert torch.equal(generated, _expected(model, rule, ids, mask, max_new_tokens=40))
     assert cache.forwarded_tokens > cache.get_seq_length()  # some drafts were wrong
 

@@ -43,6 +43,7 @@ LENGTH_DEPENDENT = {
     "longrope": {
         "rope_type": "longrope",
         "rope_theta": 100.0,
+        "factor": 2.0,
         "short_factor": [1.0, 1.5, 2.0, 2.5],
         "long_factor": [4.0, 5.0, 6.0, 7.0],
         "original_max_position_embeddings": MAX_CAPACITY,

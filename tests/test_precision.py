@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from families import TRAINED, build
+from releases import needs
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 LOW = [torch.float32, torch.bfloat16]
 
 
+@needs(
+    "5.0", "before, these models are others, and of their few largest errors some are chance; the means are the same"
+)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("max_positions", [20, 64, 2048])

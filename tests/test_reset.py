@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import build
-from releases import ready_for_drafts
+from releases import STATIC_DRAFTS, ready_for_drafts
 from strategies import (
     BOTH,
     CACHE_NAME,
@@ -146,6 +146,7 @@ def test_the_last_call_can_be_taken_back_where_the_slots_hold_it(
             assert all(cache.can_crop(columns) for columns in range(length + 1))
 
 
+@STATIC_DRAFTS
 @pytest.mark.parametrize("mode", [{"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 7}, "assisted"])
 def test_drafts_are_right_on_static_caches_through_evictions(mode: Any) -> None:
     """Prompt lookup and assisted decoding give the greedy text, with a text that repeats itself and no buffer."""

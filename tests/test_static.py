@@ -21,7 +21,7 @@ from transformers import CompileConfig
 
 from families import FAMILIES as EVERY_FAMILY
 from families import FLOAT32_ISLAND, TRAINED, build, can_be_static
-from releases import ready_for_drafts
+from releases import STATIC_DRAFTS, ready_for_drafts
 from sinkwindow import StreamingCache
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
@@ -260,7 +260,14 @@ def test_rows_are_reordered_and_caches_copied() -> None:
         assert worst(stream(model, one, swapped[:, 30:], [1] * 20) - expected[:, 30:]) < EXACT
 
 
-@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"num_beams": 3},
+        pytest.param({"prompt_lookup_num_tokens": 3, "eos_token_id": 10_000}, marks=STATIC_DRAFTS),
+        {"prefill_chunk_size": 4},
+    ],
+)
 def test_generate_modes_are_those_of_a_dynamic_cache(mode: dict[str, int]) -> None:
     """Beams reorder rows between steps; drafts are long calls that are partly taken back."""
     model, ids = ModelSpec().model(), tokens(9, 1, 14)

@@ -199,7 +199,7 @@ class StreamingCache(Cache, Copies):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Return how many columns were fed, padding included: ``generate`` slices its inputs by it."""
-        if not ASKS_QUERY_OFFSET and self._is_begun():
+        if not ASKS_QUERY_OFFSET and self._steps is None and self._is_begun():
             return self.get_query_offset()
         return length_for(self._state.columns, self._attention.switch)
 
