@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from releases import as_released
+from sinkwindow.model.versions import since
 
 STOCK = 1e-6
 OURS = 1e-12
 VOCAB = 50
-HALF_SPLIT = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "stablelm", "smollm3"]
+HALF_SPLIT = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "smollm3", *["stablelm"] * since("5.0")]
 INTERLEAVED = ["cohere", "ernie4_5", "glm", "glm4", "helium"]
 sizes = st.fixed_dictionaries(
     {"num_sinks": st.integers(0, 4), "window": st.integers(1, 6), "buffer": st.integers(0, 4)}
