@@ -11,10 +11,14 @@ import argparse
 import os
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib  # this runs before anything else is installed
 
 HERE: Final = Path(__file__).resolve().parent
 PYPROJECT: Final = HERE.parent / "pyproject.toml"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sinkwindow.model.versions import since
+
+if sys.version_info >= (3, 11):
+    import tomllib as tomllib  # noqa: PLC0414 - for all tests
+else:
+    pass
 
 if TYPE_CHECKING:
     from sinkwindow import StreamingCache

@@ -113,9 +113,11 @@ def test_what_the_session_leaves_out_is_there() -> None:
         options.setdefault(key, []).append(value)
     assert {key: len(values) for key, values in options.items()} == {
         "--ignore-glob": 2,
+        "--ignore": 8,
         "--deselect": 2,
         "-Wignore:transformers": 1,
     }
     assert all(any(ROOT.glob(f"{pattern}.py")) for pattern in options["--ignore-glob"])
+    assert all((ROOT / file).is_file() for file in options["--ignore"])
     for file, test in (one.split("::") for one in options["--deselect"]):
         assert f"\ndef {test}(" in (ROOT / file).read_text("utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tomllib
 from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import documents
+from releases import tomllib
 from sinkwindow import Retention
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import DynamicCache
 
 from hybrids import HYBRIDS, build, limit_time_steps, made
+from releases import needs
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
-from sinkwindow.model.versions import NEWEST_TESTED
 from strategies import ModelSpec, Rule, call, observe, stream, tokens, worst
+
+pytestmark = needs("5.24", "before, hybrids are refused by name")
 
 
 def test_padding_after_a_rows_first_token_is_refused() -> None:
@@ -59,7 +59,6 @@ def test_what_cannot_be_exact_is_refused_by_name(model_type: str, changes: dict[
     assert supports(model).reason == str(error.value)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) != NEWEST_TESTED, reason="mended elsewhere, or to be looked at")
 @pytest.mark.parametrize(("family", "lengths"), [("jamba", [8, 4]), ("zamba", [8, 4]), ("zamba2", [1] * 12)])
 def test_a_refusal_is_due_to_stock_code(family: str, lengths: list[int]) -> None:
     """With a stock cache, logits depend on the calls: when that is mended, the family can be supported."""

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from packaging.version import Version
 from transformers import AutoConfig
 
 from image_text import AHEAD, IMAGE, KINDS, RECIPES, REFUSED, WORDS, build, heard
+from releases import needs
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
-from sinkwindow.model.versions import NEWEST_TESTED
 from strategies import (
     BOTH,
     CACHE_NAME,
@@ -35,10 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# Earlier releases have other masks and positions, and faults of their own in the models around text models.
-pytestmark = pytest.mark.skipif(
-    Version(transformers.__version__) < NEWEST_TESTED, reason="image-text models are those of the newest release"
-)
+pytestmark = needs("5.24", "before, image-text models are refused by name")
 RULE = Rule(2, 5, 2)
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 names = pytest.mark.parametrize("name", RECIPES)

@@ -81,7 +81,6 @@ def test_attention_weights_have_the_columns_that_were_promised(*, return_dict: b
         assert worst(layer.sum(dim=-1) - 1) < 1e-5
 
 
-@pytest.mark.skipif("gptj" not in FAMILIES, reason="GPT-J is refused before transformers 5.24")
 def test_weights_of_a_call_that_its_table_holds_come_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where positions index a table, attention weights are refused beyond the table only."""
     monkeypatch.setattr(stream_module, "PIECE", 8)
@@ -92,7 +91,6 @@ def test_weights_of_a_call_that_its_table_holds_come_in_one_piece(monkeypatch: p
         _decoded(model, RULE.cache(model), ids, output_attentions=True)
 
 
-@pytest.mark.skipif("gptj" not in FAMILIES, reason="GPT-J is refused before transformers 5.24")
 def test_arguments_with_a_value_per_column_are_cut() -> None:
     """GPT-J adds embeddings of `token_type_ids`: those of each piece's own columns."""
     gptj, ids = build("gptj"), tokens(3, 1, LONG)

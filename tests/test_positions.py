@@ -33,10 +33,9 @@ from strategies import (
 )
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from torch import nn
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
 LENGTH_DEPENDENT = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +15,8 @@ from typing import Any, Final
 import pytest
 import torch
 from packaging.requirements import Requirement
+
+from releases import tomllib
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 OURS: Final = ("sinkwindow", "sinkwindow_reference", "sinkwindow_lab")

@@ -48,6 +48,8 @@ from strategies import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import PreTrainedModel
+
     from torch import Tensor
 
 ROPES = ("default", "linear", "yarn")  # dynamic frequencies depend on the largest position: refused
@@ -260,6 +262,13 @@ def test_rows_are_reordered_and_caches_copied() -> None:
         assert worst(stream(model, one, swapped[:, 30:], [1] * 20) - expected[:, 30:]) < EXACT
 
 
+def _generated(model: PreTrainedModel, ids: torch.Tensor, **how: Any) -> list[torch.Tensor]:
+    """Return what `generate` gives with a static cache, and with another one."""
+    caches = (ready_for_drafts(StreamingCache(model, 2, 6, 2, static=static)) for static in (True, False))
+    generate: Any = model.generate
+    return [generate(ids, **{CACHE_NAME: cache}, do_sample=False, **how) for cache in caches]
+
+
 @pytest.mark.parametrize(
     "mode",
     [
@@ -271,27 +280,13 @@ def test_rows_are_reordered_and_caches_copied() -> None:
 def test_generate_modes_are_those_of_a_dynamic_cache(mode: dict[str, int]) -> None:
     """Beams reorder rows between steps; drafts are long calls that are partly taken back."""
     model, ids = ModelSpec().model(), tokens(9, 1, 14)
-    how = {"max_new_tokens": 25, "do_sample": False, **mode}
-    found, again = (
-        model.generate(  # type: ignore[operator]
-            ids, **{CACHE_NAME: ready_for_drafts(StreamingCache(model, 2, 6, 2, static=static))}, **how
-        )
-        for static in (True, False)
-    )
-    assert torch.equal(found, again)
+    assert torch.equal(*_generated(model, ids, max_new_tokens=25, **mode))
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2_windows", "gpt_oss"])
 def test_generate_takes_prompts_beyond_the_models_own_windows(family: str) -> None:
     """Its 4D masks hide what is behind them: that is no padding."""
-    model, ids = build(family), tokens(9, 2, TRAINED + 3)
-    found, again = (
-        model.generate(  # type: ignore[operator]
-            ids, **{CACHE_NAME: StreamingCache(model, 2, 6, 2, static=static)}, max_new_tokens=4, do_sample=False
-        )
-        for static in (True, False)
-    )
-    assert torch.equal(found, again)
+    assert torch.equal(*_generated(build(family), tokens(9, 2, TRAINED + 3), max_new_tokens=4))
 
 
 def test_generate_takes_padding_in_a_later_turn() -> None:

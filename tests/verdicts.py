@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PretrainedConfig as PreTrainedConfig  # its name before transformers 5.0
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from families import FLOAT32_ISLAND, OWN_WINDOW, TRAINED, VOCABULARY, randomize

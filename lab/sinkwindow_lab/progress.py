@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from sinkwindow_lab.errors import printable, say
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 WIDE = 80  # a terminal that has room for a bar [columns]
 

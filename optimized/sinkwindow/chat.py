@@ -23,11 +23,11 @@ from sinkwindow.saving import NONSENSE, read
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
-    from typing import Self
 
     from torch import Tensor
     from transformers import PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
+    from typing_extensions import Self
 
     from sinkwindow.stream.events import Eviction
 

@@ -14,10 +14,10 @@ from sinkwindow.stream.state import Snapshot
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
-    from typing import Self
 
     from torch import nn
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.state import State

@@ -23,7 +23,7 @@ def describe(device: torch.device) -> MachineRecord:
     commit = _git("rev-parse", "HEAD")  # None in an installed wheel, or without git
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return MachineRecord(
-        date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        date=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         cpu=_cpu(),
         cores=_cores(),
         memory_gb=require("psutil").virtual_memory().total / 1e9,

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig as PreTrainedConfig  # its name before transformers 5.0
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from sinkwindow_lab.inputs.wide import wide_copy

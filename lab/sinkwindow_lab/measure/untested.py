@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig as PreTrainedConfig  # its name before transformers 5.0
+from transformers import PreTrainedModel
 
 from sinkwindow import Family, StreamingCache, UnsupportedModelError
 from sinkwindow.model.families import FAMILIES, ModelFacts, inspect_model

@@ -9,13 +9,16 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkwindow.model.families import UnsupportedModelError, inspect_model
 from sinkwindow_lab.errors import LabError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FEED = 256  # tokens of a call between timed or watched steps [tokens]
 MORE_ROWS = 4  # most rows of a table of positions that no position has

@@ -212,7 +212,8 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
     reason = "" if config.model_type in FAMILIES else refusal(decoder)
     if reason or family is None:
         raise UnsupportedModelError(f"model_type {config.model_type!r} {reason or UNKNOWN}")
-    if old := too_old(config.model_type):
+    outer = model.config.model_type
+    if old := too_old(config.model_type) or too_old(outer, is_image_text=decoder is not model.base_model):
         raise UnsupportedModelError(old)
     if _attends_by_itself(decoder) and not family.own_attention:
         raise UnsupportedModelError(

@@ -15,7 +15,7 @@ import transformers
 from torch.nn import functional
 from transformers import cache_utils
 
-from sinkwindow.model.versions import CACHE_ARGUMENT
+from sinkwindow.model.versions import STATES_ARE_KNOWN
 from sinkwindow.storage.states import CONV, PAST, RECURRENT, split
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ OWN_STATE = {
     "minimax": "takes no cache but its own MiniMaxCache: use that.",
     "recurrent_gemma": "keeps its state in its modules, where every call overwrites it: it streams without a cache.",
 }
-# Before transformers 5.24, which renamed the argument, models keep states in other ways, each family in its own.
-STATES_ARE_KNOWN = CACHE_ARGUMENT == "cache"
 StockLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
 
 

@@ -31,6 +31,8 @@ CROP_REMOVES = since("5.14")
 # therefore say, inside a call, how many columns the cache hands over.
 ASKS_QUERY_OFFSET = since("5.14")
 
+# Models keep states of layers on the cache; before, each family in a way of its own.
+STATES_ARE_KNOWN = since("5.24")
 # `generate` takes the new tokens of a text alone, with a mask of all columns; before, it needs the whole text.
 TAKES_NEW_TOKENS_ALONE = since("5.3")
 # `generate` runs drafts and chunks of a prompt behind what a cache holds already, given the new tokens alone.
@@ -57,14 +59,16 @@ EXACT_SINCE = {
     "stablelm": ("5.0", BYPASSES),
 }
 
+IMAGE_TEXT = ("5.24", "before, no test compares image-text models with the reference, so pass its text model")
 
-def too_old(model_type: str) -> str:
+
+def too_old(model_type: str, *, is_image_text: bool = False) -> str:
     """Return why the installed transformers is too old for a family; empty if it is not."""
-    release, why = EXACT_SINCE.get(model_type, ("0", ""))
+    release, why = IMAGE_TEXT if is_image_text else EXACT_SINCE.get(model_type, ("0", ""))
     if since(release):
         return ""
     needed = f"model_type {model_type!r} needs transformers {release}, you have {INSTALLED}"
-    return f"{needed}; {why}: pip install -U transformers."
+    return f"{needed}; {why}, or pip install -U transformers."
 
 
 def check_transformers(version: str) -> None:
