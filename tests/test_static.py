@@ -48,9 +48,8 @@ from strategies import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PreTrainedModel
-
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 ROPES = ("default", "linear", "yarn")  # dynamic frequencies depend on the largest position: refused
 
@@ -269,14 +268,10 @@ def _generated(model: PreTrainedModel, ids: torch.Tensor, **how: Any) -> list[to
     return [generate(ids, **{CACHE_NAME: cache}, do_sample=False, **how) for cache in caches]
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        {"num_beams": 3},
-        pytest.param({"prompt_lookup_num_tokens": 3, "eos_token_id": 10_000}, marks=STATIC_DRAFTS),
-        {"prefill_chunk_size": 4},
-    ],
-)
+LOOKUP = pytest.param({"prompt_lookup_num_tokens": 3, "eos_token_id": 10_000}, marks=STATIC_DRAFTS)
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, LOOKUP, {"prefill_chunk_size": 4}])
 def test_generate_modes_are_those_of_a_dynamic_cache(mode: dict[str, int]) -> None:
     """Beams reorder rows between steps; drafts are long calls that are partly taken back."""
     model, ids = ModelSpec().model(), tokens(9, 1, 14)
