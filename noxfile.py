@@ -161,7 +161,7 @@ def compat(session: nox.Session, transformers: str) -> None:
     run("python", "-c", VERSIONS, env=env)
     run("pytest", *PARALLEL, "@tests/laws.txt", "--junit-xml", str(report), *session.posargs, env=env)
     if not session.posargs:
-        run("python", "tests/compat.py", str(report), env=env)
+        run("python", "tests/support.py", str(report), env=env)
 
 
 @nox.session(default=False)

@@ -151,11 +151,15 @@ REFUSED: Final[dict[str, dict[str, Any]]] = {
 FLOAT32_LOGITS: Final = {"nemotron_h"}  # stock code returns them in float32
 
 
+def type_of(family: str) -> str:
+    """Return the `model_type` of a hybrid, some of which are there in two variants."""
+    return family.removesuffix("_nope").removesuffix("_rope")
+
+
 def made(family: str, attention: str = "sdpa", **changes: Any) -> Any:
     """Make a new float32 model of a family, with changes to its configuration."""
     special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model_type = family.removesuffix("_nope").removesuffix("_rope")
-    config = AutoConfig.for_model(model_type, **{**special, **(HYBRIDS | REFUSED)[family], **changes})
+    config = AutoConfig.for_model(type_of(family), **{**special, **(HYBRIDS | REFUSED)[family], **changes})
     loader: Any = AutoModelForCausalLM
     return loader.from_config(config, attn_implementation=attention).train(mode=False)
 

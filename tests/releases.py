@@ -44,6 +44,9 @@ def as_released(arguments: dict[str, Any]) -> dict[str, Any]:
     rope = dict(arguments["rope_parameters"])
     theta, part = rope.pop("rope_theta", 10_000.0), rope.pop("partial_rotary_factor", None)
     older = {"rope_theta": theta, "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope}
+    if rope.get("rope_type") == "longrope":
+        older["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
+        older["rope_scaling"] = {"type": "longrope", **{name: rope[name] for name in ("short_factor", "long_factor")}}
     if part is not None:  # GPT-NeoX
         older |= {"rotary_pct": part, "rotary_emb_base": theta}
     return {name: value for name, value in arguments.items() if name != "rope_parameters"} | older

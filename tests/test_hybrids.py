@@ -20,6 +20,7 @@ from calling import failing, generated
 from chat_tiny import hearing, says, sizes_of
 from chat_tiny import made as made_chat
 from hybrids import FLOAT32_LOGITS, HYBRIDS, build, made
+from releases import needs
 from sinkwindow import StreamingCache
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+pytestmark = needs("5.24", "before, hybrids are refused by name")
 RULE: Final = Rule(2, 5, 2)
 LENGTHS: Final = [9, 1, 1, 14, 1, 3, 1]
 # One of each way to keep a state: delta rule, state space with the state changed in place, convolution alone, state

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkwindow.model.hooks import Hooked, uncompiled
 from sinkwindow.model.open_call import AttentionFacts, OpenCall, module_frame
-from sinkwindow.model.versions import CROP_REMOVES
+from sinkwindow.model.versions import CROP_REMOVES, TAKES_CACHE_POSITION
 
 if TYPE_CHECKING:
     import weakref
@@ -197,7 +197,8 @@ class Calls(Hooked):
                 "Only a StreamingCache(..., static=True) can be compiled, and only calls of one token with it."
             )
         self._call = None  # what was interrupted does not count
-        return kwargs | self._steps.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
+        own = {"cache_position": self._steps.seen[:1].clone()} if TAKES_CACHE_POSITION else {}
+        return kwargs | own | self._steps.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
 
     def _commit_traced(self) -> None:
         if self._steps is not None:

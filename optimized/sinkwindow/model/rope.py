@@ -183,7 +183,7 @@ def trained_length(config: PreTrainedConfig) -> int | None:
     lengths = [
         rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
         for rope in _rope_parameters(config)
-        if rope.get("rope_type") == "longrope" or SCALE in rope
+        if "longrope" in (rope.get("rope_type"), rope.get("type")) or SCALE in rope  # "type" in transformers 4
     ]
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return int(min(lengths)) if lengths else None if length is None else int(length)

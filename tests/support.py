@@ -1,7 +1,6 @@
-"""What each release of transformers keeps of the cache's laws, from the tests that ran on it.
+"""The page of supported models: `python tests/support.py > docs/support.md`.
 
-`nox -s compat` runs this file on the report of each release: `python tests/compat.py REPORT` adds it to
-docs/results/releases.json, of which docs/support.md shows a table.
+`nox -s compat` adds what the tests say of a release, `python tests/support.py REPORT`, to docs/results/releases.json.
 """
 
 from __future__ import annotations
@@ -18,6 +17,10 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING
+
+from families import FAMILIES, build, can_be_static
+from hybrids import HYBRIDS, type_of
+from sinkwindow import supports
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,14 +62,22 @@ def load() -> dict[str, Any]:
     return dict(sorted(found.items(), key=lambda one: Version(one[0])))
 
 
-def section(families: Mapping[str, tuple[str, str]]) -> str:
-    """Return the table of families and releases, and the laws that a release does not keep, as Markdown.
+def page() -> str:
+    """Return docs/support.md."""
+    lines = [HEAD]
+    for name, family in FAMILIES.items():
+        answers = ("yes" if answer else "no" for answer in (supports(build(name)), can_be_static(name)))
+        lines.append(f"| {' | '.join((family.title, f'`{family.model_type}`', family.positions, *answers))} |")
+    lines += [f"| {name}, hybrid | `{type_of(name)}` | as configured; states | yes | no |" for name in HYBRIDS]
+    return "\n".join([*lines, MIDDLE, *releases()]) + "\n"
 
-    Args:
-        families: For each family its title and its ``model_type``.
-    """
+
+def releases() -> list[str]:
+    """Return the table of families and releases, and the laws that a release does not keep."""
+    families = {name: (family.title, family.model_type) for name, family in FAMILIES.items()}
+    families |= {name: (f"{name}, hybrid", type_of(name)) for name in HYBRIDS}
     found = load()
-    lines = [HEAD.format(torch=", ".join(sorted({one["torch"] for one in found.values()})))]
+    lines = [RELEASES.format(torch=", ".join(sorted({one["torch"] for one in found.values()})))]
     lines += [f"| family | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
     for name, (title, model_type) in families.items():
         lines.append(f"| {title} | {' | '.join(_cell(name, model_type, one) for one in found.values())} |")
@@ -81,7 +92,7 @@ def section(families: Mapping[str, tuple[str, str]]) -> str:
     for why, by_release in sorted(laws.items()):
         names = sorted({name for names in by_release.values() for name in names})
         lines.append(f"- {', '.join(by_release)}: {why}. Not run: {', '.join(f'`{name}`' for name in names)}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(name: str, model_type: str, found: Mapping[str, Any]) -> str:
@@ -91,6 +102,24 @@ def _cell(name: str, model_type: str, found: Mapping[str, Any]) -> str:
 
 
 HEAD: Final = """\
+# Supported models
+
+Made by `python tests/support.py > docs/support.md` from the tests' models and `sinkwindow.supports`; do not
+edit. Every line is a tiny random model that `tests/test_families.py` or `tests/test_hybrids.py` compares with the
+reference, in drawn splits into calls and with padding. `supports(model)` answers for yours. Static:
+`tests/test_static.py` compares the steps of `static=True`, for compiled graphs.
+
+| family | `model_type` | positions | streams | static |
+|---|---|---|---|---|"""
+MIDDLE: Final = """
+Where layers have a sliding window of their own, they keep it: sinks, window and buffer are the other layers'. Where all
+layers have one (Mistral), num_sinks + window + buffer + 1 must fit it. The layers of a hybrid that attend stream; the
+others keep their state.
+
+[Verdicts](verdicts.md) has every `model_type` of transformers: those that stream, and those that are refused, by
+name and reason, before anything changes.
+"""
+RELEASES: Final = """\
 ## Releases of transformers
 
 From `nox -s compat`, which runs the cache's tests on each of these releases (torch {torch}). "yes": the family's laws
@@ -102,7 +131,9 @@ What a release itself does not offer, or gets wrong with any cache; each is refu
 
 
 if __name__ == "__main__":
-    results = (json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}) | {
-        transformers.__version__: read(sys.argv[1])
-    }
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if sys.argv[1:]:
+        known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        known[transformers.__version__] = read(sys.argv[1])
+        RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    else:
+        sys.stdout.write(page())
