@@ -299,9 +299,10 @@ FAMILIES: Final[dict[str, Family]] = {
 
 # What this release of transformers does not have yet, or does not get right yet (versions.py), and why.
 LATE: Final = {
-    name: too_old(family.model_type) or f"this transformers has no {family.model_type}"
+    name: why or f"this transformers has no {family.model_type}"
     for name, family in FAMILIES.items()
-    if too_old(family.model_type) or family.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    for why in [too_old(family.model_type) or too_old(name.replace("_longrope", ", longrope"))]
+    if why or family.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 }
 for _name in LATE:
     del FAMILIES[_name]

@@ -212,8 +212,9 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
     reason = "" if config.model_type in FAMILIES else refusal(decoder)
     if reason or family is None:
         raise UnsupportedModelError(f"model_type {config.model_type!r} {reason or UNKNOWN}")
-    outer = model.config.model_type
-    if old := too_old(config.model_type) or too_old(outer, is_image_text=decoder is not model.base_model):
+    kind, outer = config.model_type, model.config.model_type
+    old = too_old(kind) or too_old(outer, is_image_text=decoder is not model.base_model)
+    if old := old or (too_old(f"{kind}, longrope") if "longrope" in rope_types(decoder) else ""):
         raise UnsupportedModelError(old)
     if _attends_by_itself(decoder) and not family.own_attention:
         raise UnsupportedModelError(

@@ -43,6 +43,7 @@ CONTINUES_IN_PARTS = since("5.17")
 # Families that stock code gets wrong in earlier releases: the first that is right, and what is wrong before.
 BYPASSES = "before, it bypasses AttentionInterface"
 UNPROVED = "before, its experts do not compute in float64, so no test proves it exact"
+DROPS = "before, its generate leaves the cache out beyond original_max_position_embeddings"
 EXACT_SINCE = {
     "codegen": ("5.24", BYPASSES),
     "dots1": ("5.0", UNPROVED),
@@ -56,7 +57,9 @@ EXACT_SINCE = {
     "modernbert-decoder": ("5.0", "before, generate gives other tokens than the reference"),
     "nemotron": ("5.13", BYPASSES),
     "olmoe": ("5.0", BYPASSES),
-    "phimoe": ("5.1", "before, it bypasses AttentionInterface or fails with longrope"),
+    "phimoe": ("5.0", BYPASSES),
+    "phi3, longrope": ("5.4", DROPS),
+    "phimoe, longrope": ("5.4", DROPS),
     "qwen2_moe": ("5.0", BYPASSES),
     "stablelm": ("5.0", BYPASSES),
 }
