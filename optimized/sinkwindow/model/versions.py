@@ -58,6 +58,7 @@ EXACT_SINCE = {
     "nemotron": ("5.13", BYPASSES),
     "olmoe": ("5.0", BYPASSES),
     "phimoe": ("5.0", BYPASSES),
+    "persimmon": ("5.2", "before, it makes masks of its own, which do not fit"),
     "phi3, longrope": ("5.4", DROPS),
     "phimoe, longrope": ("5.4", DROPS),
     "qwen2_moe": ("5.0", BYPASSES),
