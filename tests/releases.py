@@ -27,7 +27,7 @@ IN_PARTS = needs("5.17", "before, drafts and chunks of a prompt go wrong behind 
 NEW_ALONE = needs("5.3", "before, generate takes the whole text, not the new tokens alone")
 STATIC_DRAFTS = needs("5.5", "before, generate refuses drafts with any cache that can be compiled")
 CROP = needs("5.14", "before, crop also takes a number of columns to keep")
-NEWEST = needs("5.24", "the page is that of the newest release")
+NEWEST = needs("5.24", "what is written or built here is that of the newest release")
 
 
 def ready_for_drafts(cache: StreamingCache) -> StreamingCache:

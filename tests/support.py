@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING
 from families import FAMILIES, build, can_be_static
 from hybrids import HYBRIDS, type_of
 from sinkwindow import supports
+from sinkwindow.model.versions import EXACT_SINCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,12 +88,17 @@ def releases() -> list[str]:
     laws: dict[str, dict[str, list[str]]] = {}
     for release, one in found.items():
         for why, names in one["skipped"].items():
-            if "needs transformers" in why:
+            if why.startswith("needs transformers"):
                 laws.setdefault(why, {})[release] = names
-    for why, by_release in sorted(laws.items()):
-        names = sorted({name for names in by_release.values() for name in names})
-        lines.append(f"- {', '.join(by_release)}: {why}. Not run: {', '.join(f'`{name}`' for name in names)}.")
-    return lines
+    for why, by_release in sorted(laws.items(), key=lambda law: Version(law[0].split()[2].rstrip(":"))):
+        names = [f"`{name}`" for name in sorted({name for names in by_release.values() for name in names})]
+        more = f" and {len(names) - SHOWN} others" if len(names) > SHOWN else ""
+        lines.append(
+            f"- {why[0].upper()}{why[1:]}. Not run on {', '.join(by_release)}: {', '.join(names[:SHOWN])}{more}."
+        )
+    lines.append(GATES)
+    gates = sorted(EXACT_SINCE.items(), key=lambda gate: (Version(gate[1][0]), gate[0]))
+    return [*lines, *(f"- `{name}`: {release}; {why}" for name, (release, why) in gates)]
 
 
 def _cell(name: str, model_type: str, found: Mapping[str, Any]) -> str:
@@ -126,8 +132,12 @@ From `nox -s compat`, which runs the cache's tests on each of these releases (to
 hold; "refused": `supports(model)` names the release that the family needs; "-": the release does not have the family.
 """
 LAWS: Final = """
-What a release itself does not offer, or gets wrong with any cache; each is refused by name, or left to the release:
+What releases do not offer, or get wrong with any cache, and what was therefore not tested on them:
 """
+GATES: Final = """
+Families that `supports(model)` refuses before a release:
+"""
+SHOWN: Final = 4  # names of tests in a line
 
 
 if __name__ == "__main__":

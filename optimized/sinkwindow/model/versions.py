@@ -46,6 +46,7 @@ UNPROVED = "before, its experts do not compute in float64, so no test proves it 
 DROPS = "before, its generate leaves the cache out beyond original_max_position_embeddings"
 EXACT_SINCE = {
     "codegen": ("5.24", BYPASSES),
+    "dbrx": ("5.20", "before, no test compares it with the reference"),
     "dots1": ("5.0", UNPROVED),
     "ernie4_5_moe": ("5.0", UNPROVED),
     "gemma3_text": ("5.0", "before, its rotary modules do not tell which layers they serve"),
