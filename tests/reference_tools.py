@@ -19,7 +19,7 @@ from sinkwindow.model.versions import since
 STOCK = 1e-6
 OURS = 1e-12
 VOCAB = 50
-HALF_SPLIT = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "smollm3", *["stablelm"] * since("5.0")]
+HALF_SPLIT = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "smollm3", *["stablelm"] * since("5.2")]
 INTERLEAVED = ["cohere", "ernie4_5", "glm", "glm4", "helium"]
 sizes = st.fixed_dictionaries(
     {"num_sinks": st.integers(0, 4), "window": st.integers(1, 6), "buffer": st.integers(0, 4)}

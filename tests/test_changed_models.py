@@ -81,7 +81,7 @@ def test_a_cast_that_keeps_frequencies_does_what_a_stock_cache_does(*, static: b
         assert {tensor.dtype for bank in banks for tensor in bank.tensors} == {torch.float64}
 
 
-@needs("5.0", "before, stock code fails on the device meta")
+@needs("5.5", "before, stock code fails on the device meta")
 @KINDS
 def test_a_moved_model_is_refused_by_a_filled_cache(*, static: bool) -> None:
     """The devices are named; an empty cache serves the model where it is."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sinkwindow.model.versions import ROPE_PARAMETERS
+from sinkwindow.model.versions import CASTS_FIRST_FREQUENCIES, ROPE_PARAMETERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,9 +142,11 @@ class Frequencies:
     def are_unchanged(self) -> bool:
         """Return whether the module still has these values: a move to another device keeps them, a cast need not."""
         module = self.module()
-        now, used = (getattr(module, name, None) for name in (self.name, self.name.replace("original_", "")))
-        if isinstance(used, Tensor) and used.element_size() < self.buffer.element_size():
-            return False  # in transformers 4 the first ones are no buffer, so a cast passes them by
+        now = getattr(module, self.name, None)
+        if not CASTS_FIRST_FREQUENCIES:
+            used = getattr(module, self.name.replace("original_", ""), None)
+            if isinstance(used, Tensor) and used.element_size() < self.buffer.element_size():
+                return False
         if now is self.buffer or not isinstance(now, Tensor) or now.is_meta:  # meta: off-loaded until the module runs
             return True
         if not torch.equal(now.to("cpu", torch.float64), self.buffer.to("cpu", torch.float64)):
