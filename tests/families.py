@@ -314,6 +314,11 @@ def build(family: str, attention: str | None = None) -> PreTrainedModel:
     if family in LATE:
         pytest.skip(LATE[family])
     recipe = FAMILIES[family]
+    return made(recipe, attention)
+
+
+def made(recipe: Family, attention: str | None = None) -> PreTrainedModel:
+    """Return a new model of a family."""
     special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = AutoConfig.for_model(recipe.model_type, **as_released(special | recipe.config))
     with torch.random.fork_rng(devices=[]):

@@ -163,6 +163,7 @@ def test_a_replica_of_the_model_is_refused() -> None:
     assert cache.seen_tokens == [0]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, of old masks
 @pytest.mark.parametrize(("family", "static"), [("llama", False), ("llama", True), ("falcon", False)])
 def test_a_compiled_model_takes_every_call(family: str, *, static: bool) -> None:
     """Steps of a static cache are compiled; all other calls run uncompiled, and all are exact."""

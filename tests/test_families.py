@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import support
-from families import FAMILIES, FLOAT32_ISLAND, TRAINED, build
+from families import FAMILIES, FLOAT32_ISLAND, TRAINED, build, made
 from releases import NEWEST
-from sinkwindow import StreamingCache, UnsupportedModelError, supports
+from sinkwindow import Family, StreamingCache, UnsupportedModelError, supports
 from sinkwindow.model.rope import Pairing, pairing
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
@@ -297,3 +298,28 @@ def test_an_attention_that_leaves_the_softcap_out_is_refused(family: str) -> Non
         call(model, cache, tokens(1, 1, 3))
     assert cache.seen_tokens == [0]
     assert "attn_logit_softcapping" in supports(model).reason
+
+
+@pytest.mark.parametrize("family", ["cohere2", "exaone4", "afmoe", "cohere2_moe"])
+def test_layers_that_only_rotate_with_a_window_do_not_where_none_has_one(family: str) -> None:
+    """All their layers attend to everything, and the configuration still names a window."""
+    recipe = FAMILIES[family]
+    sizes = {**recipe.config, "layer_types": ["full_attention"] * recipe.config["num_hidden_layers"]}
+    model = made(replace(recipe, config=sizes))
+    ids = tokens(6, 1, 40)
+    expected = reference_logits(model, ids, num_sinks=2, window=6, buffer=2)
+    assert worst(stream(model, StreamingCache(model, 2, 6, 2), ids, [20, *[1] * 20]) - expected) < recipe.bound
+
+
+def test_a_family_that_is_known_is_not_told_otherwise() -> None:
+    """What the user says of it would be as wrong as what nobody knows."""
+    assert supports(build("llama"), Family())
+    assert "known as Family(only_sliding_rotate=True" in supports(build("cohere2"), Family()).reason
+
+
+def test_phimoe_with_other_frequencies_is_refused() -> None:
+    """It changes over to another scale with any of them, which only longrope's length tells."""
+    rope = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0, "short_mscale": 1.2, "long_mscale": 1.4}
+    recipe = FAMILIES["phimoe_longrope"]
+    sizes = {**recipe.config, "rope_parameters": {**rope, "original_max_position_embeddings": 48}}
+    assert "rope type linear, other than default and longrope" in supports(made(replace(recipe, config=sizes))).reason

@@ -285,3 +285,16 @@ def test_prompt_learning_is_refused() -> None:
     answer = supports(_Tuned(build("llava_llama"), is_prompt_learning=True))
     assert "virtual tokens in front of every call" in answer.reason
     assert "pass model" not in answer.reason
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "llava_llama"])
+def test_cached_tokens_cannot_be_hidden_by_a_wrapper_s_mask(name: str) -> None:
+    """Whether it hands on the mask that it was given, or has made 4D ones of it."""
+    model, ids = build(name), torch.randint(1, 40, (1, 15), generator=torch.Generator().manual_seed(0))
+    cache, mask = StreamingCache(model, 2, 8), torch.ones(1, 15, dtype=torch.long)
+    with torch.no_grad():
+        model(input_ids=ids[:, :10], cache=cache)
+        mask[0, 3] = 0
+        with pytest.raises(ValueError, match="cannot be hidden afterwards"):
+            model(input_ids=ids[:, 10:], attention_mask=mask, cache=cache)
+    assert cache.seen_tokens == [10]

@@ -51,6 +51,10 @@ class Feeding(RuleBasedStateMachine):
 
     # -- what the model of the state says ---------------------------------------------------------------------------
 
+    def fed(self) -> torch.Tensor:
+        """Return the mask of all columns so far, `[rows, columns]`."""
+        return torch.tensor([[int(one is not None) for part in row for one in part] for row in self.rows]).long()
+
     def columns(self) -> int:
         """Count the columns fed, which all rows share."""
         return sum(map(len, self.rows[0]))
@@ -147,9 +151,9 @@ class Streams(Feeding):
     @rule(seed=seeds(), prompt=st.integers(1, 6), new=st.integers(1, 4), chunk=st.sampled_from(CHUNKS))
     def generate(self, seed: int, prompt: int, new: int, chunk: int | None) -> None:
         """Continue greedily by `generate`, given only new tokens; each is the likeliest that the reference knows."""
-        ids, before = tokens(seed, len(self.rows), prompt), self.columns()
+        ids = tokens(seed, len(self.rows), prompt)
         arguments: dict[str, Any] = {
-            "attention_mask": torch.ones(len(ids), before + prompt, dtype=torch.long),
+            "attention_mask": torch.cat([self.fed(), torch.ones_like(ids)], dim=1),
             "max_new_tokens": new,
             "do_sample": False,
             "prefill_chunk_size": chunk,

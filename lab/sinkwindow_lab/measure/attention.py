@@ -37,9 +37,11 @@ def watched_layers(model: PreTrainedModel) -> list[int]:
 def has_output_gate(model: PreTrainedModel) -> bool:
     """Return whether attention can switch its own output off: a gate is projected alone, or beside the queries."""
     for one in model.modules():
-        query, output = (getattr(one, name, None) for name in ("q_proj", "o_proj"))
+        query, key, value, output = (getattr(one, f"{name}_proj", None) for name in "qkvo")
         if isinstance(output, torch.nn.Linear):
-            doubled = isinstance(query, torch.nn.Linear) and query.out_features == 2 * output.in_features
+            linear = [part for part in (query, key, value) if isinstance(part, torch.nn.Linear)]
+            alike = len({part.out_features for part in linear[1:]}) == 1  # where values are shorter, so is the output
+            doubled = len(linear) == 3 and alike and linear[0].out_features == 2 * output.in_features  # noqa: PLR2004
             if doubled or hasattr(one, "gate_proj"):
                 return True
     return False

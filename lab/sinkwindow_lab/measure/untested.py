@@ -105,7 +105,7 @@ def _worst(model: PreTrainedModel, facts: ModelFacts, family: Family) -> str | N
     """Return what shows best that the cache is wrong under a family, None if nothing does."""
     try:
         return max(_faults(model, facts, family), default=(0.0, None))[1]
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 

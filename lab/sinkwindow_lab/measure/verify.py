@@ -280,8 +280,11 @@ def ropes_of(model: PreTrainedModel, family: Family) -> list[Any]:
     from sinkwindow.model.families import inspect_model
     from sinkwindow_reference.models.rope import Rope
 
-    by_layer = {layer: kind.rotary for kind in inspect_model(model, family).kinds for layer in kind.layers}
-    return [Rope(by_layer[layer].inv_freq, by_layer[layer].interleaved) for layer in sorted(by_layer)]
+    facts = inspect_model(model, family)
+    by_layer = {layer: kind for kind in facts.kinds for layer in kind.layers}
+    by_type = {kind.layer_type: kind for kind in facts.kinds}
+    kinds = [*(by_layer[layer] for layer in sorted(by_layer)), *(by_type[name] for name in facts.borrowers)]
+    return [Rope(kind.rotary.inv_freq, kind.rotary.interleaved) for kind in kinds]
 
 
 def _name(dtype: torch.dtype) -> str:

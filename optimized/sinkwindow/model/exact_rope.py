@@ -32,25 +32,25 @@ _forms: weakref.WeakKeyDictionary[nn.Module, dict[str | None, tuple[Form, ...]]]
 
 
 def marked(
-    positions: Tensor, decoder: PreTrainedModel, reach: int, float32_from: int, own_below: int | None, *, table: bool
+    positions: Tensor, decoder: PreTrainedModel, reach: int, float32_from: int, *, changes: bool, table: bool
 ) -> Tensor:
     """Return a call's positions, marked where the model's own float32 angles are not good enough.
 
     They never are for a float64 model. For a float32 one they are below the positions that a list can fill: there it
     keeps its own numbers bit for bit. Half dtypes always do: their rounding of cosines outweighs any angle's. Where
-    frequencies depend on the largest position of a call, they would not be those of the cached keys.
+    frequencies depend on the largest position of a call, they need not be those of the cached keys.
 
     Args:
         positions: ``[lanes, columns]`` int64.
         decoder: The model.
         reach: The position farthest from 0.
         float32_from: Where float32 angles stop being good enough.
-        own_below: Where the model changes over to other frequencies, if anywhere.
+        changes: Whether the model's frequencies depend on the largest position of a call.
         table: Whether positions index a table of the model.
     """
     dtype = decoder.dtype
     exact = dtype == torch.float64 or (dtype == torch.float32 and reach > float32_from)
-    exact = exact or (own_below is not None and reach >= own_below)
+    exact = exact or changes
     if not exact or positions.device.type == "mps":  # mps has no float64
         return positions
     return positions.int() if table else positions.double()

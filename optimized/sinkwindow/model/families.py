@@ -45,7 +45,7 @@ class Family:
     """What a model of a tested family does not tell of itself.
 
     Attributes:
-        only_sliding_rotate: Whether layers without a sliding window have no RoPE, as long as others have a window.
+        only_sliding_rotate: Whether layers without a sliding window have no RoPE, if the configuration names a window.
         own_attention: Whether the model bypasses ``AttentionInterface``: a call is then split where it evicts.
         counts_columns: Whether its ALiBi counts columns, padding included: then there must be none between tokens.
     """
@@ -164,11 +164,11 @@ class ModelFacts:
         return self.trained_length if self.has_table or self.scales_queries else None
 
     @property
-    def special(self) -> tuple[list[str], Switch | None, int | None]:
+    def special(self) -> tuple[list[str], Switch | None, bool]:
         """What few families have: see ``AttentionFacts``, whose last arguments they are."""
         length = getattr(self.decoder.config, "original_max_position_embeddings", None)
         switch = None if length is None else Switch(type(self.decoder).__module__, length)
-        return self.borrowers, switch, self.trained_length if self.length_dependent else None
+        return self.borrowers, switch, bool(rope_types(self.decoder) & LENGTH_DEPENDENT_ROPE)
 
 
 def supports(model: nn.Module, family: Family | None = None) -> Support:
@@ -208,7 +208,10 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
     decoder = _decoder_of(model)
     config = decoder.config
     given = Family(**family) if isinstance(family, dict) else family
-    family = given or FAMILIES.get(config.model_type)
+    known = FAMILIES.get(config.model_type)
+    if given is not None and known is not None and given != known:
+        raise UnsupportedModelError(f"family must be left out: model_type {config.model_type!r} is known as {known}.")
+    family = given or known
     reason = "" if config.model_type in FAMILIES else refusal(decoder)
     if reason or family is None:
         raise UnsupportedModelError(f"model_type {config.model_type!r} {reason or UNKNOWN}")
@@ -226,7 +229,7 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
             f"model_type {config.model_type!r} with is_causal=False or use_bidirectional_attention lets tokens attend "
             "to later ones, which a StreamingCache never does: use a DynamicCache."
         )
-    if reason := loses_softcap(config):
+    if reason := loses_softcap(config) or _changes_scale(decoder):
         raise UnsupportedModelError(reason)
     if reason := state_refusal(decoder, is_hybrid=config.model_type in HYBRIDS):
         raise UnsupportedModelError(f"model_type {config.model_type!r} {reason}")
@@ -293,6 +296,17 @@ def loses_softcap(config: PreTrainedConfig) -> str:
     )
 
 
+def _changes_scale(decoder: PreTrainedModel) -> str:
+    """Return what is wrong with a Phi-3.5-MoE that has other frequencies than longrope."""
+    others = rope_types(decoder) - {"default", "longrope"}
+    if decoder.config.model_type != "phimoe" or not others:
+        return ""
+    return (
+        f"model_type 'phimoe' with rope type {', '.join(others)}, other than default and longrope, changes its scale "
+        "at original_max_position_embeddings: use a DynamicCache."
+    )
+
+
 def _attends_by_itself(decoder: nn.Module) -> bool:
     """Return whether none of the files that define a model's parts uses ``AttentionInterface``.
 
@@ -336,6 +350,7 @@ def _kinds(decoder: PreTrainedModel, family: Family, windows: dict[int, int | No
     """Group the layers; where all of them slide, the stream's rule takes the place of their window."""
     slides = any(window is not None for window in windows.values())
     mixed = slides and None in windows.values()
+    only_sliding = family.only_sliding_rotate and getattr(decoder.config, "sliding_window", None) is not None
     types = getattr(decoder.config, "layer_types", None) or [FULL] * len(windows)
     marked: dict[Any, bool] = {}
     for part in decoder.modules():
@@ -343,7 +358,7 @@ def _kinds(decoder: PreTrainedModel, family: Family, windows: dict[int, int | No
             marked[part.layer_idx] = bool(getattr(part, "use_rope", True))
     groups: dict[tuple[int | None, str, bool], list[int]] = {}
     for layer, window in windows.items():
-        rotates = marked.get(layer, not (family.only_sliding_rotate and slides and window is None))
+        rotates = marked.get(layer, not (only_sliding and window is None))
         groups.setdefault((window if mixed else None, types[layer], rotates), []).append(layer)
     kinds = []
     for (window, layer_type, rotates), layers in groups.items():

@@ -141,7 +141,7 @@ def read_inputs(
     if isinstance(mask, dict):  # made by `generate`, or by a model around the decoder
         _check_is_causal(mask, columns)
     if stream.static or isinstance(mask, dict):
-        mask = _padding_behind(mask, columns, native_window, static=stream.static)
+        mask = _padding_behind(mask, columns, native_window, stream)
     if mask is not None and not _has_no_data(mask):
         real = _read_mask(mask, rows, columns, stream)
     inputs = Inputs(rows, columns, device, real)
@@ -225,21 +225,28 @@ def _seen(mask: Tensor, columns: int) -> Tensor:
     return own if own.dtype == torch.bool else own == 0
 
 
-def _padding_behind(mask: object, columns: int, native_window: int | None, *, static: bool) -> object:
+def _padding_behind(mask: object, columns: int, native_window: int | None, stream: Stream) -> object:
     """Return the 2D mask that a 4D one was made of: a column that attends to itself is a token.
 
     That of a step of a static cache says nothing: ``generate`` pads no row after its prompt.
 
     Raises:
-        ValueError: The mask hides more than the future and padding.
+        ValueError: The mask hides more than the future and padding, of cached tokens too where there is no padding.
     """
     if isinstance(mask, dict):
         mask = mask.get(FULL, next(iter(mask.values())))
     if not isinstance(mask, Tensor) or mask.dim() != 4:  # noqa: PLR2004 - [batch, 1, queries, keys]
         return mask
-    if columns == 1 and static:
+    if columns == 1 and stream.static:
         return None
     seen = _seen(mask, columns)
+    whole = all(lane.seen == stream.state.columns for lane in stream.state.lanes)
+    cached = _seen(mask, mask.shape[-1])[:, -1, :-columns]
+    if whole and native_window is None and not stream.static and not cached.all():
+        raise ValueError(
+            "attention_mask hides cached tokens, which cannot be hidden afterwards: pass the mask that they were fed "
+            "with, or one of the new columns alone; take tokens back with crop()."
+        )
     real = seen.diagonal(dim1=-2, dim2=-1)
     expected = real[:, None, :].expand_as(seen).tril()
     if not torch.equal(seen, expected if native_window is None else expected.triu(1 - native_window)):

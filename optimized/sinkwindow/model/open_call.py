@@ -49,7 +49,7 @@ class AttentionFacts:
         keeps_states: Whether some layers keep a state: they are given a mask of padding.
         borrowers: The types of the last layers, which attend to the keys of an earlier one of their type.
         switch: Where stock code changes over to other frequencies, if anywhere.
-        own_below: Positions from which the model's frequencies are others than below, if any.
+        changes: Whether the model's frequencies depend on the largest position of a call, of other callers too.
     """
 
     layer_types: list[str]
@@ -59,7 +59,7 @@ class AttentionFacts:
     keeps_states: bool = False
     borrowers: Sequence[str] = ()
     switch: Switch | None = None
-    own_below: int | None = None
+    changes: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -232,7 +232,7 @@ class OpenCall:
             kwargs = kwargs | {"cache_position": columns}
         return kwargs | {
             "position_ids": marked(
-                positions, decoder, plan.reach(), facts.float32_from, facts.own_below, table=facts.table
+                positions, decoder, plan.reach(), facts.float32_from, changes=facts.changes, table=facts.table
             ),
             "attention_mask": _mask(plan, facts, decoder, inputs, masked=masked),
         }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sinkwindow.model.versions import CASTS_FIRST_FREQUENCIES, ROPE_PARAMETERS
+from sinkwindow.model.versions import ROPE_PARAMETERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,13 +65,23 @@ def attention_scaling(module: nn.Module, layer_type: str | None = None) -> float
 def _buffer_name(module: nn.Module, layer_type: str | None) -> str:
     """Return the buffer that a rotary module's angles come from.
 
-    The one that it started with is preferred: dynamic types overwrite theirs on long calls.
+    Of types that overwrite theirs on long calls, it is the one that they started with.
     """
     if hasattr(module, TABLE):
         return TABLE
     prefix = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
-    original = f"{prefix}original_inv_freq"
-    return original if isinstance(getattr(module, original, None), Tensor) else f"{prefix}inv_freq"
+    return _first(module, f"{prefix}inv_freq")
+
+
+def _first(module: nn.Module, name: str) -> str:
+    original = name.replace("inv_freq", "original_inv_freq")
+    kept = isinstance(getattr(module, original, None), Tensor) and _types_of(module) & LENGTH_DEPENDENT_ROPE
+    return original if kept else name
+
+
+def _types_of(module: nn.Module) -> set[str]:
+    kind = getattr(module, "rope_type", "default")
+    return {*kind.values()} if isinstance(kind, dict) else {cast("str", kind)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +153,6 @@ class Frequencies:
         """Return whether the module still has these values: a move to another device keeps them, a cast need not."""
         module = self.module()
         now = getattr(module, self.name, None)
-        if not CASTS_FIRST_FREQUENCIES:
-            used = getattr(module, self.name.replace("original_", ""), None)
-            if isinstance(used, Tensor) and used.element_size() < self.buffer.element_size():
-                return False
         if now is self.buffer or not isinstance(now, Tensor) or now.is_meta:  # meta: off-loaded until the module runs
             return True
         if not torch.equal(now.to("cpu", torch.float64), self.buffer.to("cpu", torch.float64)):
@@ -160,19 +166,14 @@ def frequencies_of(decoder: nn.Module) -> list[Frequencies]:
     found = []
     for module in rotary_modules(decoder):
         for name in _frequency_names(module):
-            original = name.replace("inv_freq", "original_inv_freq")
-            first = original if isinstance(getattr(module, original, None), Tensor) else name
+            first = _first(module, name)
             found.append(Frequencies(weakref.ref(module), first, getattr(module, first)))
     return found
 
 
 def rope_types(decoder: PreTrainedModel) -> set[str]:
     """Return the rope types of all rotary modules and types of layers."""
-    types: set[str] = set()
-    for module in rotary_modules(decoder):
-        kind = getattr(module, "rope_type", "default")
-        types.update(kind.values() if isinstance(kind, dict) else (kind,))
-    return types
+    return set().union(*map(_types_of, rotary_modules(decoder)))
 
 
 def has_table(decoder: PreTrainedModel) -> bool:

@@ -25,8 +25,6 @@ def since(release: str) -> bool:
 CACHE_ARGUMENT = "cache" if since("5.24") else "past_key_values"
 # What a configuration calls the parameters of RoPE.
 ROPE_PARAMETERS = "rope_parameters" if since("5.0") else "rope_scaling"
-# The frequencies that a model began with are a buffer, which a cast of the model reaches.
-CASTS_FIRST_FREQUENCIES = since("5.0")
 # `crop` takes minus the columns to remove; before, it takes the length that is left.
 CROP_REMOVES = since("5.14")
 # Masks count a call's columns from `get_query_offset()`; before, from `get_seq_length()` or `cache_position`, which
