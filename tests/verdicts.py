@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PretrainedConfig as PreTrainedConfig  # its name before transformers 5.0
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from families import FLOAT32_ISLAND, OWN_WINDOW, TRAINED, VOCABULARY, randomize
+from families import EXACT, FLOAT32_ISLAND, OWN_WINDOW, TRAINED, VOCABULARY, randomize
 from sinkwindow import supports
 from sinkwindow.model.families import inspect_model
 from sinkwindow_reference import reference_logits
@@ -172,7 +172,7 @@ def verdict(model_type: str) -> Verdict:
     largest, stock = largest_error(model), stock_error(model)
     if largest > FLOAT32_ISLAND or stock > STOCK:
         return Verdict(model_type, "WRONG", f"{largest:.0e}, the reference {stock:.0e} from the stock model")
-    return Verdict(model_type, "streams", f"{largest:.0e}")
+    return Verdict(model_type, "streams", f"{largest:.0e}" if largest > EXACT else "below 1e-9")
 
 
 def largest_error(model: PreTrainedModel) -> float:
