@@ -291,7 +291,7 @@ def test_prompt_learning_is_refused() -> None:
 def test_cached_tokens_cannot_be_hidden_by_a_wrapper_s_mask(name: str) -> None:
     """Whether it hands on the mask that it was given, or has made 4D ones of it."""
     model, ids = build(name), torch.randint(1, 40, (1, 15), generator=torch.Generator().manual_seed(0))
-    cache, mask = StreamingCache(model, 2, 8), torch.ones(1, 15, dtype=torch.long)
+    cache, mask = StreamingCache(model, 2, 8, 0), torch.ones(1, 15, dtype=torch.long)
     with torch.no_grad():
         model(input_ids=ids[:, :10], cache=cache)
         mask[0, 3] = 0
