@@ -203,7 +203,7 @@ def test_switching_autocast_never_breaks_a_call_of_a_static_cache_in_silence(*, 
             logits_of(model, cache, ids[:, 10:])
 
 
-@needs("5.20", "before, layers that would be run again are given no cache, with a gradient or not")
+@needs("5.24", "before, layers that would be run again are given no cache, with a gradient or not")
 def test_training_mode_is_a_mode_like_another_and_checkpointing_is_refused() -> None:
     """Where dropout is 0 the logits are those of evaluation; layers that are run again would be given no cache."""
     model, ids = fresh_model(ModelSpec()).double(), tokens(1, 1, 30)
