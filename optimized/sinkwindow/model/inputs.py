@@ -15,6 +15,7 @@ from torch import Tensor
 from sinkwindow.lanes import Inputs
 from sinkwindow.model.families import FULL, attends_ahead, loses_softcap
 from sinkwindow.model.pieces import tokens_of
+from sinkwindow.model.versions import RECOMPUTES_FOR_GRADIENTS_ONLY
 
 if TYPE_CHECKING:
     import weakref
@@ -95,7 +96,7 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: Layers would not be given the cache, attention is not causal, or several texts are packed.
     """
-    recomputes = decoder.training and torch.is_grad_enabled()
+    recomputes = decoder.training and (torch.is_grad_enabled() or not RECOMPUTES_FOR_GRADIENTS_ONLY)
     if recomputes and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         raise ValueError(
             "Gradient checkpointing gives no cache to the layers while the model is in training mode: switch it off, "

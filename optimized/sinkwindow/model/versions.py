@@ -33,6 +33,8 @@ ASKS_QUERY_OFFSET = since("5.14")
 
 # Decoders take the columns of a call as `cache_position`, without which they ask the cache in the middle of a graph.
 TAKES_CACHE_POSITION = not since("5.4")
+# Of the releases tried: checkpointed layers of a model in training mode are given the cache where no gradient is wanted.
+RECOMPUTES_FOR_GRADIENTS_ONLY = since("5.24")
 # Models keep states of layers on the cache; before, each family in a way of its own.
 STATES_ARE_KNOWN = since("5.24")
 # `generate` takes the new tokens of a text alone, with a mask of all columns; before, it needs the whole text.
