@@ -23,7 +23,7 @@ def needs(release: str, why: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not since(release), reason=f"needs transformers {release}: {why}")
 
 
-IN_PARTS = needs("5.17", "before, drafts and chunks of a prompt go wrong behind a filled cache, given new tokens alone")
+IN_PARTS = needs("5.21", "before, drafts and chunks of a prompt go wrong behind a filled cache, given new tokens alone")
 NEW_ALONE = needs("5.3", "before, generate takes the whole text, not the new tokens alone")
 STATIC_DRAFTS = needs("5.5", "before, generate refuses drafts with any cache that can be compiled")
 CROP = needs("5.14", "before, crop also takes a number of columns to keep")

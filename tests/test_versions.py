@@ -93,12 +93,12 @@ def test_old_releases_crop_to_what_stays(rule: Rule, seed: int, lengths: list[in
 
 @NEWEST
 def test_a_chat_names_the_release_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 5.3 there is none; before 5.17 later turns cannot be fed in parts, and the chat goes on."""
+    """Before 5.3 there is none; before 5.21 later turns cannot be fed in parts, and the chat goes on."""
     chat = made(ModelSpec(max_positions=128).model())
     monkeypatch.setattr(chat_module, "CONTINUES_IN_PARTS", False)
     chat.ask("c", max_new_tokens=2, do_sample=False, prefill_chunk_size=2)
     seen = chat.cache.seen_tokens
-    with pytest.raises(ValueError, match=r"prefill_chunk_size needs transformers 5\.17 after the first turn"):
+    with pytest.raises(ValueError, match=r"prefill_chunk_size needs transformers 5\.21 after the first turn"):
         chat.ask("d", max_new_tokens=2, prefill_chunk_size=2)
     assert chat.cache.seen_tokens == seen
     monkeypatch.setattr(chat_module, "TAKES_NEW_TOKENS_ALONE", False)

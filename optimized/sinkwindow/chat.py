@@ -260,7 +260,7 @@ class Chat:
         for name in () if CONTINUES_IN_PARTS or not turn.start else IN_PARTS:
             if rest.get(name) or getattr(config, name, None) or getattr(own, name, None):
                 raise ValueError(
-                    f"{name} needs transformers 5.17 after the first turn of a chat, and {__version__} is installed: "
+                    f"{name} needs transformers 5.21 after the first turn of a chat, and {__version__} is installed: "
                     "leave it out, or pip install -U transformers."
                 )
         inputs = self._inputs(turn)

@@ -40,7 +40,7 @@ STATES_ARE_KNOWN = since("5.24")
 # `generate` takes the new tokens of a text alone, with a mask of all columns; before, it needs the whole text.
 TAKES_NEW_TOKENS_ALONE = since("5.3")
 # `generate` runs drafts and chunks of a prompt behind what a cache holds already, given the new tokens alone.
-CONTINUES_IN_PARTS = since("5.17")
+CONTINUES_IN_PARTS = since("5.21")
 
 # Families that stock code gets wrong in earlier releases: the first that is right, and what is wrong before.
 BYPASSES = "before, it bypasses AttentionInterface"
