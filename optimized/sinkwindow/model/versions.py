@@ -33,7 +33,7 @@ ASKS_QUERY_OFFSET = since("5.14")
 
 # Decoders take the columns of a call as `cache_position`, without which they ask the cache in the middle of a graph.
 TAKES_CACHE_POSITION = not since("5.4")
-# Of the releases tried: checkpointed layers of a model in training mode are given the cache where no gradient is wanted.
+# Checkpointed layers in training mode are given the cache where no gradient is wanted (of the releases tried).
 RECOMPUTES_FOR_GRADIENTS_ONLY = since("5.24")
 # Models keep states of layers on the cache; before, each family in a way of its own.
 STATES_ARE_KNOWN = since("5.24")
