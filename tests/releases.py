@@ -12,14 +12,17 @@ from sinkwindow.model.versions import since
 if sys.version_info >= (3, 11):
     import tomllib as tomllib  # noqa: PLC0414 - for all tests
 else:
-    pass
+    import tomli as tomllib  # noqa: F401
 
 if TYPE_CHECKING:
     from sinkwindow import StreamingCache
 
 
 def needs(release: str, why: str) -> pytest.MarkDecorator:
-    """Return a mark that skips a test before a release."""
+    """Return a mark that skips a test before a release.
+
+    Nothing is skipped on the newest one: `tests/test_versions.py` holds that. docs/support.md lists what is, and why.
+    """
     return pytest.mark.skipif(not since(release), reason=f"needs transformers {release}: {why}")
 
 

@@ -8,7 +8,7 @@ The streams are long and fixed, since the largest error of a short one depends o
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -25,6 +25,8 @@ from strategies import (
     ModelSpec,
     Rule,
     budget,
+    call,
+    fresh_model,
     model_specs,
     padding_mask,
     rules,
@@ -155,3 +157,28 @@ def test_a_list_beyond_the_trained_length_keeps_its_frequencies(family: str, dty
     exact = reference_logits(build(family), ids, **rule.arguments)
     plain = reference_logits(model, ids, upcast=False, **rule.arguments)
     assert worst(stream(model, rule.cache(model), ids, lengths) - exact) <= 5 * worst(plain - exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("family", ["llama_dynamic", "llama_longrope"])
+def test_frequencies_that_other_calls_leave_behind_do_not_matter(family: str, dtype: torch.dtype) -> None:
+    """A plain long call makes the model overwrite them, and up to transformers 5.8 they stay so."""
+    model, ids, rule = copy.deepcopy(build(family)), tokens(6, 1, 50), Rule(3, 12, 4)
+    torch.nn.Module.to(model, dtype)
+    alone = stream(model, rule.cache(model), ids, [20, *[1] * 20, 10])
+    cache, found = rule.cache(model), []
+    for part in torch.split(ids, [20, *[1] * 20, 10], dim=1):
+        with torch.no_grad():
+            model(tokens(7, 1, TRAINED + 30))
+        found.append(call(model, cache, part))
+    assert torch.equal(torch.cat(found, dim=1), alone)
+
+
+def test_a_cache_made_after_a_cast_rotates_as_the_model_does() -> None:
+    """A cast rounds the frequencies; keys and sinks are rotated by the same ones, and no call is refused."""
+    model, rule, ids = fresh_model(ModelSpec(head_dim=16)).bfloat16(), Rule(3, 8, 2), tokens(8, 1, 60)
+    cache, rotary = rule.cache(model), cast("Any", model.base_model.rotary_emb)
+    assert torch.equal(cache._stream.pools[0].rotary.inv_freq, rotary.inv_freq)
+    ours = stream(model, cache, ids, [20, *[1] * 30, 10])
+    exact, plain = (reference_logits(model, ids, upcast=upcast, **rule.arguments) for upcast in (True, False))
+    assert worst(ours - exact) <= 5 * worst(plain - exact)

@@ -144,7 +144,7 @@ def test_a_loaded_cache_is_the_one_that_was_saved(
     Also where one of the two was done in inference mode, or under another default device.
     """
     model = ModelSpec(max_positions=24).model(DTYPES[name]) if name in DTYPES else build(name)
-    static = static and rule.evict == "token" and (name in DTYPES or can_be_static(name))
+    static = static and rule.evict == "token" and (name in DTYPES or can_be_static(build(name)))
     chat = _chat(model, rule, rows, padding=name not in LEADING, static=static)
     for operation in before:
         chat.do(*operation)

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 import sinkwindow.chat as chat_module
 from chat_tiny import made
-from families import build
+from families import LATE, build
 from releases import NEWEST
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
 from sinkwindow.model import calls, versions
@@ -61,7 +61,7 @@ def test_an_older_release_names_what_a_family_needs(monkeypatch: pytest.MonkeyPa
     """Before anything changes, with the release, what is installed, and why."""
     monkeypatch.setattr(versions, "INSTALLED", Version("5.8.1"))
     reason = supports(build("gptj")).reason
-    assert reason.startswith("model_type 'gptj' needs transformers 5.24, you have 5.8.1; before, it bypasses")
+    assert reason.startswith("model_type 'gptj' needs transformers 5.24, you have 5.8.1: before, it bypasses")
     with pytest.raises(UnsupportedModelError, match=r"needs transformers 5\.24"):
         StreamingCache(build("gptj"))
     assert supports(build("llama"))
@@ -104,3 +104,11 @@ def test_a_chat_names_the_release_it_needs(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(chat_module, "TAKES_NEW_TOKENS_ALONE", False)
     with pytest.raises(RuntimeError, match=r"needs transformers 5\.3"):
         made(ModelSpec(max_positions=128).model())
+
+
+@NEWEST
+def test_the_newest_release_skips_nothing() -> None:
+    """It has all families, and no fact keeps a law from it."""
+    assert LATE == {}
+    assert Version(transformers.__version__) >= NEWEST_TESTED
+    assert [name for name in versions.EXACT_SINCE if versions.too_old(name)] == []

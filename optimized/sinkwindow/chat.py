@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, __version__
+from transformers import GenerationConfig, StoppingCriteria
 
 from sinkwindow.cache import StreamingCache
 from sinkwindow.chat_template import ChatTemplate
-from sinkwindow.model.versions import CACHE_ARGUMENT, CONTINUES_IN_PARTS, TAKES_NEW_TOKENS_ALONE
+from sinkwindow.model.versions import CACHE_ARGUMENT, CONTINUES_IN_PARTS, INSTALLED, TAKES_NEW_TOKENS_ALONE
 from sinkwindow.saving import NONSENSE, read
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Chat:
     ) -> None:
         if not TAKES_NEW_TOKENS_ALONE:
             raise RuntimeError(
-                f"A Chat gives generate the new tokens alone, which needs transformers 5.3, and {__version__} is "
+                f"A Chat gives generate the new tokens alone, which needs transformers 5.3, and {INSTALLED} is "
                 "installed: pip install -U transformers, or pass a StreamingCache and the whole text to generate."
             )
         template = ChatTemplate(tokenizer, system, chat_template)
@@ -260,7 +260,7 @@ class Chat:
         for name in () if CONTINUES_IN_PARTS or not turn.start else IN_PARTS:
             if rest.get(name) or getattr(config, name, None) or getattr(own, name, None):
                 raise ValueError(
-                    f"{name} needs transformers 5.21 after the first turn of a chat, and {__version__} is installed: "
+                    f"{name} needs transformers 5.21 after the first turn of a chat, and {INSTALLED} is installed: "
                     "leave it out, or pip install -U transformers."
                 )
         inputs = self._inputs(turn)
@@ -323,7 +323,10 @@ class _Turn(StoppingCriteria):
 
 
 class _Heard:
-    """A streamer in front of the user's: before transformers 5.17, a token is shown before stopping criteria see it."""
+    """A streamer in front of the user's, which notes what was shown.
+
+    With drafts, and always before transformers 5.17, tokens are shown before the stopping criteria see them.
+    """
 
     def __init__(self, streamer: BaseStreamer, turn: _Turn) -> None:
         self._streamer, self._turn = streamer, turn

@@ -207,7 +207,7 @@ def tables(
 
 @command()
 def sinks(
-    model: Annotated[list[str] | None, typer.Option(help="As elsewhere; repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Hub id or folder; embedded by default; repeatable.")] = None,
     corpus: Texts = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens read of each text; 2,000 by default.")] = None,
     size: Annotated[int | None, typer.Option(help="S + W of every cache, in tokens; 256 by default.")] = None,

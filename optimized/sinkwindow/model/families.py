@@ -27,7 +27,7 @@ from sinkwindow.model.rope import (
     trained_length,
 )
 from sinkwindow.model.state_layers import BOTH, NEITHER, STATE_ONLY, state_refusal, states_of
-from sinkwindow.model.versions import too_old
+from sinkwindow.model.versions import INSTALLED, too_old
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +55,7 @@ class Family:
     counts_columns: bool = False
 
 
-# Families that tests/families.py compares with the reference; the rest is read off the model.
+# Families that tests/families.py or tests/verdicts.py compares with the reference; the rest is read off the model.
 PLAIN = (
     "apertus", "apertus1p5_text", "arcee", "aria_text", "bitnet", "codegen", "cohere", "cohere_compass_text", "cwm",
     "dbrx", "dots1", "emu3_text_model", "ernie4_5", "ernie4_5_moe", "exaone", "flex_olmo", "gemma", "gemma2",
@@ -221,7 +221,7 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
         raise UnsupportedModelError(old)
     if _attends_by_itself(decoder) and not family.own_attention:
         raise UnsupportedModelError(
-            f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {transformers.__version__}, "
+            f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {INSTALLED}, "
             "which it came to later: pip install -U transformers."
         )
     if attends_ahead(config):

@@ -11,11 +11,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch.nn import functional
 from transformers import cache_utils
 
-from sinkwindow.model.versions import STATES_ARE_KNOWN
+from sinkwindow.model.versions import INSTALLED, STATES_ARE_KNOWN
 from sinkwindow.storage.states import CONV, PAST, RECURRENT, split
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def state_refusal(decoder: PreTrainedModel, *, is_hybrid: bool) -> str:
     """
     types, states = getattr(decoder.config, "layer_types", None), states_of(decoder.config)
     if not STATES_ARE_KNOWN and (is_hybrid or states):
-        return f"keeps states in a way of its own before transformers 5.24, and you have {transformers.__version__}."
+        return f"keeps states in a way of its own before transformers 5.24, and you have {INSTALLED}."
     if types and set(types) <= {*STATE_ONLY, *NEITHER}:
         return "keeps a state in all layers and attends in none: it streams without a cache like this."
     parts: list[Any] = list(decoder.modules())

@@ -30,7 +30,6 @@ CROP_REMOVES = since("5.14")
 # Masks count a call's columns from `get_query_offset()`; before, from `get_seq_length()` or `cache_position`, which
 # therefore say, inside a call, how many columns the cache hands over.
 ASKS_QUERY_OFFSET = since("5.14")
-
 # Decoders take the columns of a call as `cache_position`, without which they ask the cache in the middle of a graph.
 TAKES_CACHE_POSITION = not since("5.4")
 # Checkpointed layers in training mode are given the cache where no gradient is wanted (of the releases tried).
@@ -60,15 +59,15 @@ EXACT_SINCE = {
     "modernbert-decoder": ("5.0", "before, generate gives other tokens than the reference"),
     "nemotron": ("5.13", BYPASSES),
     "olmoe": ("5.0", BYPASSES),
-    "phimoe": ("5.0", BYPASSES),
     "persimmon": ("5.2", "before, it makes masks of its own, which do not fit"),
     "phi3, longrope": ("5.4", DROPS),
+    "phimoe": ("5.0", BYPASSES),
     "phimoe, longrope": ("5.4", DROPS),
     "qwen2_moe": ("5.0", BYPASSES),
     "stablelm": ("5.2", "before, it bypasses AttentionInterface, or makes masks of its own, which do not fit"),
 }
 
-IMAGE_TEXT = ("5.24", "before, no test compares image-text models with the reference, so pass its text model")
+IMAGE_TEXT = ("5.24", "before, no test compares image-text models with the reference (give its text model a cache)")
 
 
 def too_old(model_type: str, *, is_image_text: bool = False) -> str:
@@ -77,7 +76,7 @@ def too_old(model_type: str, *, is_image_text: bool = False) -> str:
     if since(release):
         return ""
     needed = f"model_type {model_type!r} needs transformers {release}, you have {INSTALLED}"
-    return f"{needed}; {why}, or pip install -U transformers."
+    return f"{needed}: {why}. Use pip install -U transformers."
 
 
 def check_transformers(version: str) -> None:
