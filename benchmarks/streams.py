@@ -155,17 +155,25 @@ def look(stream: Stream, subject: Subject, plan: Plan, ms: float) -> Checkpoint:
     del ids
     give_back()
     tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
     return Checkpoint(
         tokens=stream.read,
         evictions=cache.num_evictions,
         nbytes=cache.nbytes,
         tensors=len(tensors),
-        tensor_bytes=sum(storages.values()),
+        tensor_bytes=sum(dict(map(extent, tensors)).values()),
         resident=psutil.Process().memory_info().rss,
         ms_per_token=ms,
         drift=found,
     )
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return address and size [bytes] of a tensor's storage; a wrapper (of `vmap`, left by other code) has none."""
+    try:
+        storage = tensor.untyped_storage()
+    except NotImplementedError:
+        return id(tensor), 0
+    return storage.data_ptr(), storage.nbytes()
 
 
 def drift(subject: Subject, rule: tuple[int, int, int], ids: torch.Tensor, logits: torch.Tensor) -> Drift:

@@ -60,6 +60,14 @@ def test_a_leak_is_found(subject: streams.Subject, monkeypatch: pytest.MonkeyPat
     assert failing(streams.soak(subject, PLAN, "dynamic", Reporter())) == [TENSORS]
 
 
+def test_what_other_code_left_is_no_error(subject: streams.Subject) -> None:
+    """A tensor that left `vmap`, as one in the traceback of another test, has no storage and no size."""
+    kept: list[Tensor] = []
+    torch.vmap(lambda one: (kept.append(one), one)[1])(torch.ones(2))
+    assert streams.extent(kept[0])[1] == 0
+    assert failing(streams.soak(subject, PLAN, "dynamic", Reporter())) == []
+
+
 def test_a_drift_is_found(subject: streams.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that grows with the number of tokens, and is small at the first, is found."""
     right = StreamingCache.update
