@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -65,13 +65,17 @@ def _layer_frequencies(model: PreTrainedModel, layer_type: str) -> torch.Tensor:
 def _frequencies(module: torch.nn.Module, layer_type: str) -> torch.Tensor | None:
     """Return the frequencies `[pairs]` of a module, None if it is not rotary.
 
-    Dynamic rope types overwrite inv_freq after a long call but keep the original. Gemma 3 has one for each type of
-    layer. GPT-J and CodeGen store a table of sines: plain RoPE with base 10,000.
+    Dynamic rope types overwrite inv_freq after a long call but keep the original; others may have an original too, and
+    do not rotate by it after a cast. Gemma 3 has one for each type of layer. GPT-J and CodeGen store a table of sines:
+    plain RoPE with base 10,000.
     """
     if hasattr(module, "embed_positions") and hasattr(module, "pos_embd_dim"):
         width = int(module.pos_embd_dim)  # type: ignore[arg-type]  # nn.Module types its attributes as tensors
         return torch.as_tensor(1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.int64) / width)))
-    for name in (f"{layer_type}_original_inv_freq", f"{layer_type}_inv_freq", "original_inv_freq", "inv_freq"):
+    kind: Any = getattr(module, "rope_type", "default")
+    kind = kind.get(layer_type) if isinstance(kind, dict) else kind
+    kept = ("original_inv_freq", "inv_freq") if kind in {"dynamic", "longrope"} else ("inv_freq",)
+    for name in [*(f"{layer_type}_{name}" for name in kept), *kept]:
         chosen = getattr(module, name, None)
         if isinstance(chosen, torch.Tensor):
             return chosen
