@@ -40,6 +40,8 @@ STATES_ARE_KNOWN = since("5.24")
 TAKES_NEW_TOKENS_ALONE = since("5.3")
 # `generate` runs drafts and chunks of a prompt behind what a cache holds already, given the new tokens alone.
 CONTINUES_IN_PARTS = since("5.21")
+# Continuous batching has allocators for its paged cache, of which ours is one (``continuous.py``).
+BATCHES_CONTINUOUSLY = since("5.24")
 
 # Families that stock code gets wrong in earlier releases: the first that is right, and what is wrong before.
 BYPASSES = "before, it bypasses AttentionInterface"
