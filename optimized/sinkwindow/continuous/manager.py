@@ -177,9 +177,10 @@ def _check_model(model: PreTrainedModel, facts: ModelFacts) -> None:
         "has layers that attend to the keys of another": bool(facts.special[0]),
         "attends eagerly": attention == "eager",  # paged, it makes weights in float32
         "is in training mode": model.training,
-        "does not tell its cache of the batch": not _tells_cache(model),
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
+    if found is None and not _tells_cache(model):
+        found = "does not tell its cache of the batch"
     if found is not None:
         raise ValueError(
             f"{type(model).__name__} {found}, which continuous batching does not allow: use "
