@@ -188,22 +188,26 @@ def test_other_families_are_refused_by_name(family: str) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_requests_are_taken_off_and_resumed() -> None:
-    """With blocks for one request and a half, three take turns: the property's pre-emption happens."""
-    model = ModelSpec().model()
-    driver = Driver(manager_of(model, num_blocks=5))
-    resumed: list[str] = []
-    offload = driver.processor.offloading_manager.offload_requests
+@pytest.mark.parametrize("space", [0.0, 0.01])
+def test_requests_are_taken_off_and_resumed(space: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks for one request and a half, three take turns: read again, or copied to the host's memory and back."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **more: empty(*size, **more | {"pin_memory": False}))
+    driver = Driver(manager_of(ModelSpec().model(), num_blocks=5, cpu_offload_space=space))
+    manager, copied = driver.processor.offloading_manager, list[int]()
+    to_host = manager._offload_to_cpu
 
-    def counted() -> bool:
-        resumed.append("once")
-        return offload()
+    def counted(*arguments: Any) -> set[str]:
+        moved = to_host(*arguments)
+        copied.append(len(moved))
+        return moved
 
-    driver.processor.offloading_manager.offload_requests = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(manager, "_offload_to_cpu", counted)
     for name in "abc":
-        driver.add(name, tokens(ord(name), 1, 5)[0].tolist(), 30)
+        driver.add(name, tokens(ord(name), 1, 5)[0].tolist(), 90)
     driver.finish()
-    assert resumed
+    assert copied
+    assert (sum(copied) > 0) == (space > 0)
     assert max(driver.error(name, RULE) for name in "abc") < EXACT
 
 
@@ -281,6 +285,7 @@ def test_others_see_nothing_of_it() -> None:
     ("options", "message"),
     [
         ({"use_cuda_graph": True}, "use_cuda_graph=True needs requests of a fixed shape: leave it out"),
+        ({"default_compile_level": 1}, "default_compile_level=1 needs"),
         ({"use_async_batching": True}, "use_async_batching=True needs"),
         ({"scheduler_type": "prefill_first"}, "scheduler_type='prefill_first' is not supported: use 'fifo'"),
         ({"num_blocks": 2}, "num_blocks=2 of page_size=4 tokens hold no request, which needs 3"),
@@ -298,6 +303,13 @@ def test_a_model_in_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match=r"is in training mode.*use model.eval\(\)"):
         manager_of(model)
     assert model.training
+
+
+def test_pages_fit_the_requests() -> None:
+    """Of 4 + 1,105 slots transformers' pages of 256 tokens would leave 171 empty, ours leave one."""
+    config = manager_of(ModelSpec(max_positions=2048).model(), Rule(4, 1020, 64), page_size=256)
+    sizes = config.continuous_batching_config
+    assert (sizes.page_size, sizes.num_blocks) == (222, 4 * 5)
 
 
 def test_the_callers_configurations_stay() -> None:

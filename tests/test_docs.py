@@ -15,6 +15,7 @@ import pytest
 import documents
 from releases import tomllib
 from sinkwindow import Retention
+from sinkwindow.model.versions import BATCHES_CONTINUOUSLY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,8 @@ def test_a_page_runs(
     """Each Python block and each command does, in order, and shows the lines that the page quotes."""
     if page.stem == "compiled" and not which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler, which torch.compile needs")
+    if page.stem == "streams" and not BATCHES_CONTINUOUSLY:
+        pytest.skip("needs transformers 5.24: before, its paged cache has no allocators")
     if page.stem not in {"README", "start"}:  # those pages make the model
         documents.save_stand_in(tmp_path / "smollm2")
     (tmp_path / "path" / "to").mkdir(parents=True)

@@ -34,12 +34,19 @@ if TYPE_CHECKING:
     from sinkwindow.retention import Retention
 
 STREAMS = 64  # requests at a time, where the configuration names no number
+LEAST_PAGE = 4  # of transformers [tokens]
 BATCH_TOKENS = 256  # at least, so that prompts are read in large calls
 KEPT = "_cached_continuous_batching_manager"  # where a model keeps a manager
 OWN = ("__init__", "begin_batch", "room", "go_back", "_of_tokens", "_slots_of", "serving")  # methods that are new here
 CURES = {"attends eagerly": 'model.set_attn_implementation("sdpa")', "is in training mode": "model.eval()"}
 # Options of ContinuousBatchingConfig that need requests of a fixed shape, or a second batch under preparation.
-REFUSED = ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config")
+REFUSED = (
+    "use_cuda_graph",
+    "use_async_batching",
+    "varlen_compile_config",
+    "decode_compile_config",
+    "default_compile_level",
+)
 
 
 class StreamingBatchingManager(ContinuousBatchingManager):
@@ -216,12 +223,15 @@ def _fill_config(config: ContinuousBatchingConfig, rule: Retention) -> None:
     """
     for name in REFUSED:
         value = getattr(config, name)
-        if value not in (None, False, (False, False)):
+        if value not in (None, False, (False, False)):  # 0 is False
             raise ValueError(f"{name}={value!r} needs requests of a fixed shape: leave it out.")
     if config.scheduler_type != "fifo":
         raise ValueError(f"scheduler_type={config.scheduler_type!r} is not supported: use 'fifo'.")
     config.max_requests_per_batch = config.max_requests_per_batch or STREAMS
-    per_request = -(-(rule.num_sinks + ring_of(rule)) // config.page_size)
+    slots = rule.num_sinks + ring_of(rule)
+    per_request = -(-slots // config.page_size)
+    if config.page_size == ContinuousBatchingConfig.page_size and config.num_blocks is None:
+        config.page_size = max(LEAST_PAGE, -(-slots // per_request))  # as many pages, and hardly a slot too much
     config.num_blocks = config.num_blocks or config.max_requests_per_batch * per_request
     if config.num_blocks < per_request:
         raise ValueError(
