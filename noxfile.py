@@ -25,6 +25,7 @@ ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PARALLEL: Final = ("-n", "logical", "--maxprocesses", "4")
 # The oldest release that pyproject.toml allows, some in between, and the newest that the tests run on.
 COMPAT: Final = ("4.57.6", "5.0.0", "5.5.4", "5.8.1", "5.14.1", "5.20.2", "5.24.0")
+NEED_PYTHON_311: Final = [one for one in COMPAT if Version(one) >= Version("5.21")]
 OLDEST_PYTHON: Final = PYPROJECT["project"]["requires-python"].removeprefix(">=")
 LEAST_CAUGHT: Final = "95"  # [%] of the mutants
 VERSIONS: Final = (
@@ -136,9 +137,13 @@ def mutation(session: nox.Session) -> None:
         run("python", "tests/mutants.py", "mutants/src/sinkwindow", LEAST_CAUGHT)
 
 
-def _needs_newer_python(transformers: str) -> bool:
-    """Return whether a release of transformers needs Python 3.11."""
-    return Version(transformers) >= Version("5.21")
+@nox.session(venv_backend="none", default=False)
+def distributed(session: nox.Session) -> None:
+    """Run the tests that start several processes, on a CPU; docs/results/parallel.json keeps what families do."""
+    run = project(session, "test")
+    report = "build/distributed.xml"
+    run("pytest", "-m", "distributed", "--junit-xml", report, *session.posargs, env=ONE_THREAD)
+    run("python", "tests/support.py", "--parallel", report)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -149,7 +154,7 @@ def compat(session: nox.Session, transformers: str) -> None:
     A release lies in a folder of its own, in front of the locked one. docs/results/releases.json keeps what was found.
     """
     run = project(session, "test")
-    if sys.version_info < (3, 11) and _needs_newer_python(transformers):
+    if sys.version_info < (3, 11) and transformers in NEED_PYTHON_311:
         session.skip(f"transformers {transformers} needs Python 3.11")
     place = Path(session.cache_dir.parent, f"transformers-{transformers}").absolute()
     report = Path("build", "compat", f"{transformers}.xml")
@@ -203,12 +208,8 @@ def bench(session: nox.Session) -> None:
     # asv exits with 2 if a benchmark failed; the gate reports which ones.
     run("asv", "run", *([] if history else here), *session.posargs, env=ONE_THREAD, success_codes=[0, 2])
     selected = session.posargs[1:2] if session.posargs[:1] in (["--bench"], ["-b"]) else []
-    run(
-        "python",
-        "asv_benches/gate.py",
-        *("--newer-than", stamp, "--complete", head),
-        *(("--selected", selected[0]) if selected else ()),
-    )
+    only = ("--selected", selected[0]) if selected else ()
+    run("python", "asv_benches/gate.py", "--newer-than", stamp, "--complete", head, *only)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -330,7 +331,7 @@ def lock(session: nox.Session) -> None:
         source = Path(session.create_tmp(), f"{name}.in")
         source.write_text("\n".join(names), encoding="utf-8")
         options = ["--constraint", LOCK] if name == "nox" else ["--no-emit-package", "numpy"]
-        if name.startswith("transformers") and _needs_newer_python(name.removeprefix("transformers-")):
+        if name.removeprefix("transformers-") in NEED_PYTHON_311:
             options += ["--python-version", "3.11"]
         compile_lock(session, str(source), *options, "--output-file", f"requirements/{name}.txt")
 

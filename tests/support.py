@@ -1,6 +1,7 @@
 """The page of supported models: `python tests/support.py > docs/support.md`.
 
-`nox -s compat` adds what the tests say of a release, `python tests/support.py REPORT`, to docs/results/releases.json.
+`nox -s compat` adds what the tests say of a release, `python tests/support.py REPORT`, to docs/results/releases.json,
+and `nox -s distributed` what they say of families on ranks, with `--parallel`, to docs/results/parallel.json.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RESULTS: Final = Path(__file__).parents[1] / "docs" / "results" / "releases.json"
+PARALLEL: Final = RESULTS.with_name("parallel.json")
 NEEDS: Final = "needs transformers"  # how reasons of tests/releases.py begin
 OURS: Final = {*EXACT_SINCE, *(family.model_type for family in FAMILIES.values()), *map(type_of, HYBRIDS)}
 # The law that a family which streams keeps; its tests are named by family.
 LAW: Final = re.compile(
     r"test_(?:the_family_streams_as_the_reference_says|a_hybrid_streams_as_the_reference_says)\[(.+)\]"
 )
+# The same of ranks.
+RANKS: Final = re.compile(r"test_ranks_compute_what_one_process_does\[(.+)\]")
+SPLIT: Final = {"its heads": "yes", "all heads": "yes, all heads on each rank"}
 
 
 def read(report: str) -> dict[str, Any]:
@@ -60,6 +65,16 @@ def read(report: str) -> dict[str, Any]:
     }
 
 
+def read_parallel(report: str) -> dict[str, dict[str, str]]:
+    """Return what `tests/test_distributed.py` has recorded of each family: the heads on a rank, the largest error."""
+    found: dict[str, dict[str, str]] = {}
+    for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314 - written by pytest
+        recorded = {one.get("name", ""): one.get("value", "") for one in case.iter("property")}
+        if law := RANKS.fullmatch(case.get("name", "")):
+            found |= {law[1]: recorded} if recorded and case.find("failure") is None else {}
+    return found
+
+
 def load() -> dict[str, Any]:
     """Return the results of all releases, the oldest first."""
     found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
@@ -69,11 +84,14 @@ def load() -> dict[str, Any]:
 def page() -> str:
     """Return docs/support.md."""
     lines = [HEAD]
-    rows = [(family.title, family.model_type, family.positions, build(name)) for name, family in FAMILIES.items()]
-    rows += [(f"{name}, hybrid", type_of(name), "as configured; states", build_hybrid(name)) for name in HYBRIDS]
-    for title, model_type, positions, model in rows:
-        answers = ("yes" if answer else "no" for answer in (supports(model), can_be_static(model)))
-        lines.append(f"| {' | '.join((title, f'`{model_type}`', positions, *answers))} |")
+    rows = [(name, family.title, family.model_type, family.positions) for name, family in FAMILIES.items()]
+    rows += [(name, f"{name}, hybrid", type_of(name), "as configured; states") for name in HYBRIDS]
+    found = json.loads(PARALLEL.read_text(encoding="utf-8"))
+    for name, title, model_type, positions in rows:
+        model = build(name) if name in FAMILIES else build_hybrid(name)
+        answers = ["yes" if answer else "no" for answer in (supports(model), can_be_static(model))]
+        ranks = SPLIT.get(found.get(name, {}).get("parallel"), "not tested") if model.tp_plan else "no plan"
+        lines.append(f"| {' | '.join((title, f'`{model_type}`', positions, *answers, ranks))} |")
     return "\n".join([*lines, MIDDLE, *releases()]) + "\n"
 
 
@@ -116,10 +134,12 @@ HEAD: Final = """\
 Made by `python tests/support.py > docs/support.md` from the tests' models and `sinkwindow.supports`; do not
 edit. Every line is a tiny random model that `tests/test_families.py` or `tests/test_hybrids.py` compares with the
 reference, in drawn splits into calls and with padding. `supports(model)` answers for yours. Static:
-`tests/test_static.py` compares the steps of `static=True`, for compiled graphs.
+`tests/test_static.py` compares the steps of `static=True`, for compiled graphs. Tensor parallel: `nox -s distributed`
+splits the model over 2 and 4 ranks, whose logits are those of one process to 1e-12 of the largest one
+([how](guides/parallel.md)); transformers splits no model that it has no plan for.
 
-| family | `model_type` | positions | streams | static |
-|---|---|---|---|---|"""
+| family | `model_type` | positions | streams | static | tensor parallel |
+|---|---|---|---|---|---|"""
 MIDDLE: Final = """
 Where layers have a sliding window of their own, they keep it: sinks, window and buffer are the other layers'. Where all
 layers have one (Mistral), num_sinks + window + buffer + 1 must fit it. The layers of a hybrid that attend stream; the
@@ -144,7 +164,11 @@ SHOWN: Final = 4  # names of tests in a line
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:2] == ["--parallel"]:
+        known = json.loads(PARALLEL.read_text(encoding="utf-8")) if PARALLEL.exists() else {}
+        known |= read_parallel(sys.argv[2])
+        PARALLEL.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    elif sys.argv[1:]:
         known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         known[transformers.__version__] = read(sys.argv[1])
         RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -158,9 +158,9 @@ class StreamingCache(Cache, Copies):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and states: constant from a text's first call on, recording apart.
+        """Bytes of this rank's keys, values and states: 0 before the first call, then constant, recording apart.
 
-        Before it they are 0; tensors that ``reset`` has kept for the next text count when it takes them.
+        Tensors that ``reset`` has kept count when used. With tensor parallelism a rank has its share of heads, or all.
         """
         return self._state.nbytes
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from sinkwindow.model.calls import Calls
 from sinkwindow.model.families import layer_devices
-from sinkwindow.model.fingerprint import fingerprint
-from sinkwindow.saving import check, encoded, placed, read, write
+from sinkwindow.model.fingerprint import check_agreement, check_rank, fingerprint, ranks
+from sinkwindow.saving import check, encoded, placed, position, rank_file, read, write
 from sinkwindow.stream.state import Snapshot
 
 if TYPE_CHECKING:
@@ -56,12 +56,18 @@ class Copies(Calls):
 
         Raises:
             TypeError: ``snapshot`` is no snapshot.
-            ValueError: It is of a cache with other sizes or positions, or of another model; nothing has changed then.
+            ValueError: It is of a cache with other sizes or positions, of another model, or of another rank of one that
+                is split; nothing has changed then.
         """
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"snapshot must be what snapshot() returned, got {type(snapshot).__name__}.")
-        snapshot.check(self._settings, self._fingerprint())
+        self._check(snapshot)
         self._go_on_from(snapshot.state.cloned())
+
+    def _check(self, snapshot: Snapshot) -> None:
+        own = self._fingerprint()
+        check_rank(snapshot.model, own)
+        snapshot.check(self._settings, own)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the cache to a safetensors file; another process goes on from there, bit for bit, with ``load``.
@@ -70,7 +76,8 @@ class Copies(Calls):
         named ``.*.part`` may be left beside it).
 
         Args:
-            path: The file.
+            path: The file. Where the model is split over ranks, each has a file of its own: for ``chat.safetensors``
+                rank 0 of 2 writes ``chat.rank0of2.safetensors``. All save, and all load.
 
         Raises:
             OSError: It cannot be written; what was there is unchanged.
@@ -80,20 +87,22 @@ class Copies(Calls):
     def _save(self, path: str | os.PathLike[str], note: dict[str, Any]) -> None:
         with self._idle("be saved") as stream:
             content = encoded(Snapshot(self._settings, self._fingerprint(), stream.state, note))
-        write(path, content)
+        own = ranks(self._decoder())
+        write(path if own is None else rank_file(path, *own), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, *, on_evict: OnEvict = None) -> Self:
         """Return a cache with the content, the sizes and the options of one that was saved.
 
         Args:
-            path: A file that ``save`` has written.
-            model: A model with the same weights, in the same dtype, on any device.
+            path: What ``save`` was given.
+            model: A model with the same weights, in the same dtype, on any device, split over as many ranks.
             on_evict: As of the constructor: a file holds no function.
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: It is no file of a cache, is damaged, is of another format or of another model.
+            ValueError: It is no file of a cache, is damaged, is of another format, of another model, of another rank,
+                or of another moment than the files of the other ranks.
 
         Examples:
             >>> import tempfile, pathlib
@@ -108,8 +117,9 @@ class Copies(Calls):
     def _loaded(cls, snapshot: Snapshot, model: nn.Module, on_evict: OnEvict) -> Self:
         cache = cls(model, **snapshot.settings, on_evict=on_evict)
         try:
-            snapshot.check(cache._settings, cache._fingerprint())
+            cache._check(snapshot)
             check(snapshot.state, cache._stream.pools, cache._states.layers)
+            check_agreement(cache._decoder(), position(snapshot))
             cache._go_on_from(snapshot.state)
         except BaseException:
             cache._finalizer()  # now: the exception's traceback refers to the cache

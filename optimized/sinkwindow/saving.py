@@ -12,7 +12,9 @@ import os
 import uuid
 from contextlib import suppress
 from dataclasses import astuple, replace
+from glob import escape
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -30,7 +32,6 @@ from sinkwindow.stream.state import CallRecord, Snapshot, State
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -86,6 +87,35 @@ def write(path: str | os.PathLike[str], content: bytes) -> None:
         _flush(target.parent)
 
 
+def rank_file(path: str | os.PathLike[str], rank: int, world: int) -> Path:
+    """Return the file of a rank: all ranks are given one path, and none overwrites another's file."""
+    plain = read_path("path", path)
+    mark = f".rank{rank}of{world}"
+    return (
+        plain
+        if mark in (plain.suffix, Path(plain.stem).suffix)
+        else plain.with_name(f"{plain.stem}{mark}{plain.suffix}")
+    )
+
+
+def _found(path: Path) -> Path:
+    """Return the file to read: this rank's, or the one that is named.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        own = rank_file(path, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if own.is_file():
+            return own
+    if path.is_file():
+        return path
+    others = sorted(path.parent.glob(f"{escape(path.stem)}.rank*of*{escape(path.suffix)}"))
+    way = "every rank loads the file that it has saved, in a run with as many ranks."
+    more = f" {others[0].name} is of a model that was split: {way}" if others else ""
+    raise FileNotFoundError(f"path {path} is no file.{more}")
+
+
 def read(path: str | os.PathLike[str]) -> Snapshot:
     """Return the snapshot in a file, its tensors on the CPU.
 
@@ -94,9 +124,7 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
         OSError: The file cannot be read.
         ValueError: It is no file of a cache, is damaged, or has another format.
     """
-    path = read_path("path", path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path {path} is no file.")
+    path = _found(read_path("path", path))
     header, tensors = _content(path)
     try:
         content = json.loads(header)
@@ -169,6 +197,11 @@ def _flush(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def position(snapshot: Snapshot) -> str:
+    """Return where in which text a snapshot was taken: what all ranks of a split model have alike."""
+    return json.dumps([snapshot.settings, _counts(snapshot.state), snapshot.note], default=list)
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

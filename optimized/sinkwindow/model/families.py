@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sinkwindow.attention.rotation import Rotary
-from sinkwindow.model.refusals import refusal
+from sinkwindow.model.refusals import parallel_refusal, refusal
 from sinkwindow.model.rope import (
     LENGTH_DEPENDENT_ROPE,
     Switch,
@@ -231,7 +231,7 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
         )
     if reason := loses_softcap(config) or _changes_scale(decoder):
         raise UnsupportedModelError(reason)
-    if reason := state_refusal(decoder, is_hybrid=config.model_type in HYBRIDS):
+    if reason := state_refusal(decoder, is_hybrid=config.model_type in HYBRIDS) or parallel_refusal(model):
         raise UnsupportedModelError(f"model_type {config.model_type!r} {reason}")
     windows, states = _windows(config), states_of(config)
     if not windows:  # a drafter of Gemma 4

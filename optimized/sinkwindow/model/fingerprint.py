@@ -1,22 +1,25 @@
-"""What a cache's content depends on: keys and values of one model mean nothing to another."""
+"""What a cache's content depends on: keys and values of one model, and one rank, mean nothing to another."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sinkwindow.model.versions import ROPE_PARAMETERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel
 
 UNKNOWN = "unknown"  # weights that may be any
+RANK = "rank"  # name of the entry that a whole model does not have
+SPLITS = ("tp", "ep")  # dimensions of a mesh along which a rank computes with its share of the weights
 SAMPLES = 32  # values of each parameter: enough to tell checkpoints apart, in a millisecond for 300 parameters
 
 
@@ -29,17 +32,92 @@ def fingerprint(decoder: PreTrainedModel, frequencies: Iterable[Tensor]) -> dict
 
     Returns:
         Its type, dtype and layers, and digests of its rotation and of ``SAMPLES`` evenly spaced values of every
-        parameter. Two models that differ in other values only are not told apart.
+        parameter. Two models that differ in other values only are not told apart. If the model is split over ranks,
+        also which rank of how many this is; the values are then those of its own share.
     """
+    own = ranks(decoder)
     return {
+        **({} if own is None else {RANK: "{} of {}".format(*own)}),
         "model type": str(decoder.config.model_type),
         "dtype": str(decoder.dtype),
         "number of layers": str(decoder.config.num_hidden_layers),
         "rotation": _digest(tensor.detach().to("cpu", torch.float64) for tensor in frequencies),
         "configuration": hashlib.sha256(_chosen(decoder).encode()).hexdigest(),
-        # Off-loaded weights are nowhere to be seen between calls.
-        "weights": UNKNOWN if any(one.is_meta for one in decoder.parameters()) else _digest(_samples(decoder)),
+        # Off-loaded weights are nowhere to be seen between calls, and those of FSDP on all ranks.
+        "weights": UNKNOWN if _is_elsewhere(decoder) else _digest(_samples(decoder)),
     }
+
+
+def ranks(decoder: nn.Module) -> tuple[int, int] | None:
+    """Return this rank and the number of ranks if the model is split over them, ``None`` if it is whole.
+
+    FSDP does not split a model: before a layer computes, its weights are gathered.
+    """
+    if next(_splits(decoder), None) is None:
+        return None
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def check_rank(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Refuse content of another rank, or of another number of ranks.
+
+    Args:
+        saved: The fingerprint of the model that the content is of.
+        own: That of this model.
+
+    Raises:
+        ValueError: They are not of the same rank.
+    """
+    if saved.get(RANK) == own.get(RANK):
+        return
+    kinds = [f"rank {one[RANK]}" if RANK in one else "a whole model" for one in (saved, own)]
+    raise ValueError(
+        f"The snapshot is of {kinds[0]}, and this is {kinds[1]}: where a model is split over ranks, keys and values of "
+        "each are those of its own heads. Go on with as many ranks, each with its own snapshot or file, or feed the "
+        "text again."
+    )
+
+
+def check_agreement(decoder: nn.Module, content: str) -> None:
+    """Refuse content that is not the same stream on all ranks of a model that is split; every rank must call this.
+
+    Raises:
+        ValueError: The ranks' contents differ.
+    """
+    group = next(_splits(decoder), None)
+    if group is None:
+        return
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, content, group=group)
+    if len(set(found)) > 1:
+        raise ValueError(
+            "The files of the ranks are of different moments: some of them were saved when others were not. Use files "
+            "of one save, or feed the text again."
+        )
+
+
+def _splits(decoder: nn.Module) -> Iterator[ProcessGroup]:
+    """Yield the ranks that share a parameter, each with its own part to compute with."""
+    gathers = _gathers(decoder)
+    parameters: Iterable[Any] = decoder.parameters()
+    for parameter in parameters:  # DTensors, some of them
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            continue
+        names = mesh.mesh_dim_names or ("",) * mesh.ndim
+        for number, placement in enumerate(parameter.placements):
+            if not placement.is_replicate() and (names[number] in SPLITS or not gathers):
+                yield mesh.get_group(number)
+
+
+def _gathers(decoder: nn.Module) -> bool:
+    """Return whether FSDP gathers weights."""
+    return any(hasattr(module, "set_reshard_after_backward") for module in decoder.modules())
+
+
+def _is_elsewhere(decoder: nn.Module) -> bool:
+    """Return whether there are weights of which this process has no values between calls."""
+    return _gathers(decoder) or any(one.is_meta for one in decoder.parameters())
 
 
 def _chosen(decoder: PreTrainedModel) -> str:
@@ -68,7 +146,9 @@ def _samples(decoder: PreTrainedModel) -> list[Tensor]:
 
 def _taken(parameter: Tensor) -> Tensor | None:
     """Return evenly spaced values, ``[SAMPLES]``; ``None`` where there are none, or torch cannot take any."""
-    if not parameter.numel() or hasattr(parameter, "placements"):  # a DTensor: its values are on several ranks
+    if hasattr(parameter, "to_local"):  # a DTensor, whose other values are on other ranks
+        parameter = parameter.to_local()
+    if not parameter.numel():
         return None
     places = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
     small = parameter.view(torch.uint8) if parameter.itemsize == 1 else parameter  # float8 has no `take`

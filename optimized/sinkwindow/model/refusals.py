@@ -30,6 +30,7 @@ NAMED: Final = {
 }
 LOOPS: Final = ("loop_num_passes", "n_recurrent_loops")  # in configurations of models that run layers again
 INDEXES: Final = re.compile("index|sparse|compressed")  # in types of layers that choose what they attend to
+KEY_PROJECTIONS: Final = ("k_proj", "qkv_proj", "query_key_value")  # in plans of tensor parallelism
 INDEX_SIZES: Final = ("index_topk", "index_topk_blocks")
 
 
@@ -91,6 +92,32 @@ def refusal(decoder: PreTrainedModel) -> str:
         ),
     )
     return next((reason for holds, reason in cases if holds), "")
+
+
+def parallel_refusal(model: PreTrainedModel) -> str:
+    """Return what is wrong with how a model is split over ranks, and what to do instead; empty if nothing is.
+
+    Args:
+        model: As ``from_pretrained`` has returned it: it alone knows how it was split.
+    """
+    if getattr(model, "_pp_stage", None) is not None:
+        return (
+            "is split into stages (pp_size), and a stage has the keys of some layers only: use tp_size, or device_map "
+            "in one process."
+        )
+    size, plan = getattr(model, "_tp_size", None) or 1, getattr(model, "_tp_plan", None) or {}
+    split = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
+    if size == 1 or split.isdisjoint(KEY_PROJECTIONS):
+        return ""
+    config = model.config.get_text_config()
+    named = [count for name, count in vars(config).items() if name.endswith("key_value_heads") and count]
+    uneven = [count for count in named or [config.num_attention_heads] if count % size]
+    if not uneven:
+        return ""
+    return (
+        f"has {uneven[0]} heads of keys and values, which tp_size={size} does not divide: use a tp_size that does, or "
+        "device_map in one process."
+    )
 
 
 def _some(decoder: nn.Module, *names: str) -> bool:
