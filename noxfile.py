@@ -77,7 +77,6 @@ def tests(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Check rules and formatting with ruff, workflows with zizmor and actionlint; `-- --fix` applies ruff's fixes."""
     install_group(session, "lint")
-    session.run("ruff", "--version")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
     session.run("zizmor", "--offline", "--no-progress", ".github")
@@ -91,7 +90,6 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check types with mypy, in strict mode."""
     run = project(session, "types")
-    run("mypy", "--version")
     run("mypy", *session.posargs)
 
 
@@ -119,10 +117,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def mutation(session: nox.Session) -> None:
-    """Change the code in small ways, one at a time, and list changes that no test notices: `-- lanes storage.ring`.
-
-    In build/mutation, `mutmut show NAME` shows one of those that it lists.
-    """
+    """Change the code in small ways, one at a time, and list changes that no test notices: `-- lanes storage.ring`."""
     run = project(session, "mutation")
     # mutmut takes packages from src/ alone, and copies them, with what it makes of them, and the tests to mutants/.
     place = Path("build", "mutation")
@@ -232,9 +227,8 @@ def bench_html(session: nox.Session) -> None:
 def microbench(session: nox.Session) -> None:
     """Time the parts of a step with pytest-benchmark, save the times and compare them with the previous ones."""
     run = project(session, "microbench")
-    saved = Path(".benchmarks")
-    compare = ["--benchmark-compare"] if any(saved.glob("*/*.json")) else []
-    save = ["--benchmark-autosave", "--benchmark-storage", f"file://{saved}"]
+    compare = ["--benchmark-compare"] if any(Path(".benchmarks").glob("*/*.json")) else []
+    save = ["--benchmark-autosave", "--benchmark-storage", "file://.benchmarks"]
     found = ["-o", "python_files=bench_*.py", "benchmarks"]  # a separate name, so that no other session times anything
     run("pytest", *found, *save, *compare, *session.posargs, env=ONE_THREAD)
 
@@ -287,8 +281,14 @@ def speed(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Stream a million tokens; fail if memory, time or errors grow. Write docs/soak.md, unless `-- --quick`."""
     run = project(session)
-    out = "results/soak.md" if "--quick" in session.posargs else "docs/soak.md"
-    run("python", "-m", "benchmarks.soak", "--out", out, *session.posargs, env=ONE_THREAD)
+    run("python", "-m", "benchmarks.soak", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(venv_backend="none", default=False)
+def scale(session: nox.Session) -> None:
+    """Measure many streams at once, and predict their steps. Write docs/scale.md, unless `-- --quick`."""
+    run = project(session)
+    run("python", "-m", "benchmarks.scale", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False, reuse_venv=False)

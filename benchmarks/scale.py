@@ -213,14 +213,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit status, 1 if a check does not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="measure less, and the tiny model only")
-    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--out", type=Path, help="Markdown file to write; docs/scale.md, or results/scale.md if quick")
     chosen = parser.parse_args(arguments)
+    out = chosen.out or Path("results" if chosen.quick else "docs", "scale.md")
     report, checks = run(quick=chosen.quick)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(chosen.out, report)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, report)
     wrong = [what for what, holds in checks.items() if not holds]
     sys.stderr.writelines(f"does not hold: {what}\n" for what in wrong)
-    sys.stdout.write(f"wrote {chosen.out}: {len(checks) - len(wrong)} of {len(checks)} checks hold\n")
+    sys.stdout.write(f"wrote {out}: {len(checks) - len(wrong)} of {len(checks)} checks hold\n")
     return 1 if wrong else 0
 
 

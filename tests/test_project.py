@@ -237,7 +237,7 @@ FLOORS: Final = {
         ("model", "saving"),
         ("fit", "copies"),
         ("cache", "chat_template"),
-        ("chat",),
+        ("chat", "continuous"),
         ("__init__", "__main__"),
     ),
     "lab/sinkwindow_lab": (

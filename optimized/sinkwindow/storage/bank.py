@@ -26,10 +26,14 @@ class KeyValue(NamedTuple):
 
 def unlike(new: KeyValue, cached: KeyValue) -> str:
     """Return an error's text about keys and values that do not go with cached ones."""
-    kinds = [f"{pair.keys.dtype}, {pair.values.dtype} on {pair.keys.device}" for pair in (new, cached)]
+    kinds = [
+        f"{pair.keys.dtype}, {pair.values.dtype} of {pair.keys.shape[-3]} heads on {pair.keys.device}"
+        for pair in (new, cached)
+    ]
     return (
-        f"The model's keys and values are {kinds[0]}, and this StreamingCache holds {kinds[1]}: the model was cast or "
-        "moved, or autocast was switched, after the cache was filled. Undo that, or feed the text again after reset()."
+        f"The model's keys and values are {kinds[0]}, and this StreamingCache holds {kinds[1]}: the model was cast, "
+        "moved, or split over ranks, or autocast was switched, after the cache was filled. Undo that, or feed the text "
+        "again after reset()."
     )
 
 

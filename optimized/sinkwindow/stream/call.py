@@ -121,7 +121,12 @@ class PoolCall:
         if (
             keys is not None
             and values is not None
-            and (key.dtype != keys.dtype or value.dtype != values.dtype or key.device != keys.device)
+            and (
+                key.dtype != keys.dtype
+                or value.dtype != values.dtype
+                or key.device != keys.device
+                or key.shape[1] != keys.shape[1]
+            )
         ):
             self._adapt(layer, key, value)
             to_keys, to_values, keys, values = self._views[layer]
@@ -160,7 +165,8 @@ class PoolCall:
         own, new = ([tensor.dtype for tensor in pair] for pair in (cached, fresh))
         wider = [torch.promote_types(*pair) for pair in zip(own, new, strict=True)]
         narrower = wider != new and not torch.is_autocast_enabled(key.device.type)
-        if key.device != keys.device or narrower or (wider != own and (self.pool.static or self._begun)):
+        moved = key.device != keys.device or key.shape[1] != keys.shape[1]
+        if moved or narrower or (wider != own and (self.pool.static or self._begun)):
             raise ValueError(unlike(fresh, cached))
         if wider != own:
             banks = tuple(bank.widened(*wider) for bank in self.slots.banks)

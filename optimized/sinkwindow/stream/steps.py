@@ -137,9 +137,9 @@ class Steps:
         assert step is not None  # noqa: S101 - the cache asks only then
         if key.requires_grad or value.requires_grad:
             raise RuntimeError("A step of a static cache writes in place, which has no gradient: use torch.no_grad().")
-        pairs = ((key, place.slots.keys), (value, place.slots.values))
-        if any(new.dtype != old.dtype or new.device != old.device for new, old in pairs):
-            raise ValueError(unlike(KeyValue(key, value), place.slots))
+        for new, old in ((key, place.slots.keys), (value, place.slots.values)):
+            if new.dtype != old.dtype or new.device != old.device or new.shape[1] != old.shape[1]:
+                raise ValueError(unlike(KeyValue(key, value), place.slots))
         fresh, sinks = KeyValue(key, value), place.sinks
         num_sinks = sinks.keys.shape[2]
         if num_sinks:
