@@ -19,12 +19,14 @@ from .common import (
     Work,
     checked_configuration,
     filled,
+    lab,
     model_for,
     sample_tokens,
     shown_as,
     token_ids,
 )
 
+STREAMS_CONFIGURATION = "streaming_4_60_0"  # an eviction in every step
 SAME_LENGTH = {"streaming_4_252": 1, "streaming_4_1020": 4}  # when the dense cache has as many tokens [its limits]
 
 
@@ -104,6 +106,30 @@ class BatchedOutputToken(TimedSuite):
         return decoding(configuration, device, 10, batch, dtype)
 
     @shown_as("Time per output token (TPOT), by batch and dtype")
+    def time_token(self, *_: object) -> None:
+        """Decode steps."""
+        self.replay("token")
+
+
+class ManyStreams(TimedSuite):
+    """Time of a step of many streams, each with a full cache, per token: their number and the way they are run."""
+
+    params: ClassVar[list[list[Any]]] = [["one batch", "continuous batching"], [8, 64], DEVICES]
+    param_names: ClassVar = ["way", "streams", "device"]
+    apart = (1, 2)
+
+    def setup_cache(self) -> Any:
+        """Measure all combinations."""
+        return self.measured()
+
+    def work(self, way: str, streams: int, device: str) -> Work:
+        """Fill all caches."""
+        model, ways = model_for(device), lab("measure.streams").WAYS
+        sizes = checked_configuration(STREAMS_CONFIGURATION).limits
+        rule = importlib.import_module("sinkwindow.retention").Retention(*sizes)
+        return Work(streams, {"token": ways[way](model, rule, streams).step}, lambda: None)
+
+    @shown_as("Time per output token (TPOT), many streams")
     def time_token(self, *_: object) -> None:
         """Decode steps."""
         self.replay("token")

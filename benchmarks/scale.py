@@ -10,15 +10,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from benchmarks.machines import extrapolation
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from sinkwindow import StreamingCache
-from sinkwindow.continuous import StreamingBatchingManager
-from sinkwindow.continuous.allocator import ring_of
 from sinkwindow.retention import Retention
 from sinkwindow_lab.files import write_text
 from sinkwindow_lab.inputs import machine
@@ -26,13 +22,15 @@ from sinkwindow_lab.inputs.models import load_model
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.measure.clock import Side, interleave
 from sinkwindow_lab.measure.micro import bare_attention
+from sinkwindow_lab.measure.streams import CONTINUOUS, SEPARATE, WAYS, one_batch
 from sinkwindow_lab.render.markdown import bullets, join, table
 from sinkwindow_lab.render.origins import machine_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-WAYS: Final = ("separate caches", "one batch", "continuous batching")
+    from transformers import PreTrainedModel
+
 TARGET: Final = 4.0  # tokens/s of continuous batching over separate caches, at the most streams, with the tiny model
 CLOSE: Final = 0.15  # largest error of a prediction
 HEAD: Final = """\
@@ -52,86 +50,19 @@ class Subject:
     rule: Retention
     samples: int
 
-    def tokens(self, rows: int, columns: int) -> torch.Tensor:
-        """Return random tokens, [rows, columns]."""
-        generator = torch.Generator().manual_seed(rows)
-        return torch.randint(1, self.model.config.vocab_size, (rows, columns), generator=generator)
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to run streams: `step` gives each a token; `nbytes` holds their keys and values."""
-
-    step: Callable[[], object]
-    nbytes: int
-
-
-def batch_of(subject: Subject, rows: int) -> Way:
-    """Return one cache with some rows, past its first eviction."""
-    rule, model = subject.rule, subject.model
-    cache = StreamingCache(model, rule.num_sinks, rule.window, rule.buffer)
-    model(subject.tokens(rows, rule.capacity + 1), cache=cache, logits_to_keep=1)
-    token = subject.tokens(rows, 1)
-
-    def step() -> torch.Tensor:
-        logits: torch.Tensor = model(token, cache=cache).logits
-        return logits.argmax(-1)
-
-    return Way(step, cache.nbytes)
-
-
-def separate(subject: Subject, rows: int) -> Way:
-    """Return as many caches with one row each."""
-    ways = [batch_of(subject, 1) for _ in range(rows)]
-
-    def step() -> None:
-        for way in ways:
-            way.step()
-
-    return Way(step, sum(way.nbytes for way in ways))
-
-
-def continuous(subject: Subject, rows: int) -> Way:
-    """Return the requests of a manager, past their first evictions, whose batches are run by hand."""
-    rule, model = subject.rule, subject.model
-    config = ContinuousBatchingConfig(page_size=max(4, rule.num_sinks + ring_of(rule)), max_requests_per_batch=rows)
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=None, eos_token_id=-1)  # type: ignore[no-untyped-call]
-    manager = StreamingBatchingManager(
-        model,
-        rule.num_sinks,
-        rule.window,
-        rule.buffer,
-        generation_config=greedy,
-        continuous_batching_config=config,
-    )
-    processor = manager._create_batch_processor()  # noqa: SLF001 - a step without the thread around it
-    for prompt in subject.tokens(rows, rule.capacity + 1).tolist():
-        manager.add_request(prompt)
-
-    def step() -> None:
-        if not processor.prepare_next_batch():
-            raise RuntimeError("no request is left")
-        processor._generation_step(model)  # noqa: SLF001
-        processor.update_batch()
-
-    batch: Any = processor.inputs_and_outputs
-    while len(batch.requests_in_batch) < rows or not all(one.has_new_token for one in batch.requests_in_batch):
-        step()
-    return Way(step, processor.cache.num_sectors * processor.cache.bytes_per_sector)
-
 
 def measure_streams(subject: Subject, counts: Sequence[int]) -> tuple[str, dict[int, float]]:
     """Return a table of streams, and by their number how much faster continuous batching is than separate caches."""
     rows, faster = [], {}
     for count in counts:
-        ways = dict(zip(WAYS, (make(subject, count) for make in (separate, batch_of, continuous)), strict=True))
+        ways = {name: make(subject.model, subject.rule, count) for name, make in WAYS.items()}
         sides = {name: Side(way.step) for name, way in ways.items()}
         timed = interleave(sides, subject.samples, subject.model.device)
         took = {name: median(one.ms) for name, one in timed.items()}
         for name, way in ways.items():
-            rate, gain = 1e3 * count / took[name], took[WAYS[0]] / took[name]
+            rate, gain = 1e3 * count / took[name], took[SEPARATE] / took[name]
             rows.append([str(count), name, f"{took[name]:.2f}", f"{rate:,.0f}", f"{gain:.2f}x", f"{way.nbytes:,}"])
-        faster[count] = took[WAYS[0]] / took[WAYS[2]]
+        faster[count] = took[SEPARATE] / took[CONTINUOUS]
     columns = ("streams", "way", "step (ms)", "tokens/s", "over separate caches", "keys and values (bytes)")
     return table(columns, rows, words=("way",)), faster
 
@@ -158,7 +89,7 @@ def measure_prediction(subject: Subject, counts: Sequence[int]) -> tuple[str, di
     """
     held, model, sides = subject.rule.capacity, subject.model, dict[str, Side]()
     for count in (1, *counts):
-        sides[f"step {count}"] = Side(batch_of(subject, count).step)
+        sides[f"step {count}"] = Side(one_batch(model, subject.rule, count).step)
         sides[f"maps {count}"] = Side(linear_maps(model, count))
         sides[f"attention {count}"] = Side(bare_attention(model, held, batch=count).step)
     took = {name: median(one.ms) for name, one in interleave(sides, subject.samples, model.device).items()}

@@ -67,6 +67,15 @@ LONGROPE: Final = {
     "long_factor": [2.0, 3.0, 4.0, 5.0],
     "original_max_position_embeddings": 48,
 }
+# Families that continuous batching serves: transformers tells their cache of the batch, and all layers have one rule.
+# fmt: off
+BATCHED: Final = {
+    "llama", "llama_linear", "llama_yarn", "llama_llama3", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi",
+    "phi3", "persimmon", "gemma", "olmo2", "cohere", "granite", "starcoder2", "glm", "glm4", "ernie4_5",
+    "ernie4_5_moe", "apertus", "arcee", "dots1", "gemma3_full", "glm4_moe", "granitemoe", "helium", "jetmoe",
+    "minimax_m2", "nanochat", "olmo", "olmoe", "phimoe", "qwen2_moe", "seed_oss",
+}
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING
 
-from families import FAMILIES, build, can_be_static
+from families import BATCHED, FAMILIES, build, can_be_static
 from hybrids import HYBRIDS, type_of
 from hybrids import build as build_hybrid
 from sinkwindow import supports
@@ -91,7 +91,8 @@ def page() -> str:
         model = build(name) if name in FAMILIES else build_hybrid(name)
         answers = ["yes" if answer else "no" for answer in (supports(model), can_be_static(model))]
         ranks = SPLIT.get(found.get(name, {}).get("parallel"), "not tested") if model.tp_plan else "no plan"
-        lines.append(f"| {' | '.join((title, f'`{model_type}`', positions, *answers, ranks))} |")
+        streams = "yes" if name in BATCHED else "no"
+        lines.append(f"| {' | '.join((title, f'`{model_type}`', positions, *answers, ranks, streams))} |")
     return "\n".join([*lines, MIDDLE, *releases()]) + "\n"
 
 
@@ -136,10 +137,11 @@ edit. Every line is a tiny random model that `tests/test_families.py` or `tests/
 reference, in drawn splits into calls and with padding. `supports(model)` answers for yours. Static:
 `tests/test_static.py` compares the steps of `static=True`, for compiled graphs. Tensor parallel: `nox -s distributed`
 splits the model over 2 and 4 ranks, whose logits are those of one process to 1e-12 of the largest one
-([how](guides/parallel.md)); transformers splits no model that it has no plan for.
+([how](guides/parallel.md)); transformers splits no model that it has no plan for. Many: `tests/test_continuous.py`
+compares each request of a continuous batch ([how](guides/streams.md)).
 
-| family | `model_type` | positions | streams | static | tensor parallel |
-|---|---|---|---|---|---|"""
+| family | `model_type` | positions | streams | static | tensor parallel | many |
+|---|---|---|---|---|---|---|"""
 MIDDLE: Final = """
 Where layers have a sliding window of their own, they keep it: sinks, window and buffer are the other layers'. Where all
 layers have one (Mistral), num_sinks + window + buffer + 1 must fit it. The layers of a hybrid that attend stream; the

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from families import FAMILIES, FLOAT32_ISLAND, build
+from families import BATCHED, FAMILIES, FLOAT32_ISLAND, build
 from sinkwindow import StreamingCache
 from sinkwindow.model.versions import BATCHES_CONTINUOUSLY
 from sinkwindow_reference import reference_logits
@@ -35,15 +35,6 @@ if TYPE_CHECKING:
 
 RULE = Rule(2, 6, 1)
 SIZES = {"page_size": 4, "max_requests_per_batch": 4, "max_batch_tokens": 16}
-# Families that transformers itself batches so, with the same rule in every layer and rotations of any length.
-# fmt: off
-BATCHED = {
-    "llama", "llama_linear", "llama_yarn", "llama_llama3", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi",
-    "phi3", "persimmon", "gemma", "olmo2", "cohere", "granite", "starcoder2", "glm", "glm4", "ernie4_5",
-    "ernie4_5_moe", "apertus", "arcee", "dots1", "gemma3_full", "glm4_moe", "granitemoe", "helium", "jetmoe",
-    "minimax_m2", "nanochat", "olmo", "olmoe", "phimoe", "qwen2_moe", "seed_oss",
-}
-# fmt: on
 ROUTED_IN_FLOAT32 = {"ernie4_5_moe", "dots1", "glm4_moe", "minimax_m2"}
 
 

@@ -15,6 +15,7 @@ if not BATCHES_CONTINUOUSLY:
 from benchmarks import machines, scale
 
 from sinkwindow.continuous.allocator import ring_of
+from sinkwindow_lab.measure.streams import WAYS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ def test_half_the_rate_where_batching_stops_paying() -> None:
 def test_every_way_holds_as_many_full_caches() -> None:
     """Separate caches and one batch hold the same bytes, continuous batching at most a page more per stream."""
     subject = scale.subjects(quick=True)[0]
-    one, batch, requests = (make(subject, 3) for make in (scale.separate, scale.batch_of, scale.continuous))
+    one, batch, requests = (make(subject.model, subject.rule, 3) for make in WAYS.values())
     assert one.nbytes == batch.nbytes
     tokens = subject.rule.num_sinks + ring_of(subject.rule)
     assert requests.nbytes == 3 * tokens * 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their size, float32
