@@ -194,7 +194,9 @@ def test_cached_tensors_become_wider_before_a_call_alone(*, static: bool) -> Non
             call.parts[0].update(0, single.double(), single)
         return
     call.parts[0].update(0, single, single)
-    with pytest.raises(ValueError, match=r"keys and values are torch\.float32, torch.float64 of 1 heads on cpu, and this"):
+    with pytest.raises(
+        ValueError, match=r"keys and values are torch\.float32, torch.float64 of 1 heads on cpu, and this"
+    ):
         call.parts[0].update(1, single, single.double())
     call = stream.begin(Inputs(1, 3, CPU, None))
     for layer in (0, 1):

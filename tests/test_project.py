@@ -241,7 +241,7 @@ FLOORS: Final = {
         ("__init__", "__main__"),
     ),
     "lab/sinkwindow_lab": (
-        ("records", "errors", "files", "progress", "store", "__init__"),
+        ("records", "errors", "files", "progress", "store", "pulse", "ranks", "__init__"),
         ("inputs",),
         ("ways",),
         ("measure",),

@@ -17,6 +17,7 @@ NO_MEMORY = re.compile(
 )
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder a line
 LONGEST = 1000  # characters of a line that is shown whole
+INTERRUPTED = 130  # the exit status, as of a shell: 128 + SIGINT
 
 
 class LabError(ValueError):

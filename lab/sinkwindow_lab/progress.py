@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -14,6 +16,7 @@ from sinkwindow_lab.errors import printable, say
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+EVERY = 10.0  # without a terminal, how often a line shows what several processes do [s]
 WIDE = 80  # a terminal that has room for a bar [columns]
 
 
@@ -70,3 +73,28 @@ class Bars(Reporter):
     def found(self, words: str) -> None:
         """Show a number that is finished, above the bars."""
         self._progress.console.print(f"  {printable(words)}", markup=False, highlight=False, soft_wrap=True)
+
+
+class Together(Bars):
+    """What several processes do: a bar for each; if there is no terminal, a line for all of them, every ten seconds."""
+
+    def __init__(self, units: int, processes: int) -> None:
+        """Prepare a bar for all units and one for each process."""
+        super().__init__(units)
+        tasks = [self._progress.add_task(f"rank {rank}", total=None) for rank in range(processes)]
+        self._tasks, self._shown = tasks, time.monotonic() - EVERY
+
+    def show(self, finished: int, beats: Mapping[int, Mapping[str, Any]]) -> None:
+        """Show how many units are finished, and what each process tells of itself (`pulse.py`)."""
+        words = {rank: f"rank {rank} ({one['host']}): {one['doing']}" for rank, one in sorted(beats.items())}
+        self._progress.update(self._all, completed=finished)
+        for rank, one in beats.items():
+            task = self._tasks[rank]
+            self._progress.update(task, description=printable(words[rank]), completed=one["steps"], total=one["total"])
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._shown >= EVERY:
+            done = {
+                rank: f", {one['steps']:,} of {one['total']:,}" if one["total"] else "" for rank, one in beats.items()
+            }
+            say(f"[{finished}/{self._measurements}] {'; '.join(one + done[rank] for rank, one in words.items())}")
+            self._shown = now

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,19 +28,34 @@ MEASUREMENTS = TypeAdapter(list[Measurement])
 
 
 class Store:
-    """A folder of measurements, one file each, written atomically; `reused` counts those found instead of measured."""
+    """A folder of measurements, one file each, written atomically."""
 
     def __init__(self, folder: Path | None = None, *, fresh: bool = False) -> None:
         """Open the folder; `fresh` measures everything again, once, and replaces the files."""
-        self._folder = None if folder is None else files.output_folder(folder)
+        self.folder = None if folder is None else files.output_folder(folder)
         self._fresh = fresh
         self._written: set[Path] = set()
-        self.reused = 0
+        self._found: set[Path] = set()
+        self._adopted: set[Path] = set()
+
+    @property
+    def reused(self) -> int:
+        """How many measurements were found instead of measured; those of other processes of this run do not count."""
+        return len(self._found - self._adopted)
+
+    @property
+    def written(self) -> list[str]:
+        """The names of the files that this run has written."""
+        return sorted(path.name for path in self._written)
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Take files as measured by this run, which other processes of it have written."""
+        self._adopted.update((self.folder or Path()) / name for name in names)
 
     def __str__(self) -> str:
         again = " without --fresh" if self._fresh else ""
-        kept = self.reused + len(self._written)
-        return f"{kept} finished measurements are kept in {self._folder}; the same command{again} continues from there"
+        kept = len(self._found | self._written | self._adopted)
+        return f"{kept} finished measurements are kept in {self.folder}; the same command{again} continues from there"
 
     def measurements(
         self, what: str, key: Mapping[str, Any], measure: Callable[[], list[Measurement]]
@@ -48,7 +63,6 @@ class Store:
         """Return measurements from their file, named by `what` and `key` (JSON values), or measured now and stored."""
         found = self.read(what, key, MEASUREMENTS)
         if found is not None:
-            self.reused += 1
             return found
         made = measure()
         self.write(what, key, MEASUREMENTS.dump_python(made))
@@ -57,20 +71,22 @@ class Store:
     def read(self, what: str, key: Mapping[str, Any], kind: TypeAdapter[T]) -> T | None:
         """Return what is stored; None if it is to be measured: also what is of another version, or broken by hand."""
         path = self._path(what, key)
-        if self._folder is not None and path.is_file() and (not self._fresh or path in self._written):
+        if self.folder is not None and path.is_file() and (not self._fresh or path in self._written | self._adopted):
             with suppress(KeyError, TypeError, ValueError):
-                return kind.validate_python(json.loads(path.read_text(encoding="utf-8"))["value"])
+                found = kind.validate_python(json.loads(path.read_text(encoding="utf-8"))["value"])
+                self._found.add(path)
+                return found
         return None
 
     def write(self, what: str, key: Mapping[str, Any], value: Any) -> None:
         """Store a JSON value."""
-        if self._folder is not None:
+        if self.folder is not None:
             content = json.dumps({"what": what, "key": dict(key), "value": value})
             self._written.add(files.write_text(self._path(what, key), f"{content}\n"))
 
     def _path(self, what: str, key: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return (self._folder or Path()) / f"{what}-{digest[:NAME_LENGTH]}.json"
+        return (self.folder or Path()) / f"{what}-{digest[:NAME_LENGTH]}.json"
 
 
 @functools.cache

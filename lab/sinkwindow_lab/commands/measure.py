@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,7 +39,16 @@ if TYPE_CHECKING:
 command = functools.partial(app.command, rich_help_panel="Measure")
 
 Bos = Annotated[BosPolicy, typer.Option(help="Whether to put the tokenizer's BOS in front of the text.")]
-Config = Annotated[str | None, typer.Option(help="A configuration by name, such as baseline; instead of S, W and B.")]
+Config = Annotated[
+    str | None, typer.Option(help="Configurations by name, separated by commas, such as baseline; not S, W and B.")
+]
+Keep = Annotated[
+    Path | None,
+    typer.Option(help="Folder of finished readings, for the same command to continue; several processes need one."),
+]
+NoTimes = Annotated[
+    bool, typer.Option("--no-times", help="Leave out seconds and the date: equal results are equal files.")
+]
 CallLength = Annotated[int | None, typer.Option(help="Tokens per call; by default a long call, then single tokens.")]
 Method = Annotated[
     Literal["token", "blocks", "both"], typer.Option(help="One token per call, long calls, or both compared.")
@@ -63,46 +74,60 @@ def perplexity(
     dtype: Dtype = "float32",
     save_nll: Annotated[Path | None, typer.Option(help="Write each target's loss, as safetensors.")] = None,
     *,
+    keep: Keep = None,
+    no_times: NoTimes = False,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Score one configuration on one text.
+    """Score configurations on one text.
 
-    Each target is scored once; PPL is the exponential of the mean loss.
+    Each target is scored once; PPL is the exponential of the mean loss. torchrun and accelerate share it out: a
+    configuration, and with --documents apart each text of it, goes to the next free process.
     """
     from sinkwindow_lab import files
-    from sinkwindow_lab.measure.perplexity import measure
     from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.ranks import current
+    from sinkwindow_lab.reports.tables.bench import Bench
+    from sinkwindow_lab.store import Store
     from sinkwindow_lab.ways import configurations
 
-    chosen = configurations.parse(config) if config else configurations.streaming(sinks, window, buffer)
+    rows = configurations.parse_list(config) if config else [configurations.streaming(sinks, window, buffer)]
+    if method == "both" and len(rows) > 1:
+        raise LabError("--method both compares the calls of one configuration: give one")
+    if keep is None and (group := current()):
+        raise LabError(f"--keep: {group.size} processes need a folder for what they have finished: give one")
     check_number("--block=", block, 1)
     target = None if save_nll is None else files.output_file("--save-nll", save_nll)
     asked = f"--config {config}" if config else f"--sinks {sinks} --window {window} --buffer {buffer}"
     place = model, device, dtype, trust_remote_code
     how = {"tokens": tokens, "bos": bos, "documents": documents}
-    text, loaded, ids = read(corpus, place, [chosen], f"--tokens {tokens} {asked}", -1, **how)
-    found, ways = {}, ("token", "blocks") if method == "both" else (method,)
-    with Bars(len(ways)) as bars:
-        for way in ways:
-            bars.begin(f"PPL {chosen.name}, {text.name}, {way}", len(ids.targets))
-            count = 1 if way == "token" else block
-            found[way] = measure(chosen, loaded.model, ids, block=count, on_block=bars.advance)
-    *_, main = found.values()
-    warnings = warn([loaded.record], [ids.record()], main.measurements("perplexity"))
-    content: dict[str, Any] = {"result": main.figures_by_name()}
-    lines = [str(one) for one in found.values()]
+    text, loaded, ids = read(corpus, place, rows, f"--tokens {tokens} {asked}", -1, **how)
+    ways = {"token": 1, "blocks": block} if method == "both" else {method: 1 if method == "token" else block}
+    bench = Bench(loaded, [text], bos, Store(keep), timed=not no_times)
+    found = {}
+    with keeping(bench.store.__str__) if keep else nullcontext():
+        if group := current():
+            pairs = itertools.product(rows, ways.values())
+            bench.shared_by(group, [one for row, count in pairs for one in bench.units_of_text(row, ids, count)], [ids])
+        with Bars(len(rows) * len(ways)) as bench.reporter:
+            for row, (way, count) in itertools.product(rows, ways.items()):
+                bench.reporter.begin(f"PPL {row.name}, {text.name}, {way}", len(ids.targets))
+                found[way if len(rows) == 1 else f"{way}_{row.name}"] = bench.score_pieces(row, ids, count)
+    scores = [*found.values()]
+    main = scores[-1]
+    warnings = warn([loaded.record], [ids.record()], [one for own in scores for one in own.measurements("perplexity")])
+    figures = [one.figures_by_name() for one in scores]
+    content: dict[str, Any] = {"result": figures if len(rows) > 1 else figures[-1]}
+    lines = [str(one) for one in scores]
     if method == "both":
-        single = found["token"]
-        ratio = single.facts["seconds"] / main.facts["seconds"]
-        difference = float((single.nll - main.nll).abs().max())
-        numbers = {"speed_ratio": ratio, "largest_nll_difference": difference}
-        content |= {"token_by_token": single.figures_by_name(), **numbers}
-        lines.append(
-            f"blocks of {block} are {ratio:.1f} times as fast as token by token; "
-            f"largest difference of a loss {difference:.1e}"
-        )
-    shown = as_json(content, warnings, text, loaded, ids)
+        content["token_by_token"] = found["token"].figures_by_name()
+        content["largest_nll_difference"] = float((found["token"].nll - main.nll).abs().max())
+        lines.append(f"largest difference of a loss {content['largest_nll_difference']:.1e}")
+        if all("seconds" in one.facts for one in scores):
+            content["speed_ratio"] = found["token"].facts["seconds"] / main.facts["seconds"]
+            faster = f"blocks of {block} are {content['speed_ratio']:.1f} times as fast as token by token"
+            lines[-1] = f"{faster}; {lines[-1]}"
+    shown = as_json(content, warnings, text, loaded, ids, dated=not no_times)
     if target is not None:
         import torch
         from safetensors.torch import save
@@ -182,6 +207,7 @@ def tables(
     from sinkwindow_lab import files
     from sinkwindow_lab.inputs import models
     from sinkwindow_lab.progress import Bars
+    from sinkwindow_lab.ranks import current
     from sinkwindow_lab.reports.output import prepare, write_report
     from sinkwindow_lab.reports.tables import collect, plan
     from sinkwindow_lab.store import Store
@@ -194,10 +220,13 @@ def tables(
     texts = _texts(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = plan.QUICK if quick else plan.FULL
-    with files.alone_in(folder, say):
+    group = current()
+    with nullcontext() if group and group.rank else files.alone_in(folder, say):  # rank 0 locks it for all
         store = Store(folder / "measurements", fresh=fresh)
         with keeping(store.__str__):
-            report = collect.collect(loaded, texts, rows, chosen, parts=parts, bos=bos, store=store, progress=Bars)
+            report = collect.collect(
+                loaded, texts, rows, chosen, parts=parts, bos=bos, store=store, progress=Bars, group=group
+            )
         for path in write_report(report, folder):
             say(f"wrote {path}", err=False)
     warn(report.models, report.texts, report.measurements)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import sinkwindow
+from sinkwindow_lab import ranks
 from sinkwindow_lab.errors import LabError, say
 from sinkwindow_lab.records import Configuration, Measurement, ModelRecord, TextRecord
 
@@ -39,8 +40,11 @@ Version = Annotated[
 
 
 @app.callback()
-def options(*, version: Version = False) -> None:
+def options(context: typer.Context, *, version: Version = False) -> None:  # noqa: ARG001 - its callback acts
     """Take what stands before a command."""
+    if ranks.current() and context.invoked_subcommand not in ranks.SHARED:
+        shared = " and ".join(ranks.SHARED)
+        raise LabError(f"{context.invoked_subcommand} runs in one process, without torchrun; {shared} in several")
 
 
 CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a text, json, jsonl or parquet file"
@@ -103,11 +107,21 @@ def untested_family(loaded: LoadedModel) -> sinkwindow.Family:
     return family
 
 
-def as_json(content: dict[str, Any], warnings: list[str], text: Corpus, loaded: LoadedModel, ids: TokenText) -> str:
-    """Return results as JSON, with the text, the model and the machine beside them."""
+def as_json(
+    content: dict[str, Any],
+    warnings: list[str],
+    text: Corpus,
+    loaded: LoadedModel,
+    ids: TokenText,
+    *,
+    dated: bool = True,
+) -> str:
+    """Return results as JSON, with the text, the model and the machine beside them, and the date unless not `dated`."""
     from sinkwindow_lab.inputs import machine
 
     origin = {"text": ids.record(), "corpus": text.record(), "model": loaded.record}
     origin |= {"machine": machine.describe(loaded.model.device)}
     shown = {name: one.model_dump() for name, one in origin.items()}
+    if not dated:
+        del shown["machine"]["date"]
     return json.dumps({**content, "warnings": warnings, **shown}, indent=1)

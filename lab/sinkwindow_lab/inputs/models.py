@@ -27,6 +27,7 @@ from sinkwindow_lab.errors import LabError, printable, require
 from sinkwindow_lab.files import output_folder
 from sinkwindow_lab.inputs.hub import ask
 from sinkwindow_lab.inputs.tokens import TokenText
+from sinkwindow_lab.ranks import own_device
 from sinkwindow_lab.records import ModelRecord
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -59,7 +60,7 @@ def load_model(
     name: str | None = None, *, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False
 ) -> LoadedModel:
     """Load a causal language model in eval mode: a hub id, a folder, or None, the embedded one, without a network."""
-    place, kind = check_place(device, dtype)
+    place, kind = check_place(own_device(device), dtype)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if name is None:
         folder, digest = embedded_folder()

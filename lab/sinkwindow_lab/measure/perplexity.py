@@ -31,7 +31,8 @@ class Score:
     text: TokenText  # what was scored
     block: int  # tokens per call
     nll: torch.Tensor  # [targets], float64, natural logarithm; of one text entry i is the loss of token i + 1
-    facts: dict[str, float]  # `seconds`, `evictions`, `kept_tokens` and `cache_bytes` of the reading
+    # `evictions`, `kept_tokens` and `cache_bytes` of the reading; `seconds`, unless other processes computed meanwhile.
+    facts: dict[str, float]
 
     @property
     def mean_nll(self) -> float:
@@ -55,35 +56,39 @@ class Score:
 
     @property
     def tokens_per_second(self) -> float:
-        """Targets scored per second, logits and losses included."""
-        return len(self.nll) / self.facts["seconds"]
+        """Targets scored per second, logits and losses included; NaN if the time was not measured."""
+        return len(self.nll) / self.facts.get("seconds", math.nan)
 
     def figures(self) -> dict[str, tuple[str, list[float]]]:
         """Return every number as a sample with its unit."""
-        return {
+        figures: dict[str, tuple[str, list[float]]] = {
             "PPL": ("", [self.perplexity]),
             "NLL": ("nat", [self.mean_nll]),
             "standard error": ("nat", [self.standard_error]),
             "bits per byte": ("bit", [self.bits_per_byte]),
             "targets": ("tokens", [len(self.nll)]),
-            "seconds": ("s", [self.facts["seconds"]]),
+            "seconds": ("s", [self.facts.get("seconds", math.nan)]),
             "evictions": ("", [self.facts["evictions"]]),
             "kept": ("tokens", [self.facts["kept_tokens"]]),
             "cache": ("bytes", [self.facts["cache_bytes"]]),
         }
+        if "seconds" not in self.facts:
+            del figures["seconds"]
+        return figures
 
     def figures_by_name(self) -> dict[str, Any]:
         """Return the configuration, the tokens per call and every number by name, for JSON."""
         numbers = {metric.replace(" ", "_"): value for metric, (_, (value,)) in self.figures().items()}
         fixed = {"configuration": self.configuration, "block": self.block}
-        return {**fixed, **numbers, "tokens_per_second": self.tokens_per_second}
+        return {**fixed, **numbers} | ({"tokens_per_second": self.tokens_per_second} if "seconds" in self.facts else {})
 
     def __str__(self) -> str:
         """Return the numbers in one line."""
+        rate = f"{self.tokens_per_second:.1f} tok/s  " if "seconds" in self.facts else ""
         return (
             f"PPL {self.perplexity:.4f}  NLL {self.mean_nll:.5f} +- {self.standard_error:.5f}  "
             f"{self.bits_per_byte:.4f} bits/byte  {len(self.nll):,} targets  {self.facts['evictions']:.0f} evictions  "
-            f"{self.tokens_per_second:.1f} tok/s  ({self.configuration}, {self.text.corpus}, {self.block} tok/call)"
+            f"{rate}({self.configuration}, {self.text.corpus}, {self.block} tok/call)"
         )
 
     def measurements(self, part: str) -> list[Measurement]:
@@ -128,10 +133,18 @@ def measure(
     on_block: OnBlock = None,
 ) -> Score:
     """Score one configuration on one text; texts that are read apart have a fresh session each."""
-    read = [_read(way, model, [ids], block, on_block) for ids in text.texts]
-    losses, found = zip(*itertools.chain(*read), strict=True)
-    facts = {fact: (sum if fact in ADDED else max)(one[fact] for one in found) for fact in found[0]}
-    return Score(way.name, text, block, torch.cat(losses), facts)
+    read = (measure_stages(way, model, [piece], block=block, on_block=on_block) for piece in text.pieces)
+    return merged(text, [*itertools.chain(*read)])
+
+
+def merged(text: TokenText, found: Sequence[Score]) -> Score:
+    """Return the score of a text from those of its pieces, in their order."""
+    facts = {
+        fact: (sum if fact in ADDED else max)(one.facts[fact] for one in found)
+        for fact in found[0].facts
+        if all(fact in one.facts for one in found)
+    }
+    return Score(found[0].configuration, text, found[0].block, torch.cat([one.nll for one in found]), facts)
 
 
 def measure_stages(

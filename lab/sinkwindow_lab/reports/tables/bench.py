@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from sinkwindow_lab.inputs.models import LoadedModel
 from sinkwindow_lab.measure import perplexity
 from sinkwindow_lab.measure.perplexity import BLOCK, Score
 from sinkwindow_lab.progress import Reporter
+from sinkwindow_lab.ranks import Group, Unit
 from sinkwindow_lab.records import BosPolicy, Configuration
 from sinkwindow_lab.store import Store, code_version
 
@@ -35,6 +38,7 @@ class Bench:
     bos: BosPolicy = "none"
     store: Store = field(default_factory=Store)
     reporter: Reporter = field(default_factory=Reporter)
+    timed: bool = True  # whether readings have this machine for themselves; otherwise their times are left out
     texts: dict[tuple[str, int], tokens.TokenText] = field(default_factory=dict, init=False)
     # By configuration and corpus, then by number of tokens.
     _announced: defaultdict[tuple[Configuration, str], dict[int, tokens.TokenText]] = field(
@@ -61,9 +65,50 @@ class Bench:
         """Return the losses over the first `count` tokens of a text, measured once."""
         known = configuration, corpus.name, self.text(corpus, count).ids.shape[1]
         if known not in self._read:
-            for one in self._scores(configuration, self._stages(*known) or [self.text(corpus, count)]):
+            stages = self._stages(*known) or [self.text(corpus, count)]
+            for one in self._scores(configuration, stages, BLOCK, self.reporter.found):
                 self._read[configuration, corpus.name, one.text.ids.shape[1]] = one
         return self._read[known]
+
+    def score_pieces(self, configuration: Configuration, text: tokens.TokenText, block: int) -> Score:
+        """Return the losses of texts that are read apart, each stored as soon as it is there."""
+        if self.store.folder is None:  # no keys: they take a while, since they have a digest of the weights
+            score = perplexity.measure(
+                configuration, self.loaded.model, text, block=block, on_block=self.reporter.advance
+            )
+            return dataclasses.replace(score, facts=self._facts(score.facts))
+        pieces = [self._scores(configuration, [piece], block) for piece in text.pieces]
+        return perplexity.merged(text, [*itertools.chain(*pieces)])
+
+    def units_of_text(self, configuration: Configuration, text: tokens.TokenText, block: int) -> list[Unit]:
+        """Return a unit of work for each text that is read apart, once for texts that are equal."""
+        apart = {piece.sha256: piece for piece in text.pieces}
+        return [
+            _unit(
+                f"PPL {configuration.name}, {text.corpus}, {block} tok/call, text {place} of {len(apart)}",
+                configuration,
+                len(piece.targets),
+                functools.partial(self.score_pieces, configuration, piece, block),
+            )
+            for place, piece in enumerate(apart.values(), start=1)
+        ]
+
+    def unit(self, configuration: Configuration, corpus: Corpus, count: int) -> Unit:
+        """Return the unit of work that `score` needs: for all announced lengths the same, under the same name."""
+        once = f", {count:,} tokens" if configuration.depends_on_calls else ""
+        name, targets = (
+            f"PPL {configuration.name}, {corpus.name}{once}",
+            self.targets_left(configuration, corpus, count),
+        )
+        return _unit(name, configuration, targets, functools.partial(self.score, configuration, corpus, count))
+
+    def shared_by(self, group: Group, units: Iterable[Unit], texts: Iterable[tokens.TokenText]) -> None:
+        """Have units done by the processes of a group; return in rank 0, which finds them in the store."""
+        own, self.reporter, self.timed = self.reporter, group, False
+        distinct = {unit.name: unit for unit in units}
+        facts = {"configurations": sorted(distinct), "texts": [text.sha256 for text in texts], **self.key(SCORING)}
+        group.share([*distinct.values()], self.store, facts)
+        self.reporter = own
 
     def targets_left(self, configuration: Configuration, corpus: Corpus, count: int) -> int:
         """Return how many targets `score` would read now."""
@@ -76,24 +121,36 @@ class Bench:
         announced = self._announced.get((configuration, corpus), {})
         return [announced[one] for one in sorted(announced)] if length in announced else []
 
-    def _scores(self, configuration: Configuration, stages: Sequence[tokens.TokenText]) -> Iterator[Score]:
-        """Yield the score of each length, each stored as soon as it is there."""
+    def _scores(
+        self,
+        configuration: Configuration,
+        stages: Sequence[tokens.TokenText],
+        block: int,
+        found: Callable[[str], object] = lambda _: None,
+    ) -> Iterator[Score]:
+        """Yield the score of each length, each stored, and its number told to `found`, as soon as it is there."""
+        made = perplexity.measure_stages(
+            configuration, self.loaded.model, stages, block=block, on_block=self.reporter.advance
+        )
         keys = [
-            self.key(SCORING, way=configuration, corpus=one.corpus, text=one.sha256, bos=one.bos, block=BLOCK)
+            self.key(SCORING, way=configuration, corpus=one.corpus, text=one.sha256, bos=one.bos, block=block)
             for one in stages
         ]
         what = f"nll-{configuration.name}"
-        stored = [found for found in (self.store.read(what, key, LOSSES) for key in keys) if found is not None]
+        stored = [known for known in (self.store.read(what, key, LOSSES) for key in keys) if known is not None]
         if len(stored) == len(stages):
-            self.store.reused += len(stages)
             for stage, (nll, facts) in zip(stages, stored, strict=True):
-                yield Score(configuration.name, stage, BLOCK, torch.tensor(nll, dtype=torch.float64), facts)
+                losses = torch.tensor(nll, dtype=torch.float64)
+                yield Score(configuration.name, stage, block, losses, self._facts(facts))
             return
-        made = perplexity.measure_stages(configuration, self.loaded.model, stages, on_block=self.reporter.advance)
         for key, one in zip(keys, made, strict=True):
-            self.store.write(what, key, (one.nll.tolist(), one.facts))
-            self.reporter.found(f"PPL {one.perplexity:.3f} of {len(one.nll) + 1:,} tokens")
-            yield one
+            score = dataclasses.replace(one, facts=self._facts(one.facts))
+            self.store.write(what, key, (score.nll.tolist(), score.facts))
+            found(f"PPL {score.perplexity:.3f} of {len(score.nll) + 1:,} tokens")
+            yield score
+
+    def _facts(self, facts: dict[str, float]) -> dict[str, float]:
+        return {name: fact for name, fact in facts.items() if self.timed or name != "seconds"}
 
     def key(self, modules: Sequence[str], **parts: Any) -> dict[str, Any]:
         """Return the key of measurements: model, machine, the code of `modules`, and what else they depend on."""
@@ -108,6 +165,11 @@ class Bench:
     @functools.cached_property
     def _model(self) -> str:
         return model_digest(self.loaded)
+
+
+def _unit(name: str, configuration: Configuration, targets: int, run: Callable[[], object]) -> Unit:
+    """Return a unit with its size: re-computation reads a whole window for each target."""
+    return Unit(name, targets * (configuration.size if configuration.kind == "recompute" else 1), run)
 
 
 def model_digest(loaded: LoadedModel) -> str:

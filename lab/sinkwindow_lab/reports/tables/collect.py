@@ -16,6 +16,7 @@ from sinkwindow_lab.inputs.models import LoadedModel
 from sinkwindow_lab.measure import generation, requirements, steps
 from sinkwindow_lab.measure.perplexity import BLOCK
 from sinkwindow_lab.progress import Reporter
+from sinkwindow_lab.ranks import Group, Unit
 from sinkwindow_lab.records import BosPolicy, Configuration, Measurement, Report
 from sinkwindow_lab.reports.tables import recall, where
 from sinkwindow_lab.reports.tables.bench import Bench
@@ -37,6 +38,7 @@ class Job:
     ways: Sequence[Configuration]
     tokens: int  # of the longest text that its ways are fed
     run: Callable[[], list[Measurement]]
+    units: Callable[[], list[Unit]] = list  # work of it that several processes share; times are measured by one, alone
 
 
 def collect(
@@ -49,17 +51,21 @@ def collect(
     bos: BosPolicy = "none",
     store: Store | None = None,
     progress: Callable[[int], AbstractContextManager[Reporter]] = lambda _: nullcontext(Reporter()),
+    group: Group | None = None,
 ) -> Report:
     """Measure everything that the tables show.
 
     The corpora give one PPL column each, and the first one also gives the prompts; `configurations` are the rows of the
     experiments, `parts` some of `PARTS`. `progress` gets the number of measurements and returns what is told of them.
+    The processes of a `group` share readings and recall; then only rank 0 returns, and measures times.
     """
     begun = time.perf_counter()
     bench = Bench(loaded, corpora, bos, store or Store())
     todo = jobs(bench, configurations, plan, parts)
     for job in todo:
         requirements.check(job.ways, loaded.model, job.tokens, job.label)
+    if group:
+        bench.shared_by(group, [unit for job in todo for unit in job.units()], bench.texts.values())
     measurements = []
     with progress(len(todo)) as bench.reporter:
         for job in todo:
@@ -125,8 +131,11 @@ def _readings(bench: Bench, part: str, readings: Readings, plan: Plan) -> Iterat
                     return where.where(first, dense[0], evicts_at=sum(ways[0].limits) + 1)
                 return first.measurements(part) + (where.along(first, plan.along_bin) if part == "along" else [])
 
+            def units(ways: Sequence[Configuration] = ways, corpus: Corpus = corpus) -> list[Unit]:
+                return [bench.unit(one, corpus, readings.tokens) for one in ways]
+
             fed = bench.text(corpus, readings.tokens).ids.shape[1] - 1  # the last token is a target only
-            yield Job(f"{part}: PPL {way.name}, {corpus.name}", left, ways, fed, run)
+            yield Job(f"{part}: PPL {way.name}, {corpus.name}", left, ways, fed, run, units)
 
 
 def _timings(
@@ -230,4 +239,5 @@ def _recall(bench: Bench, plan: Plan) -> Iterator[Job]:
                 f"recall-{way.name}", key | {"asked": asked}, lambda: recall.ask(bench, way, pages)
             )
 
-        yield Job(f"recall: {way.name}", lambda: sum(lengths), (way,), max(lengths), run)
+        unit = Unit(f"recall: {way.name}", sum(lengths), run)
+        yield Job(unit.name, lambda: sum(lengths), (way,), max(lengths), run, lambda unit=unit: [unit])  # type: ignore[misc]

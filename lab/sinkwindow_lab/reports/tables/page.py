@@ -123,7 +123,7 @@ def _score_table(own: pd.DataFrame, ways: Mapping[str, Configuration]) -> str:
     rows = []
     for way, text, tokens, found in _groups(own, ways, "PPL"):
         losses = [f"{found[one]:.4f}" for one in ("NLL", "standard error", "bits per byte")]
-        rate = f"{found['targets'] / found['seconds']:.1f}"
+        rate = f"{found['targets'] / found['seconds']:.1f}" if "seconds" in found else NOT_MEASURED
         counts = [f"{found[one]:,.0f}" for one in ("evictions", "kept")]
         rows.append([way.title, name(text), f"{tokens:,.0f}", f"{found['targets']:,.0f}", *losses, rate, *counts])
     return table(SCORES, rows) if rows else ""
