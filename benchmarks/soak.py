@@ -1,17 +1,22 @@
-"""Stream a long time, and check that nothing grows: `nox -s soak`; `-- --quick` streams less, in five minutes."""
+"""Stream a long time, and check that nothing grows: `nox -s soak`; `-- --quick` streams less, in five minutes.
+
+Each stream of the full program takes up to an hour. One that has ended is kept in results/soak, so that an interrupted
+run goes on with the next; `-- --only embedded-static` runs one of them, and `-- --fresh` all again.
+"""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
 import torch
 from benchmarks.streams import PROBE, Drift, Found, Plan, Subject, far, soak
+from pydantic import TypeAdapter
 
 from sinkwindow_lab.files import write_text
 from sinkwindow_lab.inputs import machine
@@ -21,8 +26,10 @@ from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.inputs.tokens import encode
 from sinkwindow_lab.inputs.wide import wide_copy
 from sinkwindow_lab.progress import Bars, Reporter
+from sinkwindow_lab.records import MachineRecord
 from sinkwindow_lab.render.markdown import bullets, join, table
-from sinkwindow_lab.render.origins import machine_rows
+from sinkwindow_lab.render.origins import machine_line, machine_rows
+from sinkwindow_lab.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
 RESIDENT: Final = 32 * 2**20  # by how much the resident set may grow: 34 bytes per token of a million [bytes]
 SLOWER: Final = 1.02  # largest TPOT at the end over that at the start
 KINDS: Final = ("dynamic", "static")
+KEPT: Final = TypeAdapter(tuple[Found, MachineRecord])
 HEAD: Final = f"""\
 # Soak
 
@@ -84,10 +92,11 @@ def judge_far(title: str, found: Drift) -> Check:
     return Check(f"{title}: error {found.error:.2e}, at most {allowed:.2e}", found.error <= allowed)
 
 
-def section(found: Found) -> str:
+def section(found: Found, on: MachineRecord) -> str:
     """Return a stream's checkpoints as Markdown."""
     rows = [[form.format(one) for form in COLUMNS.values()] for one in found.checkpoints]
-    return join([f"## {found.title}", table([*COLUMNS], rows), marks(judge(found))])
+    origin = machine_line(on, "Software", "Commit")
+    return join([f"## {found.title}", origin, table([*COLUMNS], rows), marks(judge(found))])
 
 
 def marks(checks: Sequence[Check]) -> str:
@@ -129,6 +138,7 @@ FULL: Final = Program(
     ),
     far=((2**24, True), (2**24, False), (2**31, False)),
 )
+STREAMS: Final = [f"{make.__name__}-{kind}" for make, _ in FULL.streams for kind in KINDS]
 QUICK: Final = Program(
     streams=(
         (tiny, Plan(20_000, (4, 60, 0), checkpoints=5, early=1_000, timed=2_000, compiled=True)),
@@ -138,17 +148,34 @@ QUICK: Final = Program(
 )
 
 
-def run(program: Program, progress: Reporter) -> tuple[str, list[Check]]:
+def streamed(
+    program: Program, store: Store, progress: Reporter, only: str | None = None
+) -> list[tuple[Found, MachineRecord]]:
+    """Return what was found of each stream, kept or measured now."""
+    found = []
+    for make, plan in program.streams:
+        subject = None
+        for kind in KINDS:
+            if only not in (None, f"{make.__name__}-{kind}"):
+                continue
+            key = {"stream": make.__name__, "kind": kind, "plan": asdict(plan)}
+            kept = store.read("soak", key, KEPT)
+            if kept is None:
+                subject = subject or make()
+                kept = soak(subject, plan, kind, progress), machine.describe(torch.device("cpu"))
+                store.write("soak", key, KEPT.dump_python(kept, mode="json"))
+            found.append(kept)
+    return found
+
+
+def run(program: Program, progress: Reporter, store: Store | None = None) -> tuple[str, list[Check]]:
     """Run a program; return the report in Markdown and all checks."""
     blocks, checks = [], list[Check]()
-    for make, plan in program.streams:
-        subject = make()
-        for kind in KINDS:
-            found = soak(subject, plan, kind, progress)
-            blocks.append(section(found))
-            for one in judge(found):
-                progress.found(mark(one))
-                checks.append(replace(one, what=f"{found.title}: {one.what}"))
+    for found, on in streamed(program, store or Store(), progress):
+        blocks.append(section(found, on))
+        for one in judge(found):
+            progress.found(mark(one))
+            checks.append(replace(one, what=f"{found.title}: {one.what}"))
     subject, distant = tiny(), list[Check]()
     for (target, real), kind in itertools.product(program.far, KINDS):
         title = f"{kind}, past position {target:,}, {'streamed' if real else 'set'}"
@@ -156,7 +183,7 @@ def run(program: Program, progress: Reporter) -> tuple[str, list[Check]]:
         distant.append(judge_far(title, far(subject, (4, 60, 3), kind, target, real=real)))
         progress.found(mark(distant[-1]))
     origin = table(("", "value"), machine_rows(machine.describe(torch.device("cpu"))), words=True)
-    return join([HEAD, origin, *blocks, "## Far positions", marks(distant)]), checks + distant
+    return join([HEAD, *blocks, "## Far positions", origin, marks(distant)]), checks + distant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,11 +191,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="stream less, in five minutes on two cores")
     parser.add_argument("--out", type=Path, help="Markdown file to write; docs/soak.md, or results/soak.md if quick")
+    parser.add_argument("--fresh", action="store_true", help="stream again what is kept")
+    parser.add_argument("--only", choices=STREAMS, help="run one stream and keep it, without a page")
     chosen = parser.parse_args(arguments)
     out = chosen.out or Path("results" if chosen.quick else "docs", "soak.md")
     program = QUICK if chosen.quick else FULL
-    with Bars(len(KINDS) * (len(program.streams) + len(program.far))) as bars:
-        report, checks = run(program, bars)
+    store = Store(None if chosen.quick else Path("results", "soak"), fresh=chosen.fresh)
+    with Bars(1 if chosen.only else len(KINDS) * (len(program.streams) + len(program.far))) as bars:
+        if chosen.only:
+            ((found, _),) = streamed(program, store, bars, chosen.only)
+            sys.stdout.write(f"{marks(judge(found))}\n")
+            return 0
+        report, checks = run(program, bars, store)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, report)
     wrong = [one.what for one in checks if not one.holds]

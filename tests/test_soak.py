@@ -12,6 +12,7 @@ from benchmarks import soak, streams
 from sinkwindow import StreamingCache
 from sinkwindow.attention.rotation import Rotary
 from sinkwindow_lab.progress import Reporter
+from sinkwindow_lab.store import Store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,6 +144,22 @@ def test_the_program_reports_and_fails(
     assert len(wrong) == 2
     assert all("resident set grows" in line for line in wrong)
     assert page.read_text(encoding="utf-8").count("DOES NOT HOLD") == 2
+
+
+def test_a_stream_that_has_ended_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run takes it as it was found, and streams only what is missing."""
+    program, streamed = soak.Program(streams=((soak.tiny, PLAN),), far=()), list[str]()
+
+    def found(_subject: object, _plan: object, kind: str, _progress: object) -> streams.Found:
+        streamed.append(kind)
+        return replace(FOUND, title=kind)
+
+    monkeypatch.setattr(soak, "soak", found)
+    assert [one.title for one, _ in soak.streamed(program, Store(tmp_path), Reporter(), "tiny-static")] == ["static"]
+    for again in (["static", "dynamic"], ["static", "dynamic"]):  # the second run streams nothing
+        kept = soak.streamed(program, Store(tmp_path), Reporter())
+        assert [one for one, _ in kept] == [replace(FOUND, title=kind) for kind in soak.KINDS]
+        assert streamed == again
 
 
 def test_full_and_quick_ask_the_same() -> None:
