@@ -5,6 +5,7 @@ Logits are compared with the reference run over the request's text, whatever way
 
 from __future__ import annotations
 
+import doctest
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -247,6 +248,13 @@ def test_the_model_finds_it() -> None:
     assert texts[0] == texts[1]
     assert prompts[0] + texts[0][0] == alone[0].tolist()
     assert not hasattr(model, "_cached_continuous_batching_manager")
+
+
+def test_the_example_of_its_docstring() -> None:
+    """It prints what it says."""
+    names = {"model": fresh_model(ModelSpec()), "StreamingBatchingManager": StreamingBatchingManager}
+    (example,) = (one for one in doctest.DocTestFinder().find(StreamingBatchingManager, globs=names) if one.examples)
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_two_managers_do_not_share_a_model_by_accident() -> None:
