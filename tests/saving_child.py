@@ -44,13 +44,18 @@ def killed(folder: Path) -> None:
     model, dice = SPEC.model(), random.Random(0)  # noqa: S311 - not a secret
     chat(model, folder / "chat", turns=1)
     for number in range(KILLED):
+        before = (folder / "chat").stat().st_ino
         child = os.fork()
         if not child:
             try:
                 chat(model, folder / "chat", turns=10**6)
             finally:
                 os._exit(1)
-        time.sleep(dice.uniform(0.02, 0.2))
+        while (folder / "chat").stat().st_ino == before:  # on a busy machine the first turn may take a while
+            if os.waitpid(child, os.WNOHANG)[0]:
+                raise RuntimeError("A child ended by itself.")
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.15))
         os.kill(child, signal.SIGKILL)
         if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
             raise RuntimeError("A child ended by itself.")
