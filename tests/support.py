@@ -1,7 +1,8 @@
 """The page of supported models: `python tests/support.py > docs/support.md`.
 
-`nox -s compat` adds what the tests say of a release, `python tests/support.py REPORT`, to docs/results/releases.json,
-and `nox -s distributed` what they say of families on ranks, with `--parallel`, to docs/results/parallel.json.
+`nox -s compat` adds what the tests say of a release, `python tests/support.py REPORT`, to docs/results/releases.json, and
+writes the page after the newest one. `nox -s distributed` adds what they say of families on ranks, with `--parallel`, to
+docs/results/parallel.json.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from families import BATCHED, FAMILIES, build, can_be_static
 from hybrids import HYBRIDS, type_of
 from hybrids import build as build_hybrid
 from sinkwindow import supports
-from sinkwindow.model.versions import EXACT_SINCE
+from sinkwindow.model.versions import EXACT_SINCE, INSTALLED, NEWEST_TESTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-RESULTS: Final = Path(__file__).parents[1] / "docs" / "results" / "releases.json"
+PAGE: Final = Path(__file__).parents[1] / "docs" / "support.md"
+RESULTS: Final = PAGE.parent / "results" / "releases.json"
 PARALLEL: Final = RESULTS.with_name("parallel.json")
 NEEDS: Final = "needs transformers"  # how reasons of tests/releases.py begin
 OURS: Final = {*EXACT_SINCE, *(family.model_type for family in FAMILIES.values()), *map(type_of, HYBRIDS)}
@@ -174,5 +176,7 @@ if __name__ == "__main__":
         known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         known[transformers.__version__] = read(sys.argv[1])
         RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if INSTALLED >= NEWEST_TESTED:  # which has all families
+            PAGE.write_text(page(), encoding="utf-8")
     else:
         sys.stdout.write(page())
