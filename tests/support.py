@@ -1,8 +1,8 @@
 """The page of supported models: `python tests/support.py > docs/support.md`.
 
-`nox -s compat` adds what the tests say of a release, `python tests/support.py REPORT`, to docs/results/releases.json, and
-writes the page after the newest one. `nox -s distributed` adds what they say of families on ranks, with `--parallel`, to
-docs/results/parallel.json.
+`nox -s compat` adds what the tests say of a release, `python tests/support.py REPORT`, to docs/results/releases.json,
+and writes the page after the newest one. `nox -s distributed` adds what they say of families on ranks, with
+`--parallel`, to docs/results/parallel.json.
 """
 
 from __future__ import annotations
