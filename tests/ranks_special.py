@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 ALL_MODES: Final = ("llama", "gpt_neox", "phi3", "qwen3_moe", "gemma3_text", "qwen3_next")  # a plan of each kind
@@ -179,17 +181,37 @@ def uneven(folder: Path) -> tuple[str, str]:
     return supports(model).reason, refusal(lambda: StreamingCache(model, *RULE))
 
 
+def split_heads(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Split the heads of a model with two layers, without the help of transformers."""
+    plan: dict[str, Any] = {}
+    for layer in range(2):
+        plan |= {f"model.layers.{layer}.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+        plan[f"model.layers.{layer}.self_attn.o_proj"] = RowwiseParallel()
+    parallelize_module(model, mesh, plan)
+
+
+def mesh_of_ones_own(folder: Path) -> dict[str, Any]:
+    """Split heads along a dimension of any name, and shard weights by FSDP along another one."""
+    model, mesh = load("llama", folder / "llama"), init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "model"))
+    split_heads(model, mesh["model"])
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh["data"])
+    cache = StreamingCache(model, *RULE)
+    found: dict[str, Any] = {"error": error(model, "llama", folder, cache)}
+    cache.save(folder / "own-mesh.safetensors")
+    distributed.barrier()
+    twin = StreamingCache.load(folder / "own-mesh.safetensors", model)
+    goes_on = torch.equal(stream(model, twin, IDS[:, :5], [5]), stream(model, cache, IDS[:, :5], [5]))
+    return found | {"files": len([*folder.glob("own-mesh.*")]), "goes on": goes_on}
+
+
 def split_afterwards(folder: Path) -> dict[str, Any]:
     """Split a model that caches were made for, one of which holds a text."""
     model = load("llama", folder / "llama")
     filled, empty = StreamingCache(model, *RULE), StreamingCache(model, *RULE)
     stream(model, filled, IDS, CALLS)
     snapshot, before = filled.snapshot(), observe(filled)
-    plan: dict[str, Any] = {}
-    for layer in range(2):
-        plan |= {f"model.layers.{layer}.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-        plan[f"model.layers.{layer}.self_attn.o_proj"] = RowwiseParallel()
-    parallelize_module(model, init_device_mesh("cpu", (world(),)), plan)
+    split_heads(model, init_device_mesh("cpu", (world(),)))
     found: dict[str, Any] = {"error": error(model, "llama", folder, empty), "bytes": empty.nbytes / filled.nbytes}
     return found | {
         "filled": refusal(lambda: stream(model, filled, IDS[:, :2], [2])),
@@ -216,7 +238,11 @@ def foreign_files(folder: Path) -> dict[str, str]:
     if rank:
         cache.save(folder / "moments.safetensors")
     distributed.barrier()
-    return found | {"moment": refusal(lambda: StreamingCache.load(folder / "moments.safetensors", model))}
+    found["moment"] = refusal(lambda: StreamingCache.load(folder / "moments.safetensors", model))
+    if rank == 1:
+        (folder / f"moments.rank1of{world()}.safetensors").unlink()
+    distributed.barrier()
+    return found | {"missing": refusal(lambda: StreamingCache.load(folder / "moments.safetensors", model))}
 
 
 ACTS: Final[dict[int, dict[str, Callable[[Path], Any]]]] = {
@@ -232,6 +258,7 @@ ACTS: Final[dict[int, dict[str, Callable[[Path], Any]]]] = {
         "stages": stages,
         "uneven": uneven,
         "split afterwards": split_afterwards,
+        "mesh of one's own": mesh_of_ones_own,
         "foreign files": foreign_files,
     },
     4: {"two by two": two_by_two, "experts apart": experts_apart, "foreign files": foreign_files},

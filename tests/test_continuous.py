@@ -59,7 +59,7 @@ class Driver:
 
     def __init__(self, manager: StreamingBatchingManager) -> None:
         self.manager, self.model = manager, cast("PreTrainedModel", manager.model)
-        self.processor = manager._create_batch_processor()
+        self.processor = manager.batch_processor = manager._create_batch_processor()
         allocator = self.processor.cache.layer_to_allocator[0]
         assert isinstance(allocator, SinkWindowAllocator)
         self.allocator = allocator
@@ -148,6 +148,7 @@ def test_every_request_is_as_alone(
                 manager.cancel_request(str(name))
         driver.step()
     texts = driver.finish()
+    assert not driver.processor.has_pending_requests()
     for name, (_, prompt, new, leaves) in enumerate(requests):
         assert str(name) in texts or leaves is not None
         if str(name) in texts:

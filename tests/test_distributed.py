@@ -184,6 +184,16 @@ def test_a_model_that_is_split_under_its_caches(found: Found) -> None:
 
 
 @distributed
+def test_a_mesh_of_ones_own(found: Found) -> None:
+    """Whatever its dimensions are called: what FSDP gathers is whole, and what is split is a rank's."""
+    for process in found[2]:
+        answer = process["special"]["mesh of one's own"]
+        assert answer["error"] < EQUAL
+        assert answer["files"] == 2
+        assert answer["goes on"]
+
+
+@distributed
 @ranks
 def test_files_of_others_are_refused_by_name(world: int, found: Found) -> None:
     """The error says what was saved and what this is; files of different moments are refused on all ranks."""
@@ -192,6 +202,8 @@ def test_files_of_others_are_refused_by_name(world: int, found: Found) -> None:
         assert f"is of a whole model, {own}" in answers["whole"]
         assert f"is of rank {(rank + 1) % world} of {world}, {own}" in answers["rank"]
         assert "are of different moments" in answers["moment"]
+        error = "FileNotFoundError: " if rank == 1 else f"ValueError: Another rank, 1 of the {world} that share this"
+        assert answers["missing"].startswith(error)
         if world > 2:
             assert f"is of rank {rank % 2} of 2, {own}" in answers["world"]
             assert "llama.rank0of2.safetensors is of a model that was split" in answers["no file"]

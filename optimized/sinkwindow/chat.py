@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from sinkwindow.stream.events import Eviction
+    from sinkwindow.stream.state import Snapshot
 
 LEAST_SINKS = 4  # as the StreamingLLM paper recommends
 MAX_NEW_TOKENS = 512  # of an answer, where neither the caller nor the model's generation_config says otherwise
@@ -189,21 +190,26 @@ class Chat:
             OSError: The file cannot be read.
             ValueError: It is no file of a chat, is damaged, or is of another model, tokenizer or chat template.
         """
-        snapshot = read(path)
-        try:
-            note = snapshot.note
-            end = _End([int(one) for one in note["pending"]], int(note["closed"]))
-            system, source, probe = note["system"], note["chat_template"], note["probe"]
-        except NONSENSE as error:
-            raise ValueError(f"{path} holds a cache without a chat: use StreamingCache.load.") from error
-        template = ChatTemplate(tokenizer, system, source)
-        if template.probe() != probe:
-            raise ValueError(
-                f"{path} was saved with another tokenizer or chat template: this one makes other tokens of a turn."
-            )
-        chat = cls.__new__(cls)
-        cache = StreamingCache._loaded(snapshot, model, on_evict)  # noqa: SLF001
-        chat._assemble(template, model, cache, end)  # noqa: SLF001
+        noted: list[tuple[ChatTemplate, _End]] = []
+
+        def opened() -> Snapshot:
+            snapshot = read(path)
+            try:
+                note = snapshot.note
+                end = _End([int(one) for one in note["pending"]], int(note["closed"]))
+                system, source, probe = note["system"], note["chat_template"], note["probe"]
+            except NONSENSE as error:
+                raise ValueError(f"{path} holds a cache without a chat: use StreamingCache.load.") from error
+            template = ChatTemplate(tokenizer, system, source)
+            if template.probe() != probe:
+                raise ValueError(
+                    f"{path} was saved with another tokenizer or chat template: this one makes other tokens of a turn."
+                )
+            noted.append((template, end))
+            return snapshot
+
+        chat, cache = cls.__new__(cls), StreamingCache._loaded(opened, model, on_evict)  # noqa: SLF001
+        chat._assemble(noted[0][0], model, cache, noted[0][1])  # noqa: SLF001
         return chat
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

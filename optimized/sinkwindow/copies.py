@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
+from torch import nn
+
 from sinkwindow.model.calls import Calls
 from sinkwindow.model.families import layer_devices
 from sinkwindow.model.fingerprint import check_agreement, check_rank, fingerprint, ranks
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from torch import nn
     from transformers import PreTrainedModel
     from typing_extensions import Self
 
@@ -111,18 +112,26 @@ class Copies(Calls):
             >>> StreamingCache.load(path, model).seen_tokens
             [9]
         """
-        return cls._loaded(read(path), model, on_evict)
+        return cls._loaded(lambda: read(path), model, on_evict)
 
     @classmethod
-    def _loaded(cls, snapshot: Snapshot, model: nn.Module, on_evict: OnEvict) -> Self:
-        cache = cls(model, **snapshot.settings, on_evict=on_evict)
+    def _loaded(cls, opened: Callable[[], Snapshot], model: nn.Module, on_evict: OnEvict) -> Self:
+        cache: Self | None = None
         try:
-            cache._check(snapshot)
-            check(snapshot.state, cache._stream.pools, cache._states.layers)
-            check_agreement(cache._decoder(), position(snapshot))
+            try:
+                snapshot = opened()
+                cache = cls(model, **snapshot.settings, on_evict=on_evict)
+                cache._check(snapshot)
+                check(snapshot.state, cache._stream.pools, cache._states.layers)
+            except Exception as error:
+                if isinstance(model, nn.Module):
+                    check_agreement(model, error)  # the other ranks wait to be told
+                raise
+            check_agreement(model, position(snapshot))
             cache._go_on_from(snapshot.state)
         except BaseException:
-            cache._finalizer()  # now: the exception's traceback refers to the cache
+            if cache is not None:
+                cache._finalizer()  # now: the exception's traceback refers to the cache
             raise
         return cache
 

@@ -181,6 +181,13 @@ class SinkWindowScheduler(FIFOScheduler):
         self.allocator = allocator
         super().__init__(stock.cache, stock.safety_margin, stock.max_requests_per_batch)
 
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Take cancelled requests away, and let others have their room, as when a request ends."""
+        cancelled: list[RequestState] = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
+
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         """Choose the requests of the next batch, and set back those that have run far."""
         self.allocator.begin_batch()

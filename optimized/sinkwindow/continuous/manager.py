@@ -12,12 +12,13 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
+from sinkwindow.arguments import read_int
 from sinkwindow.cache import StreamingCache
-from sinkwindow.continuous.allocator import SinkWindowAllocator, SinkWindowScheduler, ring_of
+from sinkwindow.continuous.allocator import SinkWindowAllocator, SinkWindowScheduler
+from sinkwindow.continuous.checks import check_generation, check_model, fill_config
 from sinkwindow.model.exact_rope import marked
 from sinkwindow.model.families import inspect_model
 from sinkwindow.model.versions import INSTALLED, NEWEST_TESTED
@@ -25,28 +26,15 @@ from sinkwindow.model.versions import INSTALLED, NEWEST_TESTED
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
     from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
-    from sinkwindow.model.families import ModelFacts
-    from sinkwindow.retention import Retention
 
-STREAMS = 64  # requests at a time, where the configuration names no number
-LEAST_PAGE = 4  # of transformers [tokens]
-BATCH_TOKENS = 256  # at least, so that prompts are read in large calls
 KEPT = "_cached_continuous_batching_manager"  # where a model keeps a manager
-OWN = ("__init__", "begin_batch", "room", "go_back", "_of_tokens", "_slots_of", "serving")  # methods that are new here
-CURES = {"attends eagerly": 'model.set_attn_implementation("sdpa")', "is in training mode": "model.eval()"}
-# Options of ContinuousBatchingConfig that need requests of a fixed shape, or a second batch under preparation.
-REFUSED = (
-    "use_cuda_graph",
-    "use_async_batching",
-    "varlen_compile_config",
-    "decode_compile_config",
-    "default_compile_level",
-)
+# Methods that are new here.
+OWN = ("__init__", "begin_batch", "room", "go_back", "_of_tokens", "_slots_of", "serving", "_is_open")
 
 
 class StreamingBatchingManager(ContinuousBatchingManager):
@@ -95,9 +83,10 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         self._twin = StreamingCache(model, num_sinks, window, buffer)  # its checks, and its hooks for exact tables
         self._facts = inspect_model(model)
         self._rule = self._twin.retention
-        _check_model(model, self._facts)
-        _fill_config(config, self._rule)
+        check_model(model, self._facts)
+        fill_config(config, self._rule)
         generation_config = copy.deepcopy(generation_config or model.generation_config)
+        check_generation(model, generation_config)
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1  # none, in the words of transformers
         super().__init__(cast("Any", model), generation_config, config, workload_hints)
@@ -108,14 +97,22 @@ class StreamingBatchingManager(ContinuousBatchingManager):
     def serving(self) -> Iterator[StreamingBatchingManager]:
         """Let ``model.generate_batch`` and ``transformers serve`` use this manager: they look for one on the model.
 
-        They then take its ``generation_config``, and of their own only the number of new tokens.
+        They then take its ``generation_config``, and of their own only the number of new tokens. One call of
+        ``generate_batch`` at a time may use it.
 
         Raises:
-            ValueError: Another manager is kept on the model.
+            ValueError: Another manager is kept on the model, or the model's own generation config has another
+                ``num_return_sequences``, by which ``generate_batch`` counts what it waits for.
         """
         if getattr(self.model, KEPT, self) is not self:
             raise ValueError(
                 "The model keeps another manager: call model.destroy_cached_continuous_batching_manager() before."
+            )
+        expected = cast("Any", self.model).generation_config.num_return_sequences or 1
+        if self.num_return_sequences != expected:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences} here and {expected} in the model's "
+                "generation_config, by which generate_batch counts: make them equal, or use start() and add_request()."
             )
         setattr(self.model, KEPT, self)
         try:
@@ -123,7 +120,59 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         finally:
             cast("Any", self.model).destroy_cached_continuous_batching_manager()
 
+    def start(self) -> None:
+        """Start to run requests, in a thread.
+
+        Raises:
+            RuntimeError: It runs already: a second user would stop it under the first.
+        """
+        if self.is_running():
+            raise RuntimeError(
+                "This manager runs already, for another caller: wait until it has stopped, or add requests to it."
+            )
+        super().start()
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,  # noqa: FBT001, FBT002 - as transformers
+        record_timestamps: bool = False,  # noqa: FBT001, FBT002
+        eos_token_id: int | list[int] | None = None,
+        **logit_processor_kwargs: Any,
+    ) -> str | None:
+        """Add a request, as that of transformers does.
+
+        Raises:
+            TypeError: A token is no integer.
+            ValueError: There is no token, one is out of range, a prompt of one token is to be continued in several
+                ways, or the id is that of a request that has not ended.
+        """
+        ids, rows = list(input_ids), cast("Any", self.model).get_input_embeddings().num_embeddings
+        if not ids or (len(ids) == 1 and self.num_return_sequences > 1):
+            least = 1 if not ids else 2
+            raise ValueError(
+                f"input_ids must hold at least {least} token(s), got {ids!r}, for {self.num_return_sequences} "
+                "sequence(s) per request: put the BOS token in front."
+            )
+        ids = [read_int("Each of input_ids", one, 0, rows - 1) for one in ids]
+        if request_id is not None and self._is_open(request_id):
+            raise ValueError(f"request_id={request_id!r} is that of a request that has not ended: choose another one.")
+        return super().add_request(
+            ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **logit_processor_kwargs
+        )
+
+    def _is_open(self, request_id: str) -> bool:
+        """Return whether a request with this id waits or runs."""
+        with self.input_queue.mutex:
+            queued = any(state.request_id == request_id for state in self.input_queue.queue)
+        scheduler = getattr(self.batch_processor, "scheduler", None)
+        known = () if scheduler is None else (scheduler.active_requests, scheduler.waiting_requests)
+        return queued or any(request_id in requests for requests in known)
+
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        check_model(cast("Any", self.model), self._facts)  # it may have changed since
         processor = super()._create_batch_processor()
         if not isinstance(processor.scheduler, SinkWindowScheduler):
             cache = processor.cache
@@ -166,81 +215,8 @@ def _mark_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if ours is None or kwargs.get("position_ids") is None:
         return None
     decoder, positions = cast("PreTrainedModel", module), kwargs["position_ids"]
+    # Transformers would write it into the model's configuration, for the time of the call, which others see.
+    kwargs = {name: value for name, value in kwargs.items() if name != "is_causal"}
     return args, kwargs | {
         "position_ids": marked(positions, decoder, ours.bound, float32_from=0, changes=False, table=False)
     }
-
-
-def _check_model(model: PreTrainedModel, facts: ModelFacts) -> None:
-    """Refuse a model that transformers batches in other ways, or that our positions do not fit."""
-    attention = model.config._attn_implementation  # noqa: SLF001 - there is no other name for it
-    reasons = {
-        "has layers with a sliding window": len(facts.kinds) > 1 or facts.native_window is not None,
-        "has layers that keep a state": bool(facts.states),
-        "bypasses AttentionInterface": facts.own_attention,
-        "has frequencies or a table that depend on the largest position": facts.length_dependent or facts.has_table,
-        "has no rotary positions": not facts.kinds[0].rotary.inv_freq.numel(),
-        "reads images too": model.config is not facts.decoder.config,
-        "has layers that attend to the keys of another": bool(facts.special[0]),
-        "attends eagerly": attention == "eager",  # paged, it makes weights in float32
-        "is in training mode": model.training,
-    }
-    found = next((reason for reason, holds in reasons.items() if holds), None)
-    if found is None and not _tells_cache(model):
-        found = "does not tell its cache of the batch"
-    if found is not None:
-        raise ValueError(
-            f"{type(model).__name__} {found}, which continuous batching does not allow: use "
-            f"{CURES.get(found, 'a StreamingCache with padded rows')}."
-        )
-
-
-class _Probe:
-    """A cache that notes whether it is told of the batch, and keeps nothing."""
-
-    told = True
-
-    def update(self, key: Tensor, value: Tensor, layer: int, kwargs: Any = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        self.told = self.told and "cu_seq_lens_k" in (kwargs or {})
-        return key, value
-
-
-@torch.no_grad()
-def _tells_cache(model: PreTrainedModel) -> bool:
-    """Return whether all layers hand the batch's arguments on to the cache: found out by a call of one token."""
-    probe, zero = _Probe(), torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
-    more = {"cu_seq_lens_q": zero[0], "cu_seq_lens_k": zero[0], "max_length_q": 1, "max_length_k": 1}
-    model(input_ids=zero, position_ids=zero, attention_mask=mask, cache=probe, use_cache=False, **more)
-    return probe.told
-
-
-def _fill_config(config: ContinuousBatchingConfig, rule: Retention) -> None:
-    """Refuse options that do not fit, and fill in the sizes that the rule gives.
-
-    Raises:
-        ValueError: An option does not fit.
-    """
-    for name in REFUSED:
-        value = getattr(config, name)
-        if value not in (None, False, (False, False)):  # 0 is False
-            raise ValueError(f"{name}={value!r} needs requests of a fixed shape: leave it out.")
-    if config.scheduler_type != "fifo":
-        raise ValueError(f"scheduler_type={config.scheduler_type!r} is not supported: use 'fifo'.")
-    config.max_requests_per_batch = config.max_requests_per_batch or STREAMS
-    slots = rule.num_sinks + ring_of(rule)
-    per_request = -(-slots // config.page_size)
-    if config.page_size == ContinuousBatchingConfig.page_size and config.num_blocks is None:
-        config.page_size = max(LEAST_PAGE, -(-slots // per_request))  # as many pages, and hardly a slot too much
-    config.num_blocks = config.num_blocks or config.max_requests_per_batch * per_request
-    if config.num_blocks < per_request:
-        raise ValueError(
-            f"num_blocks={config.num_blocks} of page_size={config.page_size} tokens hold no request, which needs "
-            f"{per_request} of them: leave it out, or choose a smaller window."
-        )
-    config.max_batch_tokens = config.max_batch_tokens or max(config.max_requests_per_batch, BATCH_TOKENS)
-    if config.safety_margin is None:
-        config.safety_margin = 0.0  # a request that has begun needs no more than its share
-    config.allow_block_sharing, config.max_blocks_per_request = False, 0
-    config.use_async_batching = config.use_cuda_graph = False
-    config.auto_switch_to_flash = False  # which would change the model under other callers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 UNKNOWN = "unknown"  # weights that may be any
 RANK = "rank"  # name of the entry that a whole model does not have
-SPLITS = ("tp", "ep")  # dimensions of a mesh along which a rank computes with its share of the weights
 SAMPLES = 32  # values of each parameter: enough to tell checkpoints apart, in a millisecond for 300 parameters
 
 
@@ -78,17 +77,27 @@ def check_rank(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
     )
 
 
-def check_agreement(decoder: nn.Module, content: str) -> None:
+def check_agreement(model: nn.Module, content: str | Exception) -> None:
     """Refuse content that is not the same stream on all ranks of a model that is split; every rank must call this.
 
+    Args:
+        model: The model.
+        content: Where in which text this rank is, or why it cannot go on.
+
     Raises:
-        ValueError: The ranks' contents differ.
+        ValueError: The ranks' contents differ, or another rank cannot go on.
     """
-    group = next(_splits(decoder), None)
+    group = next(_splits(model), None)
     if group is None:
         return
+    failed = isinstance(content, Exception)
     found: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, content, group=group)
+    torch.distributed.all_gather_object(found, (failed, str(content)), group=group)
+    if failed:
+        return  # the caller raises its own error
+    for rank, (failure, text) in enumerate(found):
+        if failure:
+            raise ValueError(f"Another rank, {rank} of the {len(found)} that share this model, cannot load: {text}")
     if len(set(found)) > 1:
         raise ValueError(
             "The files of the ranks are of different moments: some of them were saved when others were not. Use files "
@@ -98,16 +107,28 @@ def check_agreement(decoder: nn.Module, content: str) -> None:
 
 def _splits(decoder: nn.Module) -> Iterator[ProcessGroup]:
     """Yield the ranks that share a parameter, each with its own part to compute with."""
-    gathers = _gathers(decoder)
+    gathered = _gathered(decoder)
     parameters: Iterable[Any] = decoder.parameters()
     for parameter in parameters:  # DTensors, some of them
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is None:
             continue
-        names = mesh.mesh_dim_names or ("",) * mesh.ndim
         for number, placement in enumerate(parameter.placements):
-            if not placement.is_replicate() and (names[number] in SPLITS or not gathers):
-                yield mesh.get_group(number)
+            group = mesh.get_group(number)
+            if not placement.is_replicate() and mesh.size(number) > 1 and group.group_name not in gathered:
+                yield group
+
+
+def _gathered(decoder: nn.Module) -> set[str]:
+    """Return the names of the groups over which FSDP gathers weights before a layer computes."""
+    found, modules = set[str](), cast("Iterator[Any]", decoder.modules())
+    for module in modules:
+        state = module._get_fsdp_state() if hasattr(module, "set_reshard_after_backward") else None  # noqa: SLF001
+        group = getattr(state, "_fsdp_param_group", None)
+        if group is not None:  # one that has no parameters of its own gathers nothing
+            mesh = group.mesh_info.mesh
+            found |= {mesh.get_group(number).group_name for number in range(mesh.ndim)}
+    return found
 
 
 def _gathers(decoder: nn.Module) -> bool:

@@ -1,0 +1,219 @@
+"""Who else uses the model, and what callers get wrong: a manager changes nothing for others, and refuses by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import torch
+
+from sinkwindow import StreamingCache
+from sinkwindow.model.versions import BATCHES_CONTINUOUSLY
+from strategies import EXACT, ModelSpec, fresh_model, tokens, worst
+
+if not BATCHES_CONTINUOUSLY:
+    pytest.skip("needs transformers 5.24: before, its paged cache has no allocators", allow_module_level=True)
+
+import transformers.modeling_flash_attention_utils as flash
+from transformers import ContinuousBatchingConfig
+
+from sinkwindow.continuous import StreamingBatchingManager
+from test_continuous import RULE, Driver, generation, manager_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def test_other_threads_see_nothing_of_a_running_manager() -> None:
+    """Plain calls and caches beside its thread are bit-equal to those alone, and the configuration is as before."""
+    model: Any = fresh_model(ModelSpec())
+    ids, before = tokens(1, 1, 20), dict(vars(model.config))
+    alone = model(ids).logits
+    streamed = model(ids, cache=StreamingCache(model, **RULE.arguments)).logits
+    manager = manager_of(model)
+    manager.start()
+    try:
+        request = manager.add_request([1, 2, 3], max_new_tokens=10**6, streaming=True)
+        assert next(output.request_id for output in manager) == request  # it runs
+        for _ in range(150):
+            assert torch.equal(model(ids).logits, alone)
+            assert torch.equal(model(ids, cache=StreamingCache(model, **RULE.arguments)).logits, streamed)
+    finally:
+        manager.stop(hard_stop=True)
+    assert dict(vars(model.config)) == before
+
+
+def test_a_cancelled_request_makes_room() -> None:
+    """Those that were taken off for want of blocks go on when another one is cancelled, not only when it ends."""
+    manager = manager_of(ModelSpec().model(), num_blocks=5)
+    driver = Driver(manager)
+    for name in "abc":
+        driver.add(name, tokens(ord(name), 1, 9)[0].tolist(), 10**6 if name == "a" else 12)
+    while not driver.processor.scheduler.block_new_requests:
+        assert driver.step()
+    manager.cancel_request("a")
+    for _ in range(200):
+        driver.step()
+    assert not driver.processor.has_pending_requests()
+    assert set(driver.finish()) == {"b", "c"}
+    assert max(driver.error(name, RULE) for name in "bc") < EXACT
+
+
+def test_it_runs_with_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of flash attention are replaced by slow ones with their checks, since none is installed here."""
+
+    def varlen(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, key_ends: Tensor, **more: Any) -> Tensor:
+        assert {ends.dtype, key_ends.dtype} == {torch.int32}
+        assert min(len(ends), len(key_ends)) >= 2
+        groups, parts = query.shape[1] // key.shape[1], []
+        for (begin, end), (first, last) in zip(_pairs(ends), _pairs(key_ends), strict=True):
+            own = query[begin:end].transpose(0, 1)
+            keys, values = (one[first:last].repeat_interleave(groups, 1).transpose(0, 1) for one in (key, value))
+            mask = torch.ones(own.shape[1], keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - own.shape[1])
+            scale = more["softmax_scale"]
+            out = torch.nn.functional.scaled_dot_product_attention(own, keys, values, mask, scale=scale)
+            parts.append(out.transpose(0, 1))
+        return torch.cat(parts)
+
+    def either(*tensors: Tensor, **more: Any) -> Tensor:
+        assert more["causal"]
+        query, key, value = tensors or (more.pop("q"), more.pop("k"), more.pop("v"))
+        return varlen(query, key, value, more.pop("cu_seqlens_q"), more.pop("cu_seqlens_k"), **more)
+
+    functions = (None, either, None, flash._pad_input, flash._unpad_input)
+    named = cast("Any", flash)._lazy_define_process_function(either)
+    found = functions, (named, None)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: found)
+    model = fresh_model(ModelSpec()).double()
+    model.config._attn_implementation = "flash_attention_2"
+    driver = Driver(manager_of(model))
+    for name, length in enumerate((1, 20, 9)):
+        driver.add(str(name), tokens(name, 1, length)[0].tolist(), 60)
+    texts = driver.finish()
+    model.config._attn_implementation = "sdpa"
+    assert len(texts) == 3
+    assert max(driver.error(name, RULE) for name in texts) < EXACT
+
+
+def _pairs(ends: Tensor) -> list[tuple[int, int]]:
+    """Return where each request begins and ends."""
+    return [*zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], ValueError, r"input_ids must hold at least 1 token\(s\), got \[\]"),
+        ([1, 32], ValueError, "Each of input_ids must be at most 31, got 32"),
+        ([-1], ValueError, "Each of input_ids must be at least 0, got -1"),
+        ([1.5], TypeError, "Each of input_ids must be an int, got 1.5"),
+        ("ab", TypeError, "Each of input_ids must be an int, got 'a'"),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(prompt: Any, error: type[Exception], message: str) -> None:
+    """With the value, before it meets the requests of others, which all end as they would."""
+    driver = Driver(manager_of(ModelSpec().model()))
+    driver.add("good", [1, 2, 3], 20)
+    with pytest.raises(error, match=message):
+        driver.add("bad", prompt, 20)
+    driver.finish()
+    assert set(driver.texts) == {"good"}
+    assert driver.error("good", RULE) < EXACT
+
+
+def test_one_token_cannot_be_continued_in_several_ways() -> None:
+    """Of a prompt all but the last token is read before it is copied."""
+    manager = manager_of(ModelSpec().model(), sample=True)
+    manager.num_return_sequences = 2
+    with pytest.raises(ValueError, match=r"at least 2 token\(s\), got \[1\], for 2 sequence\(s\)"):
+        manager.add_request([1])
+
+
+def test_an_id_in_use_is_refused() -> None:
+    """While its request waits or runs; afterwards it is free."""
+    driver = Driver(manager_of(ModelSpec().model()))
+    driver.add("a", [1, 2, 3], 5)
+    for _ in range(3):  # it is queued, then it runs
+        with pytest.raises(ValueError, match="request_id='a' is that of a request that has not ended"):
+            driver.add("a", [4, 5], 5)
+        driver.step()
+    driver.finish()
+    driver.add("a", [4, 5], 5)
+    assert driver.finish()["a"][:2] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"num_beams": 2}, "num_beams=2 of the generation_config has no effect"),
+        ({"stop_strings": ["a"]}, "stop_strings="),
+        ({"max_length": 20}, "max_length=20 of the generation_config has no effect"),
+        ({"min_new_tokens": 5}, "min_new_tokens=5"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 of the generation_config"),
+        ({"typical_p": 0.5, "do_sample": True}, "TypicalLogitsWarper, which an option"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2 of the generation_config"),
+    ],
+)
+def test_options_that_would_be_left_out_are_refused(option: dict[str, Any], message: str) -> None:
+    """Other tokens would come, in silence."""
+    with pytest.raises(ValueError, match=message):
+        StreamingBatchingManager(ModelSpec().model(), 2, 6, 1, generation_config=generation(eos_token_id=-1, **option))
+
+
+@pytest.mark.parametrize("name", ["page_size", "max_requests_per_batch", "num_blocks", "max_batch_tokens"])
+def test_sizes_are_read_as_the_cache_reads_its_own(name: str) -> None:
+    """Negative ones, none, and what is no number."""
+    for value, error in ((-1, ValueError), (0, ValueError), (1.5, TypeError)):
+        config = ContinuousBatchingConfig()
+        setattr(config, name, value)
+        with pytest.raises(error, match=f"{name} must be"):
+            StreamingBatchingManager(ModelSpec().model(), 2, 6, 1, continuous_batching_config=config)
+
+
+def test_a_second_user_cannot_stop_it_under_the_first() -> None:
+    """`generate_batch` starts and stops the manager that it finds: a second one at the same time is refused."""
+    model: Any = fresh_model(ModelSpec())
+    with manager_of(model).serving() as manager:
+        manager.start()
+        with pytest.raises(RuntimeError, match="runs already, for another caller"):
+            model.generate_batch([[1, 2, 3]], max_new_tokens=5)
+        assert manager.is_running()
+        request = manager.add_request([1, 2, 3], max_new_tokens=5)
+        assert next(output for output in manager).request_id == request
+
+
+def test_the_model_waits_for_as_many_as_there_will_be() -> None:
+    """`generate_batch` counts by the model's own configuration."""
+    model = fresh_model(ModelSpec())
+    manager = manager_of(model, sample=True)
+    manager.num_return_sequences = 3
+    with pytest.raises(ValueError, match="num_return_sequences is 3 here and 1 in the model's"), manager.serving():
+        pass
+    cast("Any", model.generation_config).num_return_sequences = 3
+    with manager.serving():
+        assert len(cast("Any", model).generate_batch([[1, 2, 3]], max_new_tokens=5)) == 3
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    """It gives no logits."""
+    decoder = cast("Any", fresh_model(ModelSpec())).model
+    with pytest.raises(ValueError, match=r"has no head that gives logits.*use the model around it"):
+        manager_of(decoder)
+
+
+def test_an_attention_that_has_become_eager_is_refused() -> None:
+    """It would make weights in float32: seen when the manager starts."""
+    model = fresh_model(ModelSpec())
+    manager = manager_of(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r'attends eagerly.*set_attn_implementation\("sdpa"\)'):
+        Driver(manager)
+
+
+def test_worst_is_no_number_for_nothing() -> None:
+    """The errors above come from logits that were compared."""
+    driver = Driver(manager_of(ModelSpec().model()))
+    driver.add("a", [1, 2, 3], 20)
+    driver.finish()
+    assert len(driver.logits["a"]) == 20
+    assert worst(driver.logits["a"][4]) > 0
