@@ -87,14 +87,12 @@ class Typist:
         assert found is not None, self.shown[start:]
         return found
 
-    def interrupt(self, pattern: str, *, prompt: bool = True) -> None:
-        """Press Ctrl-C, at the next prompt or now, until a match is shown.
+    def interrupt(self, pattern: str) -> None:
+        """Press Ctrl-C at the next prompt until a match is shown.
 
-        A signal between Python's prompt and its read is noticed only with the next line or signal, and one that meets
-        a destructor is ignored.
+        A signal between Python's prompt and its read is noticed only with the next line or signal.
         """
-        if prompt:
-            self.wait(r"> $")
+        self.wait(r"> $")
         start = len(self.shown)
         with self._news:
             shown = False
@@ -177,7 +175,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(folder: Path) -> None:
     """The answer counts as far as it was said; at the prompt Ctrl-C says how to end."""
     typing = Typist("--model", folder, *SIZES, "--max-new-tokens", 1_000_000)
     typing.type("w3\n", r"w\d+ w\d+ w\d+")
-    typing.interrupt("stopped: the answer counts as far as it was said", prompt=False)
+    typing.type("\x03", "stopped: the answer counts as far as it was said", prompt=False)
     said = typing.stats()
     assert 3 < said["forwarded"] < 1_000_000
     typing.interrupt("Ctrl-D or /quit ends")
