@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import signal
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -40,6 +41,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 # Tiny tensors gain nothing from threads, and xdist workers would compete for the cores.
 torch.set_num_threads(1)
+
+# A shell's job in the background ignores Ctrl-C, and so would the programs that tests start and press it in.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
