@@ -114,7 +114,7 @@ def test_what_the_session_leaves_out_is_there() -> None:
     assert {key: len(values) for key, values in options.items()} == {
         "--ignore-glob": 2,
         "--ignore": 8,
-        "--deselect": 2,
+        "--deselect": 3,
         "-Wignore:transformers": 1,
     }
     assert all(any(ROOT.glob(f"{pattern}.py")) for pattern in options["--ignore-glob"])
