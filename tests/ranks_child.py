@@ -1,6 +1,7 @@
 """One rank of a run, for `test_lab_ranks.py`: the command line over a tiny plan, with a fault of one rank.
 
 The environment may have `FAULT`, such as `1 kill 5`: which rank, what it does, and before which of its calls.
+A rank that the launcher starts again has no fault.
 """
 
 from __future__ import annotations
@@ -37,6 +38,6 @@ def faulty(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torc
 
 if __name__ == "__main__":
     plan.QUICK = TINY
-    if fault != "none":
+    if fault != "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         Session.feed = faulty  # type: ignore[method-assign]
     main()

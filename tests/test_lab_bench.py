@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +32,7 @@ def test_another_key_is_another_measurement(tmp_path: Path) -> None:
     keeper = store.Store(tmp_path)
     one = tiny_bench(keeper)
     first = one.score(parse("baseline"), one.corpora[0], 40)
+    keeper = store.Store(tmp_path)
     again = tiny_bench(keeper)
     found = again.score(parse("baseline"), one.corpora[0], 40)
     assert torch.equal(found.nll, first.nll)
@@ -74,13 +76,22 @@ def test_a_fresh_store_measures_again_once(tmp_path: Path) -> None:
 
 
 def test_models_are_distinguished_by_their_weights() -> None:
-    """A folder has no digest of its own, so the digest is that of its weights."""
+    """And by their configurations; a folder has no digest of its own, so the digest is that of its weights."""
     first = loaded_tiny()
     other = models.LoadedModel(tiny_model(torch.float32), first.tokenizer, first.record)
     assert model_digest(first) == model_digest(loaded_tiny())
     assert model_digest(first) != model_digest(other)
     named = models.describe(tiny_model(), "tiny", "test", sha256="abc")
-    assert model_digest(models.LoadedModel(tiny_model(), first.tokenizer, named)) == "tiny abc"
+    digest = model_digest(models.LoadedModel(tiny_model(), first.tokenizer, named))
+    assert digest.startswith("tiny abc ")
+    turned = copy.deepcopy(tiny_model())  # equal weights
+    turned.config.rope_parameters["rope_theta"] = 500.0
+    for record in (first.record, named):
+        pair = [model_digest(models.LoadedModel(one, first.tokenizer, record)) for one in (tiny_model(), turned)]
+        assert pair[0] != pair[1]
+    moved = copy.deepcopy(tiny_model())
+    moved.config._name_or_path = "elsewhere"
+    assert model_digest(models.LoadedModel(moved, first.tokenizer, named)) == digest
 
 
 # -- read once --------------------------------------------------------------------------------------------------------

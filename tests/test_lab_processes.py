@@ -129,6 +129,14 @@ def test_a_dead_rank_is_named_and_the_next_run_continues(
     assert (len(after), {name: after[name] for name in before}) == (UNITS, before)
 
 
+def test_ranks_that_the_launcher_starts_again_continue(inputs: Path, expected: str, tmp_path: Path) -> None:
+    """They share what is missing, and do not take what the first ones wrote about themselves for their own."""
+    by = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    status, out, err = finished(launched(command(inputs, "--keep", tmp_path / "kept"), 2, "1 kill 4", by))
+    assert (status, out) == (0, expected), err
+    assert "readings are from an earlier run" in err
+
+
 @pytest.mark.parametrize("fault", ["1 sleep 3", "0 stop 3"])
 def test_a_hanging_rank_is_named(inputs: Path, tmp_path: Path, fault: str) -> None:
     """Also rank 0, which watches the others, and one that is stopped as a whole."""

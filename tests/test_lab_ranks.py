@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from pydantic import TypeAdapter
 from torch.distributed import HashStore  # type: ignore[attr-defined] # as torch documents it
 from transformers import PreTrainedTokenizerFast
 
-from lab_tiny import random_text, tiny_tokenizer
+from lab_tiny import random_text, tiny_bench, tiny_tokenizer
 from ranks_inputs import LENGTHS, ROWS, UNITS, command, save_inputs
-from sinkwindow_lab import pulse, ranks
+from sinkwindow_lab import ranks
 from sinkwindow_lab.cli import main
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.inputs import tokens
+from sinkwindow_lab.inputs import models, tokens
 from sinkwindow_lab.inputs.corpora import Corpus
-from sinkwindow_lab.pulse import Pulse
 from sinkwindow_lab.ranks import Group, Unit
 from sinkwindow_lab.store import Store
 from sinkwindow_lab.ways.sessions import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -80,15 +81,23 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_units_are_done_once_and_the_largest_first(size: int, tmp_path: Path) -> None:
     """Whoever is free takes the next one; rank 0 alone goes on, and what others have stored is this run's."""
-    board, taken, lock = HashStore(), list[int](), threading.Lock()
+    own, taken = threading.local(), dict[int, int]()
+
+    class Watched(HashStore):
+        def add(self, key: str, count: int) -> int:
+            value: int = super().add(key, count)
+            if key == "taken":
+                own.place = value
+            return value
+
+    board = Watched()
     board.add("others", size - 1)
 
     def share(rank: int) -> Store:
         keeper = Store(tmp_path)
 
         def run(unit: int) -> None:
-            with lock:
-                taken.append(unit)
+            taken[unit] = own.place
             time.sleep(0.002 * unit)
             keeper.write("unit", {"unit": unit}, unit)
 
@@ -99,9 +108,9 @@ def test_units_are_done_once_and_the_largest_first(size: int, tmp_path: Path) ->
 
     with ThreadPoolExecutor(size) as pool:
         found = [*pool.map(share, range(size))]
-    assert taken[0] == 9
-    assert sorted(taken, reverse=True) == [9, 8, 7, 5, 3, 2, 1]
-    assert all(abs(one - other) < size for one, other in zip(taken, sorted(taken, reverse=True), strict=True))
+    assert taken == {9: 1, 8: 2, 7: 3, 5: 4, 3: 5, 2: 6, 1: 7}
+    assert str(found[0]) == str(Store(tmp_path))
+    assert str(found[0]).startswith("7 finished measurements")
     assert sum(len(one.written) for one in found) == len(list(tmp_path.iterdir())) == 7
     kind = TypeAdapter(int)
     for keeper, reused in ((found[0], 0), (Store(tmp_path), 7)):
@@ -130,13 +139,36 @@ def test_ranks_that_would_measure_something_else_are_refused(
         try:
             group(board, rank, 2)._agree(given, Store(place).folder or place)
         except LabError as refused:
-            board.set("go", "")  # ends the wait of the other one
+            board.set("go", "nowhere")  # ends the wait of the other one
+            board.add("seen", 1)
             return str(refused)
         return ""
 
     with ThreadPoolExecutor(2) as pool:
         words = [*pool.map(agree, range(2))]
     assert [bool(re.search(error, one)) for one in words].count(True) == 1
+
+
+def test_two_runs_share_a_folder(tmp_path: Path) -> None:
+    """One that begins does not take away by which ranks of another one see that they share it; nothing is left."""
+    boards, keeper = (HashStore(), HashStore()), Store(tmp_path)
+    boards[0].set("facts/1", json.dumps({}))
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(group(boards[0], 0, 2)._agree, {}, tmp_path)
+        boards[0].wait(["go"])
+        for done in [pool.submit(group(boards[1], rank, 2)._agree, {}, tmp_path) for rank in range(2)]:
+            done.result()
+        group(boards[0], 1, 2)._agree({}, tmp_path)
+        first.result()
+    assert not list(tmp_path.iterdir())
+    assert str(keeper).startswith("0 finished")
+
+
+def test_what_continues_a_fresh_run(tmp_path: Path) -> None:
+    """Not the same command, which would begin anew."""
+    one = group(HashStore(), 0, 1)
+    one.share([], Store(tmp_path, fresh=True), {})
+    assert one.pulse.again == "the same command without --fresh continues"
 
 
 def test_files_that_rank_0_does_not_see_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,50 +191,33 @@ def test_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks._CURRENT.reset(token)
 
 
-# -- who is alive -----------------------------------------------------------------------------------------------------
+def test_no_rank_computes_on_the_gpu_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even to see whether there is one; what names no GPU takes the rank's own."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(models, "usable_device", torch.device)
+
+    def refuse(place: torch.device) -> None:
+        raise NotImplementedError(place)
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    token = ranks._CURRENT.set(group(HashStore(), 3, 4))
+    try:
+        assert models.check_place("cuda", "float32")[0] == torch.device("cuda:3")
+        with pytest.raises(NotImplementedError, match="cuda:3"):
+            models.load_model("none", device="cuda")
+    finally:
+        ranks._CURRENT.reset(token)
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
-    """Return a function that lets rank 0 watch a rank with this beat; it returns what rank 0 prints before it ends."""
-    monkeypatch.setattr(pulse, "TICK", 0.02)
-    ended, made = list[int](), list[Pulse]()
-    monkeypatch.setattr(os, "_exit", ended.append)
-
-    def watch(patience: float = 30.0, until: Callable[[], bool] = lambda: bool(ended), **beat: Any) -> str:
-        board = HashStore()
-        usual = {"host": "far", "pid": 7, "doing": "PPL x", "beat": 1, "steps": 0, "total": 9}
-        board.set("beat/1", json.dumps({**usual, "idle": 0.0, "stuck": 0.0, "end": None, **beat}))
-        made.append(Pulse(board, 0, 2, patience))
-        made[0].wait(until)
-        made[0].close()
-        (line,) = capfd.readouterr().err.splitlines()
-        return line
-
-    yield watch
-    made[0].close()
-
-
-def test_a_rank_that_is_silent_is_named(told: Callable[..., str]) -> None:
-    """By host, process and unit."""
-    assert "error: rank 1 (host far, pid 7), at 'PPL x', was not heard for 1 s" in told(patience=1.0)
-
-
-def test_a_rank_that_is_idle_is_named(told: Callable[..., str]) -> None:
-    """It beats, since its thread lives, but its work does nothing."""
-    assert "error: rank 1 (host far, pid 7), at 'PPL x', hangs: it has done nothing for 31 s" in told(idle=31.0)
-
-
-def test_a_rank_that_fails_is_quoted(told: Callable[..., str]) -> None:
-    """Its own words are printed by rank 0, once."""
-    assert "rank 1 (host far, pid 7), at 'PPL x', failed: no space left;" in told(end="no space left")
-
-
-def test_a_slow_rank_is_named_and_goes_on(told: Callable[..., str]) -> None:
-    """A call may take longer than a minute, which nobody can tell from one that never ends."""
-    ends = time.monotonic() + 1.0
-    words = told(stuck=31.0, until=lambda: time.monotonic() > ends)
-    assert words == "warning: rank 1 (host far, pid 7), at 'PPL x', computes, but made no step for 31 s"
+def test_ranks_compare_whole_texts() -> None:
+    """Also what is cut off: `tables` takes prompts from them."""
+    found = list[dict[str, Any]]()
+    for more in ("", " w1"):
+        one = tiny_bench()
+        one.corpora = [dataclasses.replace(one.corpora[0], documents=(one.corpora[0].text + more,))]
+        taker: Any = SimpleNamespace(share=lambda units, store, facts: found.append(facts))  # noqa: ARG005
+        one.shared_by(taker, [], [])
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == ["corpora"]
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
@@ -222,9 +237,12 @@ def test_kept_readings_are_read_once(
     """The same result with and without a folder and from it alone, where equal documents have one file."""
     plain = run(capsys, *command(inputs))
     first = run(capsys, *command(inputs, "--keep", tmp_path / "kept"))
+    assert "earlier run" not in first[2]
     assert len(list((tmp_path / "kept").iterdir())) == UNITS
     monkeypatch.setattr(Session, "feed", None)
-    assert run(capsys, *command(inputs, "--keep", tmp_path / "kept"))[:2] == first[:2] == plain[:2]
+    again = run(capsys, *command(inputs, "--keep", tmp_path / "kept"))
+    assert again[:2] == first[:2] == plain[:2]
+    assert f"note: {UNITS} readings are from an earlier run" in again[2]
     assert first[0] == 0
     found = json.loads(first[1])["result"]
     assert [one["configuration"] for one in found] == ROWS.split(",")
@@ -238,24 +256,38 @@ def test_both_methods_need_one_configuration(inputs: Path, capsys: pytest.Captur
     assert "--method both" in err
 
 
-def test_what_a_group_cannot_do_is_refused(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A speed is measured alone, and shared work needs a folder."""
+def test_what_a_group_cannot_do_is_refused(
+    inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A speed is measured alone, and shared work needs a folder; nobody is met for what no group does."""
+    with monkeypatch.context() as patched:
+        patched.delenv("MASTER_ADDR", raising=False)
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+            patched.setenv(name, value)
+        status, _, err = run(capsys, "speed", "--model", inputs / "model")
+        assert (status, "speed runs in one process" in err, "unset RANK" in err) == (2, True, True)
+        for words in (["--version"], ["--help"], ["perplexity", "--help"]):
+            assert run(capsys, *words)[::2] == (0, "")
+        reason = "error: rank 0 cannot meet the other ranks .*MASTER_ADDR.*; without torchrun unset RANK and WORLD_SIZE"
+        status, _, err = run(capsys, *command(inputs, "--keep", inputs / "kept"))
+        assert (status, bool(re.fullmatch(reason, err.strip()))) == (2, True), err
+        patched.setenv("WORLD_SIZE", "two")
+        status, _, err = run(capsys, *command(inputs, "--keep", inputs / "kept"))
+        assert (status, "WORLD_SIZE=two must be" in err, err.count("\n")) == (2, True, 1)
     token = ranks._CURRENT.set(group(HashStore(), 0, 2))
     try:
-        status, _, err = run(capsys, "speed", "--model", inputs / "model")
-        assert (status, "speed runs in one process" in err) == (2, True)
         status, _, err = run(capsys, *command(inputs))
         assert (status, "--keep: 2 processes need a folder" in err) == (2, True)
     finally:
         ranks._CURRENT.reset(token)
 
 
-@pytest.mark.parametrize("name", ["x", "nan seconds"])
+@pytest.mark.parametrize("name", ["x", "nan seconds", "nan", "inf", "4"])
 def test_patience_is_a_number(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An error in one line, before ranks meet."""
     for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2"), (ranks.PATIENCE, name)):
         monkeypatch.setenv(variable, value)
-    status, _, err = run(capsys, "configs")
+    status, _, err = run(capsys, "perplexity")
     assert (status, err.count("\n"), f"{ranks.PATIENCE}={name} must be" in err) == (2, 1, True)
 
 

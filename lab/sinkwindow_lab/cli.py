@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         from sinkwindow_lab.ranks import joined
 
-        with joined():
+        with joined(sys.argv[1:] if arguments is None else arguments):
             _run(arguments)
     except (LabError, ModuleNotFoundError) as error:
         _end(error)

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -24,9 +24,11 @@ from torch.distributed.distributed_c10d import Store
 from sinkwindow_lab.errors import printable
 
 TICK = 1.0  # how often a rank tells that it is alive [s]
+STARTING = 300.0  # in which all ranks must have started: imports from a busy disk take minutes [s]
 GRACE = 5.0  # after SIGTERM, in which every rank that is alive has told so [s]; launchers kill after 30 s
 BUSY = 0.005  # share of one core; a main thread that uses less does nothing
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # whether the launcher holds the store, not rank 0
+LOADING = "starting"  # what a rank does until it has loaded model and text
 LEFT, TERMINATED = "left", "terminated"  # how a rank has ended; otherwise by the words of an error
 Beat = dict[str, Any]
 
@@ -38,7 +40,8 @@ class Pulse:
         """Begin to tell and to watch; a rank that is silent or idle for `patience` seconds ends the run."""
         self._board, self._rank, self._size, self._patience = board, rank, size, patience
         self.show: Callable[[dict[int, Beat]], object] = lambda _: None  # is told of all ranks, in rank 0
-        self._mine: Beat = {"host": socket.gethostname(), "pid": os.getpid(), "doing": "starting", "total": 0}
+        self.again = "the same command continues"  # what a user can do after a death
+        self._mine: Beat = {"host": socket.gethostname(), "pid": os.getpid(), "doing": LOADING, "total": 0}
         self._mine |= {"beat": 0, "steps": 0, "idle": 0.0, "stuck": 0.0, "end": None}
         self.beats: dict[int, Beat] = {rank: self._mine}  # the last of each rank
         now = time.monotonic()
@@ -85,13 +88,13 @@ class Pulse:
         """Return whether all other ranks have left."""
         return all(one == self._rank or self.beats.get(one, {}).get("end") == LEFT for one in range(self._size))
 
-    def close(self) -> None:
-        """Tell that this rank has done all that it has to, and watch no more."""
+    def close(self, end: str = LEFT) -> None:
+        """Tell how this rank has ended, by default that it has done all that it has to, and watch no more."""
         if self._closed.is_set():
             return
         self._closed.set()
         self._thread.join()
-        self._mine["end"] = LEFT
+        self._mine["end"] = self._mine["end"] or end
         with suppress(RuntimeError):  # the store is lost
             self._tell()
         signal.set_wakeup_fd(self._wakeup)
@@ -111,14 +114,15 @@ class Pulse:
                     self._look_for_the_dead()
                 self._measure()
                 self._tell()
-                self._hear()
+                self._hear([0] if self._rank else range(self._size))
                 self._check()
                 if self._rank == 0:
-                    self.show(dict(self.beats))
+                    with suppress(OSError):  # nobody reads what is shown
+                        self.show(dict(self.beats))
         except RuntimeError as error:  # as torch's stores raise it
             if not self._closed.is_set():
                 held = "the launcher" if os.environ.get(AGENT) == "True" else self.name(0)
-                self._stop(f"lost {held} which holds the store of all ranks ({str(error).splitlines()[0]})", 1)
+                self._stop(f"lost {held} which holds the store of all ranks ({str(error).splitlines()[0]})")
 
     def _signalled(self, seconds: float) -> bool:
         ready, _, _ = select.select([self._inbox], [], [], seconds)
@@ -135,6 +139,7 @@ class Pulse:
             self._heard = dict.fromkeys(self._heard, now)
         self._ticked, at_work = now, self._mine["total"] > 0
         self._mine["stuck"] = now - self._moved if at_work else 0.0
+        at_work |= self._mine["doing"] == LOADING
         self._mine["idle"] = now - max(self._moved, self._worked) if at_work else 0.0
 
     def _tell(self) -> None:
@@ -142,8 +147,8 @@ class Pulse:
             self._mine["beat"] += 1
             self._board.set(f"beat/{self._rank}", json.dumps(self._mine))
 
-    def _hear(self) -> None:
-        for rank in range(self._size):
+    def _hear(self, ranks: Iterable[int]) -> None:
+        for rank in ranks:
             key = f"beat/{rank}"
             if rank != self._rank and self._board.check([key]):
                 beat = json.loads(self._board.get(key))
@@ -156,51 +161,66 @@ class Pulse:
         if self._rank:
             self._check_heard(0, now)
             return
-        for rank, beat in self.beats.items():
-            if beat["end"] not in (None, LEFT, TERMINATED):
+        for rank in range(self._size):
+            end = self.beats.get(rank, {}).get("end")
+            if end not in (None, LEFT, TERMINATED):
                 if now - self._failed.setdefault(rank, now) > 2 * TICK:  # otherwise rank 0 may be about to fail alike
-                    self._stop(f"{self.name(rank)} failed: {beat['end']}", 2)
-            elif beat["end"] is None:
+                    self._explain(f"{self.name(rank)} failed: {end}")
+                    os._exit(2)
+            elif end != LEFT:  # one that was terminated alone, with its machine, is soon silent
                 self._check_heard(rank, now)
-                if beat["idle"] > self._patience:
-                    self._stop(f"{self.name(rank)} hangs: it has done nothing for {beat['idle']:.0f} s", 1)
-                if beat["stuck"] > self._patience and (rank, beat["doing"]) not in self._warned:
-                    self._warned.add((rank, beat["doing"]))
-                    self._print(f"warning: {self.name(rank)} computes, but made no step for {beat['stuck']:.0f} s")
+                if rank in self.beats:
+                    self._check_work(rank, self.beats[rank])
 
     def _check_heard(self, rank: int, now: float) -> None:
         silent = now - self._heard[rank]
-        if rank != self._rank and silent > self._patience:
-            self._stop(f"{self.name(rank)} was not heard for {silent:.0f} s: it is dead or stopped", 1)
+        if rank == self._rank:
+            return
+        if rank not in self.beats:
+            if silent > max(STARTING, self._patience):
+                self._stop(f"rank {rank} did not start within {silent:.0f} s")
+        elif silent > self._patience:
+            self._stop(f"{self.name(rank)} was not heard for {silent:.0f} s: it is dead or stopped")
+
+    def _check_work(self, rank: int, beat: Beat) -> None:
+        idle, stuck = (beat[one] > self._patience for one in ("idle", "stuck"))
+        if idle and beat["doing"] != LOADING:
+            self._stop(f"{self.name(rank)} hangs: it has done nothing for {beat['idle']:.0f} s")
+        elif (idle or stuck) and (rank, beat["doing"]) not in self._warned:
+            self._warned.add((rank, beat["doing"]))
+            what = f"computes, but made no step for {beat['stuck']:.0f} s"
+            if idle:  # it may wait for a download or a disk
+                what = f"has done nothing for {beat['idle']:.0f} s"
+            self._print(f"warning: {self.name(rank)} {what}")
 
     def _look_for_the_dead(self) -> NoReturn:
         """After SIGTERM: name the ranks that neither beat nor tell that they were terminated; then end."""
         self._mine["end"] = self._mine["end"] or TERMINATED
         self._tell()
-        self._hear()
+        self._hear(range(self._size))
         before = {rank: beat["beat"] for rank, beat in self.beats.items() if not beat["end"]}
         ends, silent = time.monotonic() + GRACE, set(before)
         while silent and time.monotonic() < ends:
             time.sleep(TICK / 5)
-            self._hear()
+            self._hear(range(self._size))
             silent = {rank for rank in silent if self.beats[rank]["beat"] == before[rank]}
         failed = [rank for rank, beat in self.beats.items() if beat["end"] not in (None, LEFT, TERMINATED)]
         words = [f"{self.name(rank)} is dead" for rank in sorted(silent)]
         words += [f"{self.name(rank)} failed: {self.beats[rank]['end']}" for rank in failed]
         alive = [rank for rank, beat in self.beats.items() if rank not in silent and beat["end"] != LEFT]
         if words and min(alive) == self._rank:
-            self._explain("; ".join(words))
+            self._explain("; ".join([*words, self.again] if silent else words))
         os._exit(128 + signal.SIGTERM)
 
-    def _stop(self, words: str, status: int) -> NoReturn:
-        """End this process, so that the launcher ends the others."""
-        self._explain(words)
-        os._exit(status)
+    def _stop(self, words: str) -> NoReturn:
+        """End this process after the death of one, so that the launcher ends the others."""
+        self._explain(f"{words}; {self.again}")
+        os._exit(1)
 
     def _explain(self, words: str) -> None:
         """Print why the run ends, unless another rank has."""
         if self.first_to_explain():
-            self._print(f"error: {words}; the same command continues")
+            self._print(f"error: {words}")
 
     def first_to_explain(self) -> bool:
         """Return whether no other rank has printed yet why the run ends."""
@@ -210,7 +230,8 @@ class Pulse:
             return self._rank <= 1
 
     def _print(self, words: str) -> None:
-        print(printable(words), file=sys.__stderr__, flush=True)
+        with suppress(OSError):  # nobody reads it
+            print(printable(words), file=sys.__stderr__, flush=True)
 
 
 def _clock_of_this_thread() -> Callable[[], float]:

@@ -16,12 +16,12 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sinkwindow_lab.errors import INTERRUPTED, LabError
-from sinkwindow_lab.files import read_text, write_text
+from sinkwindow_lab.files import write_text
 from sinkwindow_lab.progress import Reporter, Together
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ SHARED = ("perplexity", "tables")  # commands whose work is shared
 PATIENCE = "SINKWINDOW_PATIENCE"  # variable of the environment: how long a rank may be silent or idle [s]
 DEFAULT_PATIENCE = "45"  # a rank is named within a minute
 VISIBLE = 60.0  # within which one machine sees what another one has written into their folder [s]
-MEETING = dt.timedelta(minutes=5)  # in which all ranks must have started
-TOGETHER = ".together"  # the file by which ranks see that their folders are the same one
+LEAST_PATIENCE = 5.0  # several beats [s]
+TOGETHER = ".together"  # start of the file by which ranks see that their folders are the same one
+ALONE = "without torchrun unset RANK and WORLD_SIZE"  # which another launcher may have set
 
 
 class Unit(NamedTuple):
@@ -63,10 +64,13 @@ class Group(Reporter):
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        from sinkwindow_lab.pulse import Pulse
+        from sinkwindow_lab.pulse import STARTING, Pulse
 
-        found, _, _ = next(rendezvous("env://", timeout=MEETING))
-        board = PrefixStore("sinkwindow", found)
+        found, _, _ = next(rendezvous("env://", timeout=dt.timedelta(seconds=STARTING)))
+        # Ranks that torchrun starts again find its store as the first ones have left it.
+        board = PrefixStore(f"sinkwindow {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        if board.add(f"started/{rank}", 1) > 1:  # the count is of one machine
+            raise RuntimeError("it was started again: give torchrun a fixed --nnodes, without --max-restarts")
         return cls(rank, size, board, Pulse(board, rank, size, patience))
 
     def begin(self, label: str, total: int) -> None:
@@ -84,11 +88,10 @@ class Group(Reporter):
         """
         if store.folder is None:
             raise LabError("several processes need a folder for what they have finished")
-        self._agree({**facts, "units": [unit[:2] for unit in units]}, store.folder)
+        self.pulse.again = store.again
         todo = sorted(units, key=lambda unit: -unit.size)
-        with Together(len(todo), self.size) as shown:
-            if self.rank == 0:
-                self.pulse.show = lambda beats: shown.show(self._board.add("finished", 0), beats)
+        with Together(len(todo), self.size) as shown, self._watched(shown):
+            self._agree({**facts, "units": [unit[:2] for unit in units]}, store.folder)
             while (place := self._board.add("taken", 1) - 1) < len(todo):
                 self.begin(todo[place].name, todo[place].size)
                 todo[place].run()
@@ -100,21 +103,29 @@ class Group(Reporter):
                 self.pulse.close()
                 raise SystemExit(0)
             self.pulse.wait(self.pulse.all_left)
-            self.pulse.show = lambda _: None
         for rank in range(self.size):
             store.adopt(self._written(rank, store.folder))
-        (store.folder / TOGETHER).unlink()
+
+    @contextmanager
+    def _watched(self, shown: Together) -> Iterator[None]:
+        """Show in rank 0 what all ranks are doing within the block."""
+        if self.rank == 0:
+            self.pulse.show = lambda beats: shown.show(self._board.add("finished", 0), beats)
+        try:
+            yield
+        finally:
+            self.pulse.show = lambda _: None
 
     def _agree(self, facts: Mapping[str, Any], folder: Path) -> None:
         """Refuse ranks that would measure something else, or that store it elsewhere."""
-        own, file = json.loads(json.dumps(facts)), folder / TOGETHER
+        own = json.loads(json.dumps(facts))
         self._board.set(f"facts/{self.rank}", json.dumps(own))
         self.pulse.doing("waiting for all ranks to have loaded model and text")
         if self.rank:
             self.pulse.wait(lambda: self._board.check(["go"]))
-            token = self._board.get("go").decode()
-            if not self._appears(lambda: file.is_file() and read_text(file) == token):
+            if not self._appears((folder / self._board.get("go").decode()).is_file):
                 raise LabError(f"{folder} is not the folder of rank 0: all ranks need one that they share")
+            self._board.add("seen", 1)
             return
         self.pulse.wait(lambda: self._board.check([f"facts/{rank}" for rank in range(self.size)]))
         for rank in range(1, self.size):
@@ -124,9 +135,12 @@ class Group(Reporter):
                     f"{self.pulse.name(rank)} differs from rank 0 in {', '.join(differs)}, so that the result would "
                     "depend on who reads what: give all the same model, text, software, processor and number of threads"
                 )
-        token = secrets.token_hex()
-        write_text(file, token)
-        self._board.set("go", token)
+        file = write_text(folder / f"{TOGETHER}-{secrets.token_hex(8)}", "")
+        try:
+            self._board.set("go", file.name)
+            self.pulse.wait(lambda: self._board.add("seen", 0) == self.size - 1)
+        finally:
+            file.unlink(missing_ok=True)
 
     def _written(self, rank: int, folder: Path) -> list[str]:
         """Return which files another rank has written, once they are visible here: network disks may take a while."""
@@ -156,25 +170,46 @@ def own_device(device: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and current() else device
 
 
+def place() -> tuple[int, int] | None:
+    """Return which of how many processes a launcher says this one is; None if there are no others."""
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE") or "1"
+    if rank is None or size == "1":
+        return None
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise LabError(f"RANK={rank} WORLD_SIZE={size} must be one of a number of processes; {ALONE}")
+    return int(rank), int(size)
+
+
 @contextmanager
-def joined() -> Iterator[None]:
-    """Measure with the other processes of a launcher within the block, if there are any; only rank 0 prints."""
-    size = int(os.environ.get("WORLD_SIZE") or 1)
-    if size < 2 or "RANK" not in os.environ:  # noqa: PLR2004
+def joined(arguments: Sequence[str]) -> Iterator[None]:
+    """Measure with the other processes of a launcher within the block, if a command does so; only rank 0 prints."""
+    command = next((one for one in arguments if not one.startswith("-")), None)
+    found = place() if command in SHARED and not {"-h", "--help", "--version"} & {*arguments} else None
+    if found is None:
         yield
         return
-    rank, given = int(os.environ["RANK"]), os.environ.get(PATIENCE, DEFAULT_PATIENCE)
+    rank, size = found
     try:
-        group = Group.meet(rank, size, float(given))
-    except ValueError as error:
-        raise LabError(f"{PATIENCE}={given} must be a number of seconds") from error
-    except RuntimeError as error:  # as torch raises it
-        raise LabError(f"rank {rank} cannot meet the other ranks ({str(error).splitlines()[0]})") from error
+        group = Group.meet(rank, size, _patience())
+    except (RuntimeError, ValueError) as error:  # as torch raises them
+        if isinstance(error, LabError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LabError(f"rank {rank} cannot meet the other ranks ({reason}); {ALONE}") from error
     token = _CURRENT.set(group)
     try:
         yield from _heard(group) if rank == 0 else _mute(group)
     finally:
+        group.pulse.close("terminated")  # unless it has left, or has told why it failed
         _CURRENT.reset(token)
+
+
+def _patience() -> float:
+    given = os.environ.get(PATIENCE, DEFAULT_PATIENCE)
+    with suppress(ValueError):
+        if LEAST_PATIENCE <= float(given) < float("inf"):
+            return float(given)
+    raise LabError(f"{PATIENCE}={given} must be a number of seconds, {LEAST_PATIENCE:g} or more")
 
 
 def _heard(group: Group) -> Iterator[None]:

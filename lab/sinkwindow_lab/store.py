@@ -40,8 +40,8 @@ class Store:
 
     @property
     def reused(self) -> int:
-        """How many measurements were found instead of measured; those of other processes of this run do not count."""
-        return len(self._found - self._adopted)
+        """How many measurements are from an earlier run, not from this one or other processes of it."""
+        return len(self._found - self._written - self._adopted)
 
     @property
     def written(self) -> list[str]:
@@ -52,10 +52,14 @@ class Store:
         """Take files as measured by this run, which other processes of it have written."""
         self._adopted.update((self.folder or Path()) / name for name in names)
 
+    @property
+    def again(self) -> str:
+        """How to go on after an interruption, in words."""
+        return f"the same command{' without --fresh' if self._fresh else ''} continues"
+
     def __str__(self) -> str:
-        again = " without --fresh" if self._fresh else ""
-        kept = len(self._found | self._written | self._adopted)
-        return f"{kept} finished measurements are kept in {self.folder}; the same command{again} continues from there"
+        kept = [*(self.folder or Path()).glob(f"*-{'[0-9a-f]' * NAME_LENGTH}.json")]  # also of other processes
+        return f"{len(kept)} finished measurements are kept in {self.folder}; {self.again} from there"
 
     def measurements(
         self, what: str, key: Mapping[str, Any], measure: Callable[[], list[Measurement]]

@@ -35,6 +35,7 @@ from sinkwindow_lab.records import BosPolicy, Documents
 
 if TYPE_CHECKING:
     from sinkwindow_lab.inputs.corpora import Corpus
+    from sinkwindow_lab.store import Store
 
 command = functools.partial(app.command, rich_help_panel="Measure")
 
@@ -114,17 +115,16 @@ def perplexity(
                 bench.reporter.begin(f"PPL {row.name}, {text.name}, {way}", len(ids.targets))
                 found[way if len(rows) == 1 else f"{way}_{row.name}"] = bench.score_pieces(row, ids, count)
     scores = [*found.values()]
-    main = scores[-1]
     warnings = warn([loaded.record], [ids.record()], [one for own in scores for one in own.measurements("perplexity")])
     figures = [one.figures_by_name() for one in scores]
     content: dict[str, Any] = {"result": figures if len(rows) > 1 else figures[-1]}
     lines = [str(one) for one in scores]
     if method == "both":
         content["token_by_token"] = found["token"].figures_by_name()
-        content["largest_nll_difference"] = float((found["token"].nll - main.nll).abs().max())
+        content["largest_nll_difference"] = float((found["token"].nll - scores[-1].nll).abs().max())
         lines.append(f"largest difference of a loss {content['largest_nll_difference']:.1e}")
         if all("seconds" in one.facts for one in scores):
-            content["speed_ratio"] = found["token"].facts["seconds"] / main.facts["seconds"]
+            content["speed_ratio"] = found["token"].facts["seconds"] / scores[-1].facts["seconds"]
             faster = f"blocks of {block} are {content['speed_ratio']:.1f} times as fast as token by token"
             lines[-1] = f"{faster}; {lines[-1]}"
     shown = as_json(content, warnings, text, loaded, ids, dated=not no_times)
@@ -136,6 +136,12 @@ def perplexity(
         tensors["lengths"] = torch.tensor([one.shape[1] for one in ids.texts])
         files.write_bytes(target, save(tensors, metadata={"records": shown}))
     typer.echo(shown if json else "\n".join(lines))
+    _note_reused(bench.store, "readings", "without --keep all are read again")
+
+
+def _note_reused(store: Store, what: str, otherwise: str) -> None:
+    if store.reused:
+        say(f"note: {store.reused} {what} are from an earlier run; {otherwise}")
 
 
 @command()
@@ -230,8 +236,7 @@ def tables(
         for path in write_report(report, folder):
             say(f"wrote {path}", err=False)
     warn(report.models, report.texts, report.measurements)
-    if store.reused:
-        typer.echo(f"note: {store.reused} measurements are from an earlier run; --fresh measures again", err=True)
+    _note_reused(store, "measurements", "--fresh measures again")
 
 
 @command()

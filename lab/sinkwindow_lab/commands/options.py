@@ -42,9 +42,10 @@ Version = Annotated[
 @app.callback()
 def options(context: typer.Context, *, version: Version = False) -> None:  # noqa: ARG001 - its callback acts
     """Take what stands before a command."""
-    if ranks.current() and context.invoked_subcommand not in ranks.SHARED:
+    if context.invoked_subcommand not in ranks.SHARED and ranks.place():
         shared = " and ".join(ranks.SHARED)
-        raise LabError(f"{context.invoked_subcommand} runs in one process, without torchrun; {shared} in several")
+        words = f"{context.invoked_subcommand} runs in one process, {shared} in several"
+        raise LabError(f"{words}: start it without torchrun, or unset RANK and WORLD_SIZE")
 
 
 CORPUS_HELP = "shakespeare, python-docs, wikitext, wikitext-103, pg19, or a text, json, jsonl or parquet file"

@@ -60,7 +60,9 @@ def load_model(
     name: str | None = None, *, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False
 ) -> LoadedModel:
     """Load a causal language model in eval mode: a hub id, a folder, or None, the embedded one, without a network."""
-    place, kind = check_place(own_device(device), dtype)
+    place, kind = check_place(device, dtype)
+    if place.type == "cuda":  # what names no GPU would take memory of the first one
+        torch.cuda.set_device(place)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if name is None:
         folder, digest = embedded_folder()
@@ -121,7 +123,7 @@ def check_place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Return the device and the dtype of these names; a `LabError` if this machine does not have them."""
     if dtype not in DTYPES:
         raise LabError(f"--dtype {dtype} is unknown; choose from {', '.join(DTYPES)}")
-    return usable_device(device), DTYPES[dtype]
+    return usable_device(own_device(device)), DTYPES[dtype]
 
 
 def embedded_folder() -> tuple[Path, str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +109,7 @@ class Bench:
         own, self.reporter, self.timed = self.reporter, group, False
         distinct = {unit.name: unit for unit in units}
         facts = {"configurations": sorted(distinct), "texts": [text.sha256 for text in texts], **self.key(SCORING)}
+        facts["corpora"] = [one.record().sha256 for one in self.corpora]
         group.share([*distinct.values()], self.store, facts)
         self.reporter = own
 
@@ -173,11 +176,14 @@ def _unit(name: str, configuration: Configuration, targets: int, run: Callable[[
 
 
 def model_digest(loaded: LoadedModel) -> str:
-    """Identify the weights: by the file's digest, the commit on the hub, or a digest of the weights themselves."""
-    record = loaded.record
-    if record.sha256 or record.revision:
-        return f"{record.name} {record.sha256 or record.revision}"
-    digest = hashlib.sha256()
+    """Identify configuration, code and weights, the latter by the file's digest or the commit on the hub, if known."""
+    record, digest = loaded.record, hashlib.sha256()
+    settings = json.loads(loaded.model.config.to_json_string(use_diff=False))
+    settings.pop("_name_or_path", None)  # machines that share work may keep the same model in other places
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(Path(inspect.getfile(type(loaded.model))).read_bytes())  # which --trust-remote-code may bring
+    if known := record.sha256 or record.revision:
+        return f"{record.name} {known} {digest.hexdigest()}"
     for name, weight in sorted(loaded.model.state_dict().items()):
         digest.update(name.encode() + str(weight.dtype).encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
