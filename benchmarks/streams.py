@@ -171,7 +171,7 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Return address and size [bytes] of a tensor's storage; a wrapper (of `vmap`, left by other code) has none."""
     try:
         storage = tensor.untyped_storage()
-    except NotImplementedError:
+    except NotImplementedError:  # what torch raises for a wrapper, and for nothing else here
         return id(tensor), 0
     return storage.data_ptr(), storage.nbytes()
 

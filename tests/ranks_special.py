@@ -148,7 +148,7 @@ def gathered(folder: Path) -> dict[str, Any]:
 
 
 def experts(folder: Path) -> float:
-    """Deal out experts, beside heads."""
+    """Distribute experts, in addition to heads."""
     model = split("qwen3_moe", folder, tp_size=world(), ep_size=world())
     return error(model, "qwen3_moe", folder, StreamingCache(model, *RULE))
 

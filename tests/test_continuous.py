@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from families import BATCHED, FAMILIES, FLOAT32_ISLAND, build
+from releases import UNPAGED
 from sinkwindow import StreamingCache
-from sinkwindow.model.versions import BATCHES_CONTINUOUSLY
 from sinkwindow_reference import reference_logits
 from strategies import EXACT, ModelSpec, Rule, budget, fresh_model, rules, seeds, tokens, worst
 
-if not BATCHES_CONTINUOUSLY:
-    pytest.skip("needs transformers 5.24: before, its paged cache has no allocators", allow_module_level=True)
+if UNPAGED:  # what is imported below is not there
+    pytest.skip(UNPAGED, allow_module_level=True)
 
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestState
@@ -135,7 +135,7 @@ def test_every_request_is_as_alone(
     *,
     sample: bool,
 ) -> None:
-    """Requests join, wait, are taken off for want of blocks, resumed and cancelled; at the end no block is in use."""
+    """Requests join, wait, are pre-empted for want of blocks, resumed and cancelled; at the end no block is in use."""
     model = ModelSpec(layers=2, heads=2, max_positions=positions).model()
     least = -(-(rule.num_sinks + ring_of(rule)) // page)  # type: ignore[arg-type]  # has the sizes of a Retention
     manager = manager_of(model, rule, sample=sample, page_size=page, num_blocks=least + spare, max_batch_tokens=batch)
@@ -182,8 +182,8 @@ def test_other_families_are_refused_by_name(family: str) -> None:
 
 
 @pytest.mark.parametrize("space", [0.0, 0.01])
-def test_requests_are_taken_off_and_resumed(space: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With blocks for one request and a half, three take turns: read again, or copied to the host's memory and back."""
+def test_requests_are_pre_empted_and_resumed(space: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks for one request and a half, three are pre-empted: read again, or copied to the host and back."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **more: empty(*size, **more | {"pin_memory": False}))
     driver = Driver(manager_of(ModelSpec().model(), num_blocks=5, cpu_offload_space=space))
@@ -259,7 +259,7 @@ def test_the_example_of_its_docstring() -> None:
 
 
 def test_two_managers_do_not_share_a_model_by_accident() -> None:
-    """A second one is refused while the first serves, and the first goes on."""
+    """A second one is refused while the first serves, and the first is not affected."""
     model: Any = fresh_model(ModelSpec())
     with manager_of(model).serving() as first:
         with pytest.raises(ValueError, match="keeps another manager"), manager_of(model).serving():
@@ -268,7 +268,7 @@ def test_two_managers_do_not_share_a_model_by_accident() -> None:
 
 
 def test_others_see_nothing_of_it() -> None:
-    """A plain call beside it is bit-equal, and the model is as before when the manager is gone."""
+    """A plain call between two batches returns the same bits, and no hook is left when the manager is gone."""
     model: Any = fresh_model(ModelSpec())
     ids = tokens(1, 1, 20)
     before, hooks = model(ids).logits, len(model.model._forward_pre_hooks)
@@ -298,7 +298,7 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
-    """It would be switched to evaluation for everybody."""
+    """It would be switched to evaluation mode for other callers, too."""
     model = fresh_model(ModelSpec()).train()
     with pytest.raises(ValueError, match=r"is in training mode.*use model.eval\(\)"):
         manager_of(model)
@@ -335,7 +335,7 @@ def test_a_release_with_other_private_parts_is_refused_by_name(monkeypatch: pyte
 
 
 def test_the_private_parts_that_are_read_are_there() -> None:
-    """What is read and set, besides the overridden methods: a release without it turns this test red, by name."""
+    """Names the attributes that a release lacks, of those that are read and set besides the overridden methods."""
     driver = Driver(manager_of(ModelSpec().model()))
     cache, processor = driver.processor.cache, driver.processor
     for owner, names in (

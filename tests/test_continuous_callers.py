@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import torch
 
+from releases import UNPAGED
 from sinkwindow import StreamingCache
-from sinkwindow.model.versions import BATCHES_CONTINUOUSLY
 from strategies import EXACT, ModelSpec, fresh_model, tokens, worst
 
-if not BATCHES_CONTINUOUSLY:
-    pytest.skip("needs transformers 5.24: before, its paged cache has no allocators", allow_module_level=True)
+if UNPAGED:  # what is imported below is not there
+    pytest.skip(UNPAGED, allow_module_level=True)
 
 import transformers.modeling_flash_attention_utils as flash
 from transformers import ContinuousBatchingConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def test_other_threads_see_nothing_of_a_running_manager() -> None:
-    """Plain calls and caches beside its thread are bit-equal to those alone, and the configuration is as before."""
+    """Calls in another thread, plain or with a cache, return the same bits as alone; the configuration is unchanged."""
     model: Any = fresh_model(ModelSpec())
     ids, before = tokens(1, 1, 20), dict(vars(model.config))
     alone = model(ids).logits
@@ -44,7 +44,7 @@ def test_other_threads_see_nothing_of_a_running_manager() -> None:
 
 
 def test_a_cancelled_request_makes_room() -> None:
-    """Those that were taken off for want of blocks go on when another one is cancelled, not only when it ends."""
+    """Requests that were pre-empted are resumed when another one is cancelled, not only when one ends."""
     manager = manager_of(ModelSpec().model(), num_blocks=5)
     driver = Driver(manager)
     for name in "abc":
@@ -111,7 +111,7 @@ def _pairs(ends: Tensor) -> list[tuple[int, int]]:
     ],
 )
 def test_a_prompt_that_is_none_is_refused(prompt: Any, error: type[Exception], message: str) -> None:
-    """With the value, before it meets the requests of others, which all end as they would."""
+    """With the value; the requests of others are not affected."""
     driver = Driver(manager_of(ModelSpec().model()))
     driver.add("good", [1, 2, 3], 20)
     with pytest.raises(error, match=message):

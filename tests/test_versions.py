@@ -14,7 +14,7 @@ from packaging.version import Version
 import sinkwindow.chat as chat_module
 from chat_tiny import made
 from families import LATE, build
-from releases import NEWEST
+from releases import NEWEST, UNPAGED
 from sinkwindow import StreamingCache, UnsupportedModelError, supports
 from sinkwindow.model import calls, versions
 from sinkwindow.model.versions import NEWEST_TESTED, check_transformers
@@ -110,5 +110,6 @@ def test_a_chat_names_the_release_it_needs(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_newest_release_skips_nothing() -> None:
     """It has all families, and no fact keeps a law from it."""
     assert LATE == {}
+    assert UNPAGED == ""
     assert Version(transformers.__version__) >= NEWEST_TESTED
     assert [name for name in versions.EXACT_SINCE if versions.too_old(name)] == []

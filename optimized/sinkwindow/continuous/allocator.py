@@ -7,7 +7,7 @@ A request has S pinned slots, and a ring of R for the others, where R is the fir
 
 Keys stay where and as they were written, at natural positions. The sinks are rotated when they are read, forward by the
 number of evicted tokens, which puts them just before the window as the rule has it. Positions stay bounded: a request
-that has run far is set back by a multiple of R, and its window keys are rotated back once. Since R is a multiple of
+that has run far is rebased by a multiple of R: its window keys are rotated back once. Since R is a multiple of
 B + 1, the number of tokens since the last eviction and every slot stay what they were, so that all of it follows from
 one number per request, the count that transformers keeps anyway.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,11 +78,11 @@ class SinkWindowAllocator(FullAttentionCacheAllocator):
         self._rotation: tuple[Tensor, Tensor, Tensor] | None = None  # where they are, cosines, sines: for all layers
 
     def room(self, seen: int) -> int:
-        """Return how many more tokens a request can be fed at once: up to the one whose attention evicts."""
+        """Return how many more tokens a request can be fed in one call: up to the one after which it evicts."""
         return self.rule.capacity - (seen - self.rule.evicted_before(seen))
 
-    def go_back(self, request_id: str, seen: int, distance: int) -> None:
-        """Rotate the window keys of a request back, by a multiple of R positions, that has seen so many tokens."""
+    def rebase(self, request_id: str, seen: int, distance: int) -> None:
+        """Rotate the window keys of a request, which has seen so many tokens, back by a multiple of R positions."""
         first = self.rule.first(self.rule.evicted_before(seen))
         index = torch.tensor(self._of_tokens(request_id, first, seen), device=self.cache_tensor.device)
         for keys, _ in self._kv_token_views.values():
@@ -112,21 +113,25 @@ class SinkWindowAllocator(FullAttentionCacheAllocator):
 
     # -- what transformers asks ---------------------------------------------------------------------------------------
 
+    @override
     def _compute_blocks_needed(self, allocated_blocks: int, past_length: int, query_length: int) -> int:
         longest = self.rule.num_sinks + self.ring
         held = min(past_length + query_length, longest)
         needed: int = super()._compute_blocks_needed(allocated_blocks, 0, held)
         return needed
 
-    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:  # noqa: FBT001, FBT002 - as transformers
-        """Give the blocks of a request back."""
+    @override
+    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
+        """Return the blocks of a request to the pool."""
         self._slots.pop(request_id, None)
         super().free_blocks(request_id, no_cache)
 
+    @override
     def get_seqlen_k(self, past_length: int, query_length: int) -> int:
         """Return how many keys a request's call attends to, its own included."""
         return past_length - self.rule.evicted_before(past_length) + query_length
 
+    @override
     def get_read_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
         """Return where the keys are that a request's call attends to, its own included: sinks first."""
         evicted, where = self.rule.evicted_before(past_length), []
@@ -139,10 +144,12 @@ class SinkWindowAllocator(FullAttentionCacheAllocator):
         self._read += len(where)
         return where
 
+    @override
     def get_write_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
         """Return where a request's call writes its keys."""
         return self._of_tokens(request_id, past_length, past_length + query_length)
 
+    @override
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, read_index: Tensor, write_index: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -170,7 +177,7 @@ class SinkWindowAllocator(FullAttentionCacheAllocator):
 
 
 class SinkWindowScheduler(FIFOScheduler):
-    """First come, first served; nobody is fed past the token whose attention evicts.
+    """First come, first served; no call goes past the token after which the request evicts.
 
     Args:
         allocator: The allocator of the cache.
@@ -181,25 +188,28 @@ class SinkWindowScheduler(FIFOScheduler):
         self.allocator = allocator
         super().__init__(stock.cache, stock.safety_margin, stock.max_requests_per_batch)
 
+    @override
     def clear_cancelled_requests(self) -> list[RequestState]:
-        """Take cancelled requests away, and let others have their room, as when a request ends."""
+        """Remove cancelled requests, and admit others in their place: transformers does so only when a request ends."""
         cancelled: list[RequestState] = super().clear_cancelled_requests()
         if cancelled:
             self.block_new_requests = False
         return cancelled
 
+    @override
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
-        """Choose the requests of the next batch, and set back those that have run far."""
+        """Choose the requests of the next batch, and rebase those whose positions near the bound."""
         self.allocator.begin_batch()
         for state in self.active_requests.values():
-            # Two calls fit below the bound: of one that is taken off after this call, the next is planned unseen.
+            # Two calls fit below the bound: a request that is pre-empted after one is not seen here before its next.
             far = state.position_offset + 2 * self.allocator.rule.capacity - self.allocator.bound
             if far > 0:
                 distance = -(-far // self.allocator.ring) * self.allocator.ring
-                self.allocator.go_back(state.request_id, state.position_offset, distance)
+                self.allocator.rebase(state.request_id, state.position_offset, distance)
                 state.position_offset -= distance
         return super().schedule_batch(token_budget, cache_budget)
 
+    @override
     def _schedule_request(
         self,
         state: RequestState,

@@ -1,4 +1,4 @@
-"""What cannot be batched so, refused by name before anything changes; sizes that follow from the rule."""
+"""Checks of a manager's model and options, before anything changes, and the sizes that follow from the rule."""
 
 from __future__ import annotations
 
@@ -61,8 +61,12 @@ def check_generation(model: PreTrainedModel, config: GenerationConfig) -> None:
 
 
 def check_model(model: PreTrainedModel, facts: ModelFacts) -> None:
-    """Refuse a model that transformers batches in other ways, or that our positions do not fit."""
-    attention = model.config._attn_implementation  # noqa: SLF001 - there is no other name for it
+    """Refuse a model that transformers batches in other ways, or that our positions do not fit.
+
+    Raises:
+        ValueError: It is one; the message says why, and what to use.
+    """
+    attention = model.config._attn_implementation  # noqa: SLF001 - it has no public name
     reasons = {
         "has no head that gives logits": model is facts.decoder,
         "has layers with a sliding window": len(facts.kinds) > 1 or facts.native_window is not None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from typing_extensions import override
 
 from sinkwindow.arguments import read_int
 from sinkwindow.cache import StreamingCache
@@ -33,15 +34,13 @@ if TYPE_CHECKING:
 
 
 KEPT = "_cached_continuous_batching_manager"  # where a model keeps a manager
-# Methods that are new here.
-OWN = ("__init__", "begin_batch", "room", "go_back", "_of_tokens", "_slots_of", "serving", "_is_open")
 
 
 class StreamingBatchingManager(ContinuousBatchingManager):
     """A manager of requests, as transformers', whose requests keep sinks and a window.
 
     Memory does not grow with the length of a request: it is that of ``max_requests_per_batch`` full caches, unless
-    ``num_blocks`` says otherwise. Requests beyond it wait, or are taken off and resumed, as in any manager.
+    ``num_blocks`` says otherwise. Requests beyond it wait, or are pre-empted and resumed, as with any manager.
 
     Args:
         model: A model that a ``StreamingCache`` supports, with rotary positions and the same rule in all layers, and
@@ -120,6 +119,7 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         finally:
             cast("Any", self.model).destroy_cached_continuous_batching_manager()
 
+    @override
     def start(self) -> None:
         """Start to run requests, in a thread.
 
@@ -132,13 +132,14 @@ class StreamingBatchingManager(ContinuousBatchingManager):
             )
         super().start()
 
+    @override
     def add_request(
         self,
         input_ids: list[int],
         request_id: str | None = None,
         max_new_tokens: int | None = None,
-        streaming: bool = False,  # noqa: FBT001, FBT002 - as transformers
-        record_timestamps: bool = False,  # noqa: FBT001, FBT002
+        streaming: bool = False,
+        record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
         **logit_processor_kwargs: Any,
     ) -> str | None:
@@ -146,8 +147,8 @@ class StreamingBatchingManager(ContinuousBatchingManager):
 
         Raises:
             TypeError: A token is no integer.
-            ValueError: There is no token, one is out of range, a prompt of one token is to be continued in several
-                ways, or the id is that of a request that has not ended.
+            ValueError: The prompt is empty, a token is out of range, a prompt of one token is to give several
+                sequences, or the id is that of a request that has not ended.
         """
         ids, rows = list(input_ids), cast("Any", self.model).get_input_embeddings().num_embeddings
         if not ids or (len(ids) == 1 and self.num_return_sequences > 1):
@@ -171,6 +172,7 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         known = () if scheduler is None else (scheduler.active_requests, scheduler.waiting_requests)
         return queued or any(request_id in requests for requests in known)
 
+    @override
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         check_model(cast("Any", self.model), self._facts)  # it may have changed since
         processor = super()._create_batch_processor()
@@ -186,7 +188,7 @@ class StreamingBatchingManager(ContinuousBatchingManager):
 
 
 def check_contract() -> None:
-    """Compare the methods that this module overrides with those of the installed transformers.
+    """Compare the methods that this room overrides, which `override` marks, with those of the installed transformers.
 
     Raises:
         ImportError: One of them is gone or takes other arguments; the message names it.
@@ -194,7 +196,7 @@ def check_contract() -> None:
     for own in (SinkWindowAllocator, SinkWindowScheduler, StreamingBatchingManager):
         stock = own.__mro__[1]
         for name, function in vars(own).items():
-            if name in OWN or not inspect.isfunction(function):
+            if not getattr(function, "__override__", False):
                 continue
             given, taken = (
                 None if one is None else [*inspect.signature(one).parameters]
@@ -215,7 +217,7 @@ def _mark_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if ours is None or kwargs.get("position_ids") is None:
         return None
     decoder, positions = cast("PreTrainedModel", module), kwargs["position_ids"]
-    # Transformers would write it into the model's configuration, for the time of the call, which others see.
+    # transformers would write it into the model's configuration during the call, where other threads read it.
     kwargs = {name: value for name, value in kwargs.items() if name != "is_causal"}
     return args, kwargs | {
         "position_ids": marked(positions, decoder, ours.bound, float32_from=0, changes=False, table=False)
