@@ -116,7 +116,7 @@ def test_caches_of_other_families_are_measured(family: str) -> None:
 
 
 def test_output_gates_are_seen() -> None:
-    """Qwen3-Next projects a gate with its queries; Llama has one in its MLP only; MiMo has values narrower than keys."""
+    """Qwen3-Next projects a gate with its queries; Llama has one in its MLP only; MiMo's values are short."""
     sizes: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 16, "head_dim": 8, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "vocab_size": 32, "intermediate_size": 8, "num_experts": 2}
     sizes |= {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts_per_tok": 1}
