@@ -49,8 +49,10 @@ def test_a_cancelled_request_makes_room() -> None:
     driver = Driver(manager)
     for name in "abc":
         driver.add(name, tokens(ord(name), 1, 9)[0].tolist(), 10**6 if name == "a" else 12)
-    while not driver.processor.scheduler.block_new_requests:
-        assert driver.step()
+    for _ in range(50):  # until one is pre-empted
+        if not driver.processor.scheduler.block_new_requests:
+            assert driver.step()
+    assert driver.processor.scheduler.block_new_requests
     manager.cancel_request("a")
     for _ in range(200):
         driver.step()
@@ -210,8 +212,8 @@ def test_an_attention_that_has_become_eager_is_refused() -> None:
         Driver(manager)
 
 
-def test_worst_is_no_number_for_nothing() -> None:
-    """The errors above come from logits that were compared."""
+def test_errors_are_of_logits() -> None:
+    """Of every token that a request generates, one row is compared with the reference."""
     driver = Driver(manager_of(ModelSpec().model()))
     driver.add("a", [1, 2, 3], 20)
     driver.finish()
