@@ -147,7 +147,7 @@ def test_what_a_law_allows(found: list[Measurement], *, holds: bool) -> None:
 def test_a_wrong_rotation_breaks_laws(monkeypatch: pytest.MonkeyPatch) -> None:
     """If sinks are not rotated, the error is far above what the dtype explains."""
     monkeypatch.setattr(Rotary, "rotate_by", lambda _self, states, _distance: states)
-    assert len(broken(report(*laws.laws(CPU), kind="gpu"))) == 4
+    assert len(broken(report(*laws.laws(CPU, plan.TINY.compile), kind="gpu"))) == 4
 
 
 @pytest.mark.usefixtures("small")

@@ -29,6 +29,8 @@ LAYOUTS: Final[tuple[Callable[[Tensor], Tensor], ...]] = (
 # For each table that a module returns: whether it is cosines (0) or sines (1), and its layout.
 Form = tuple[int, int]
 _forms: weakref.WeakKeyDictionary[nn.Module, dict[str | None, tuple[Form, ...]]] = weakref.WeakKeyDictionary()
+# Modules with hooks, by ``id``: that is a constant for every release of the compiler, a module is not.
+hooked: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
 def marked(
@@ -64,7 +66,7 @@ def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple
     if positions.dim() > 2:  # noqa: PLR2004 - three kinds of positions, equal in every text (M-RoPE)
         positions = positions[0]
     exact, tables = _tables(module, positions, layer_type), []
-    for which, layout in _form(module, layer_type):
+    for which, layout in _form(id(module), layer_type):
         tables.append(LAYOUTS[layout](exact[which]).to(arguments["x"].dtype))
     return tuple(tables)
 
@@ -77,8 +79,9 @@ def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tup
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # noqa: SLF001
-def _form(module: nn.Module, layer_type: str | None) -> tuple[Form, ...]:
-    """Return what a module returns: found out once, by asking it for three positions."""
+def _form(number: int, layer_type: str | None) -> tuple[Form, ...]:
+    """Return what the module with this ``id`` returns: found out once, by asking it for three positions."""
+    module = hooked[number]
     known = _forms.setdefault(module, {})
     if layer_type not in known:
         device = frequencies(module, layer_type).device

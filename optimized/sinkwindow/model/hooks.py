@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import torch
 
 from sinkwindow.attention.step import STEP_NAME
-from sinkwindow.model.exact_rope import recompute_tables
+from sinkwindow.model.exact_rope import hooked, recompute_tables
 from sinkwindow.model.rope import rotary_modules
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def _hook(module: nn.Module, user: int, *, is_decoder: bool) -> None:
         module.register_forward_pre_hook(_before_decoder if is_decoder else _before_model, with_kwargs=True)
         if is_decoder:
             module.register_forward_hook(_after_decoder, with_kwargs=True)
+        for part in (module, *attachment.rotary):
+            hooked[id(part)] = part
         for rotary in attachment.rotary:
             rotary.register_forward_hook(_after_rotary, with_kwargs=True)
         attachment.last = module.register_forward_hook(_after_call, with_kwargs=True).id
@@ -274,18 +276,27 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return dict(zip(_parameters(module), args, strict=False)) | kwargs
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _parameters(module: nn.Module) -> list[str]:
+    return _traced_parameters(id(module)) if torch.compiler.is_compiling() else _parameters_of(module)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_parameters(number: int) -> list[str]:
+    module = hooked.get(number)
+    return [] if module is None else _parameters_of(module)  # a copy has our hooks before a cache uses it
+
+
+def _parameters_of(module: nn.Module) -> list[str]:
     """Return the names of a forward's parameters.
 
     Once per class, unless a module has a forward of its own, as accelerate gives it.
     """
     forward, shared = module.forward, type(module).forward
     if getattr(forward, "__func__", None) is shared:
-        return _parameters_of(shared)[1:]  # without self
+        return _names(shared)[1:]  # without self
     return list(inspect.signature(forward).parameters)
 
 
 @functools.cache
-def _parameters_of(function: Callable[..., object]) -> list[str]:
+def _names(function: Callable[..., object]) -> list[str]:
     return list(inspect.signature(function).parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -126,13 +126,14 @@ def _speed_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> Non
         run.part(f"{name}: {words}", partial(part, model, name, plan))
 
 
-def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None) -> Report:
+def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None, quick: bool = False) -> Report:
     """Measure the GPU report, in so many `minutes`, on the GPU if there is one, else tiny shapes on the CPU."""
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    plan = LARGE if place.type == "cuda" else TINY
-    say("on the GPU" if place.type == "cuda" else "on the CPU, with tiny shapes: there is no GPU here")
+    on_gpu = place.type == "cuda"
+    plan = LARGE if on_gpu and not quick else replace(TINY, compile=LARGE.compile) if on_gpu else TINY
+    say("on the GPU" if on_gpu else "on the CPU, with tiny shapes: there is no GPU here")
     run = Run("gpu", plan, place, save, say, 60 * minutes)
-    run.part("laws", lambda: laws.laws(place))
+    run.part("laws", lambda: laws.laws(place, plan.compile))
     run.models(partial(_gpu_parts, run, plan))
     return run.finish()
 
@@ -143,6 +144,9 @@ def _gpu_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> None:
 
     at_limit(plan.limit)
     run.part(f"{name}: compiled", partial(decode.after, model, name, static(plan.limit), plan.limit, plan))
+    for window in plan.recomputed:
+        run.part(f"{name}: windows of {window:,} computed anew", partial(decode.recomputed, model, name, window, plan))
+    run.part(f"{name}: scoring", partial(texts.scoring, model, name, plan))
     for streamed in plan.streamed:
         late = partial(decode.after, model, name, lazy(plan.limit), streamed, plan)
         run.part(f"{name}: after {streamed:,} tokens", late, f"{name}: late")
@@ -150,5 +154,6 @@ def _gpu_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> None:
         for way in (lazy(plan.limit), DENSE):
             prompt = partial(texts.prompt, model, name, way, tokens, plan)
             run.part(f"{name}: prompt of {tokens:,} tokens, {way.name}", prompt, f"{name}: prompt")
+    run.part(f"{name}: generate", partial(decode.generated, model, name, plan))
     for limit in plan.limits:
         at_limit(limit)

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from sinkwindow import StreamingCache
 from sinkwindow.stream.state import DebugState
-from sinkwindow_lab.measure.clock import Side, repeated
+from sinkwindow_lab.measure.clock import Side, interleave, repeated
+from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.measure.micro import AttentionSteps, bare_attention
 from sinkwindow_lab.records import Configuration, Measurement
 from sinkwindow_lab.reports.speed.floors import Place, bytes_read, short_step
-from sinkwindow_lab.reports.speed.plan import BARE, DENSE, SHORT, STOCK, Plan, lazy, mean_length, static
-from sinkwindow_lab.ways.sessions import StaticSession
+from sinkwindow_lab.reports.speed.plan import (
+    BARE,
+    BUFFER,
+    DENSE,
+    SHORT,
+    SINKS,
+    STOCK,
+    Plan,
+    lazy,
+    mean_length,
+    static,
+)
+from sinkwindow_lab.reports.speed.texts import token_ids
+from sinkwindow_lab.ways.configurations import open_session, parse
+from sinkwindow_lab.ways.sessions import StaticSession, cache_keyword
 
+KERNELS, PROFILED = "kernels", 5  # the part, and how many steps are profiled
 BEFORE_REBASE = 30  # steps from a late cache to its next rebase [tokens]
 
 
@@ -57,7 +74,7 @@ class Decoder:
 
     def side(self, metric: str, turn: int = 1) -> Side:
         """Return a side of whole steps (`TPOT`) or of cache update and attention alone, `turn` per sample."""
-        run = repeated(self._step if metric == "TPOT" else self.steps.step, turn)
+        run = repeated(self.step if metric == "TPOT" else self.steps.step, turn)
         if self._kind == "baseline":  # held at its length: the tokens of a sample are removed before the next one
             return Side(run, ready=lambda: self.steps.rewind(self.seen))
         if self._kind == "static" or turn > 1:
@@ -70,7 +87,8 @@ class Decoder:
 
         return Side(run, event=event)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Decode one token."""
         self._token = self.steps.session.feed(self._token, last_only=True).argmax(dim=-1)
 
 
@@ -159,8 +177,55 @@ def at_limit(model: PreTrainedModel, name: str, limit: int, plan: Plan) -> list[
 
 
 def after(model: PreTrainedModel, name: str, way: Configuration, streamed: int, plan: Plan) -> list[Measurement]:
-    """Time tokens after so many were streamed; the attention of compiled steps has no time of its own."""
+    """Time tokens after so many were streamed; the attention of compiled steps has no time of its own.
+
+    Of compiled steps, the kernels are profiled too.
+    """
+    if way.kind == "static":
+        torch.compiler.reset()
     place, decoder = Place(way.kind, name, streamed), Decoder(way, model, 1, streamed, plan.compile)
-    found = timed(place, "TPOT", {way.name: decoder, SHORT: short_step(model, 1)}, model, plan)
-    context = min(mean_length(plan.limit), streamed + plan.turn * plan.samples[1] // 2)
+    found = timed(place, "TPOT", {way.name: decoder, SHORT: short_step(model, 1)}, model, plan, close=False)
+    if way.kind == "static":
+        for kernel in kernels(decoder.step, PROFILED, model.device):
+            row = Place(KERNELS, name, streamed)
+            found.append(row.one(kernel.name, "time", "ms", [kernel.ms]))
+            found.append(row.one(kernel.name, "calls", "", [kernel.calls]))
+    found.append(place.one(way.name, "cache", "bytes", [decoder.steps.session.cache_bytes]))
+    decoder.steps.close()
+    context = min(mean_length(plan.limit, way.buffer or 0), streamed + plan.turn * plan.samples[1] // 2)
     return found + bytes_read(place, model, context, 1)
+
+
+def recomputed(model: PreTrainedModel, name: str, window: int, plan: Plan) -> list[Measurement]:
+    """Time tokens of sliding windows with re-computation: what the paper compares with (figure 10)."""
+    way, place = parse(f"recompute_{window}"), Place("recomputed", name, window)
+    with open_session(way, model) as session:
+        session.read(token_ids(model, window))
+        one = token_ids(model, 1)
+        sides = {way.name: Side(lambda: session.feed(one, last_only=True).argmax(dim=-1))}
+        return place.times("TPOT", sides, plan.samples[1], model.device)
+
+
+def generated(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
+    """Time `generate`, steps and all that it does between them: dense, ours, and ours with static steps.
+
+    A static cache is compiled by `generate` itself, in the untimed first call, where transformers does that: on a GPU.
+    """
+    place, ids, found = Place("generate", name, plan.generated), token_ids(model, plan.limit), list[Measurement]()
+    torch.compiler.reset()
+    limits = SINKS, plan.limit - SINKS, BUFFER
+    streams = {kind: StreamingCache(model, *limits, static=kind == "static") for kind in ("streaming", "static")}
+
+    def tokens(kind: str) -> None:
+        cache = DynamicCache(config=model.config) if kind == DENSE.kind else streams[kind]
+        cache.reset()
+        more: dict[str, Any] = {cache_keyword(model): cache}
+        model.generate(ids, do_sample=False, max_new_tokens=plan.generated, min_new_tokens=plan.generated, **more)
+
+    kinds = (DENSE.kind, *streams)
+    timed = interleave({kind: Side(partial(tokens, kind)) for kind in kinds}, 3, model.device, warm_up=1)
+    for kind, one in timed.items():
+        found.append(place.one(kind, "time", "ms/token", [ms / plan.generated for ms in one.ms]))
+    for cache in streams.values():
+        cache.detach()
+    return found

@@ -9,6 +9,7 @@ from sinkwindow_lab.records import Measurement, Report
 from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, join, name, numbers, table
 from sinkwindow_lab.render.origins import head, machine_line
 from sinkwindow_lab.reports.speed.compare import READ, Comparison, Sides, best_rate, comparisons, least_ms, places
+from sinkwindow_lab.reports.speed.decode import KERNELS
 from sinkwindow_lab.reports.speed.floors import Place
 from sinkwindow_lab.reports.speed.plan import BARE, SAME_CHUNKS, SHORT, STOCK
 from sinkwindow_lab.ways.configurations import parse
@@ -48,7 +49,8 @@ GPU_WORDS = (
     "A law allows twice the error of the reference's own mathematics in the dtype, plus one rounding step.",
 )
 WAYS = {"baseline": "dense", "streaming": "streaming, eager", "static": "streaming, static and compiled"}
-PROSE = ("What", "Compared with", "Note", "Way", "Checked on")
+LONGEST_NAME = 100  # of a kernel [characters]
+PROSE = ("Kernel", "What", "Compared with", "Note", "Way", "Checked on")
 Row = dict[str, str]
 
 
@@ -184,14 +186,29 @@ def _gpu(report: Report) -> tuple[str, dict[str, str], Sequence[str]]:
     found, laws = places(report.measurements), _law_rows(report)
     where = f"On {report.machine.gpu}" if report.machine.gpu else "**There is no GPU here: tiny shapes on the CPU**"
     lead = f"{where}, in {report.seconds:.0f} s. {len(laws)} laws checked, {len(broken(report))} broken."
-    decoded, prompts = [], []
+    decoded, prompts, kernels, again = list[Row](), list[Row](), list[Row](), list[Row]()
+    texts: dict[str, list[Row]] = {"perplexity": [], "generate": []}
     for place, sides in found.items():
         for way, metrics in sides.items():
             if place.part == "prompt":
                 prompts.append(_prompt_row(place, way, metrics, report.plan["chunk"]))
+            elif place.part == KERNELS and metrics["time"].median >= sides_total(sides) / 100:
+                kernels.append(_kernel_row(place, way, metrics, sides))
+            elif place.part == "recomputed":
+                again.append(_recomputed_row(place, metrics, found))
+            elif place.part in ("perplexity", "generate"):
+                texts[place.part].append(_text_row(place, way, metrics, sides))
             elif "cache" in metrics:
                 decoded.append(_decode_row(place, way, sides, best_rate(found)))
-    tables = {"Decoding": _table(decoded), "Exact prefill": _table(prompts), "Laws": _table(laws)}
+    tables = {
+        "Decoding": _table(decoded),
+        "Sliding windows with re-computation": _table(again),
+        "Kernels of a compiled step": _table(kernels),
+        "`generate`": _table(texts["generate"]),
+        "Exact streaming perplexity": _table(texts["perplexity"]),
+        "Exact prefill": _table(prompts),
+        "Laws": _table(laws),
+    }
     return (
         f"# GPU report\n\n{lead}",
         {"What ran": join([head(report), bandwidth_table(found)]).rstrip(), **tables},
@@ -213,6 +230,48 @@ def _decode_row(place: Place, way: str, sides: Sides, rate: float) -> Row:
         "Attention (ms)": NOT_MEASURED if alone is None else numbers(alone.samples, 3),
         "/ bare": NOT_MEASURED if alone is None else _times(alone.median / sides[BARE]["attention"].median),
         "Cache (MB)": f"{metrics['cache'].median / 1e6:.1f}",
+    }
+
+
+def sides_total(sides: Sides) -> float:
+    """Return the time of all kernels of a step [ms]."""
+    return sum(metrics["time"].median for metrics in sides.values())
+
+
+def _kernel_row(place: Place, kernel: str, metrics: Mapping[str, Measurement], sides: Sides) -> Row:
+    took = metrics["time"].median
+    return {
+        "Model": name(place.subject),
+        "Kernel": name(kernel if len(kernel) <= LONGEST_NAME else kernel[: LONGEST_NAME - 3] + "..."),
+        "Times": f"{metrics['calls'].median:.0f}",
+        "ms per step": f"{took:.3f}",
+        "of all kernels": f"{took / sides_total(sides):.0%}",
+    }
+
+
+def _recomputed_row(place: Place, metrics: Mapping[str, Measurement], found: Mapping[Place, Sides]) -> Row:
+    """Return the row of a window; beside it, the time of our steps with a cache of that size."""
+    row = {"Model": name(place.subject), "W": f"{place.at:,}", "TPOT (ms)": _cell(metrics["TPOT"])}
+    for kind, words in list(WAYS.items())[1:]:
+        ours = [
+            sides[way]["TPOT"].median
+            for other, sides in found.items()
+            for way in sides
+            if other.subject == place.subject and "cache" in sides[way]
+            if parse(way).kind == kind and sum(parse(way).limits[:2]) == place.at == other.at
+        ]
+        row[f"over {words}"] = _times(metrics["TPOT"].median / ours[0]) if ours else NOT_MEASURED
+    return row
+
+
+def _text_row(place: Place, way: str, metrics: Mapping[str, Measurement], sides: Sides) -> Row:
+    last, took = list(sides.values())[-1]["time"], metrics["time"]
+    other = next(iter(sides.values()))["time"] if place.part == "generate" else last
+    return {
+        "Model": name(place.subject),
+        "Way": WAYS.get(way, way),
+        "ms/token": _cell(took, 4),
+        f"speed over {WAYS['baseline'] if other is not last else 'single tokens'}": _times(other.median / took.median),
     }
 
 

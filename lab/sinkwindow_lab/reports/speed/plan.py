@@ -38,6 +38,8 @@ class Plan:
     limits: tuple[int, ...] = ()  # further S + W
     streamed: tuple[int, ...] = ()  # before decoding
     prompts: tuple[int, ...] = ()  # prompt lengths, in limits
+    recomputed: tuple[int, ...] = ()  # windows that are computed anew for each token
+    generated: int = 8  # new tokens of a call of `generate`
 
 
 FULL = Plan(
@@ -66,6 +68,11 @@ LARGE = Plan(
     limits=(256, 4096, 512, 2048),
     streamed=(1000, 4000, 16_000, 64_000),
     prompts=(SHORTER, LONG),
+    recomputed=(1024, 4096),
+    generated=256,
+    scored=8,
+    block=256,
+    singles=13,
 )
 TINY = Plan(
     models=(("tiny-pythia", "float16"), ("tiny", "bfloat16")),
@@ -75,6 +82,7 @@ TINY = Plan(
     limits=(16,),
     streamed=(100, 400),
     prompts=(2, 4),
+    recomputed=(32,),
 )
 
 
