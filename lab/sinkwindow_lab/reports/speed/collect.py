@@ -18,7 +18,7 @@ from sinkwindow_lab.measure import memory
 from sinkwindow_lab.measure.micro import check_logits
 from sinkwindow_lab.records import Measurement, Report
 from sinkwindow_lab.reports.speed import decode, floors, laws, texts, tricks
-from sinkwindow_lab.reports.speed.plan import DENSE, EMBEDDED, FULL, LARGE, QUICK, TINY, Plan, lazy, static
+from sinkwindow_lab.reports.speed.plan import DENSE, EMBEDDED, FULL, LARGE, QUICK, TINY, Plan, lazy
 
 CHECKED = 200  # tokens of the check before anything is timed: past evictions, with and without a buffer [tokens]
 MARGIN = 1.5  # a part starts if its kind's longest time so far, times this, is left
@@ -61,6 +61,8 @@ class Run:
             self._add(measurements=list(measure()))
         except torch.cuda.OutOfMemoryError:
             self._add(skipped=[f"{name} (out of memory)"])
+        except Exception as error:  # noqa: BLE001 - a lent machine's time is short: the other parts are worth it
+            self._add(skipped=[f"{name} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"])
         self._longest[kind] = max(self._longest.get(kind, 0.0), self._spent() - begun)
         self._save(self.report)
 
@@ -130,7 +132,7 @@ def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None, quic
     """Measure the GPU report, in so many `minutes`, on the GPU if there is one, else tiny shapes on the CPU."""
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = place.type == "cuda"
-    plan = LARGE if on_gpu and not quick else replace(TINY, compile=LARGE.compile) if on_gpu else TINY
+    plan = LARGE if on_gpu and not quick else replace(TINY, compile=LARGE.compile, tuned=LARGE.tuned) if on_gpu else TINY
     say("on the GPU" if on_gpu else "on the CPU, with tiny shapes: there is no GPU here")
     run = Run("gpu", plan, place, save, say, 60 * minutes)
     run.part("laws", lambda: laws.laws(place, plan.compile))
@@ -143,7 +145,7 @@ def _gpu_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> None:
         run.part(f"{name}: S + W = {limit:,}", partial(decode.at_limit, model, name, limit, plan), f"{name}: limit")
 
     at_limit(plan.limit)
-    run.part(f"{name}: compiled", partial(decode.after, model, name, static(plan.limit), plan.limit, plan))
+    run.part(f"{name}: compiled", partial(decode.static_steps, model, name, plan, plan.compile))
     for window in plan.recomputed:
         run.part(f"{name}: windows of {window:,} computed anew", partial(decode.recomputed, model, name, window, plan))
     run.part(f"{name}: scoring", partial(texts.scoring, model, name, plan))
@@ -154,6 +156,8 @@ def _gpu_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> None:
         for way in (lazy(plan.limit), DENSE):
             prompt = partial(texts.prompt, model, name, way, tokens, plan)
             run.part(f"{name}: prompt of {tokens:,} tokens, {way.name}", prompt, f"{name}: prompt")
-    run.part(f"{name}: generate", partial(decode.generated, model, name, plan))
+    if plan.tuned != plan.compile:
+        run.part(f"{name}: compiled, tuned", partial(decode.static_steps, model, name, plan, plan.tuned))
     for limit in plan.limits:
         at_limit(limit)
+    run.part(f"{name}: generate", partial(decode.generated, model, name, plan))

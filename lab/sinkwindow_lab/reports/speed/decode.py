@@ -177,23 +177,27 @@ def at_limit(model: PreTrainedModel, name: str, limit: int, plan: Plan) -> list[
 
 
 def after(model: PreTrainedModel, name: str, way: Configuration, streamed: int, plan: Plan) -> list[Measurement]:
-    """Time tokens after so many were streamed; the attention of compiled steps has no time of its own.
+    """Time tokens after so many were streamed, whole steps alone."""
+    place, decoder = Place(way.kind, name, streamed), Decoder(way, model, 1, streamed)
+    found = timed(place, "TPOT", {way.name: decoder, SHORT: short_step(model, 1)}, model, plan)
+    context = min(mean_length(plan.limit), streamed + plan.turn * plan.samples[1] // 2)
+    return found + bytes_read(place, model, context, 1)
 
-    Of compiled steps, the kernels are profiled too.
-    """
-    if way.kind == "static":
-        torch.compiler.reset()
-    place, decoder = Place(way.kind, name, streamed), Decoder(way, model, 1, streamed, plan.compile)
-    found = timed(place, "TPOT", {way.name: decoder, SHORT: short_step(model, 1)}, model, plan, close=False)
-    if way.kind == "static":
-        for kernel in kernels(decoder.step, PROFILED, model.device):
-            row = Place(KERNELS, name, streamed)
-            found.append(row.one(kernel.name, "time", "ms", [kernel.ms]))
-            found.append(row.one(kernel.name, "calls", "", [kernel.calls]))
+
+def static_steps(model: PreTrainedModel, name: str, plan: Plan, options: Mapping[str, str]) -> list[Measurement]:
+    """Time compiled steps, and profile their kernels; `options` are those of `torch.compile`."""
+    torch.compiler.reset()
+    (how,), way = options.values(), static(plan.limit)
+    place, kernel_place = Place(how, name, plan.limit), Place(f"{KERNELS}, {how}", name, plan.limit)
+    decoder = Decoder(way, model, 1, plan.limit, options)
+    sides: dict[str, Steps] = {way.name: decoder, SHORT: short_step(model, 1)}
+    found = timed(place, "TPOT", sides, model, plan, close=False)
+    for kernel in kernels(decoder.step, PROFILED, model.device):
+        found.append(kernel_place.one(kernel.name, "time", "ms", [kernel.ms]))
+        found.append(kernel_place.one(kernel.name, "calls", "", [kernel.calls]))
     found.append(place.one(way.name, "cache", "bytes", [decoder.steps.session.cache_bytes]))
     decoder.steps.close()
-    context = min(mean_length(plan.limit, way.buffer or 0), streamed + plan.turn * plan.samples[1] // 2)
-    return found + bytes_read(place, model, context, 1)
+    return found + bytes_read(place, model, mean_length(plan.limit), 1)
 
 
 def recomputed(model: PreTrainedModel, name: str, window: int, plan: Plan) -> list[Measurement]:

@@ -192,7 +192,7 @@ def _gpu(report: Report) -> tuple[str, dict[str, str], Sequence[str]]:
         for way, metrics in sides.items():
             if place.part == "prompt":
                 prompts.append(_prompt_row(place, way, metrics, report.plan["chunk"]))
-            elif place.part == KERNELS and metrics["time"].median >= sides_total(sides) / 100:
+            elif place.part.startswith(KERNELS) and metrics["time"].median >= _all_kernels(sides) / 100:
                 kernels.append(_kernel_row(place, way, metrics, sides))
             elif place.part == "recomputed":
                 again.append(_recomputed_row(place, metrics, found))
@@ -221,7 +221,7 @@ def _decode_row(place: Place, way: str, sides: Sides, rate: float) -> Row:
     alone = metrics.get("attention")
     return {
         "Model": name(place.subject),
-        "Way": WAYS[chosen.kind],
+        "Way": WAYS[chosen.kind] + (f", {place.part}" if chosen.kind == "static" else ""),
         "S + W": f"{place.at if chosen.kind == 'baseline' else sum(chosen.limits[:2]):,}",
         "Streamed": f"{place.at:,}",
         "TPOT (ms)": numbers(metrics["TPOT"].samples, 3),
@@ -233,7 +233,7 @@ def _decode_row(place: Place, way: str, sides: Sides, rate: float) -> Row:
     }
 
 
-def sides_total(sides: Sides) -> float:
+def _all_kernels(sides: Sides) -> float:
     """Return the time of all kernels of a step [ms]."""
     return sum(metrics["time"].median for metrics in sides.values())
 
@@ -242,10 +242,11 @@ def _kernel_row(place: Place, kernel: str, metrics: Mapping[str, Measurement], s
     took = metrics["time"].median
     return {
         "Model": name(place.subject),
+        "Compiled": place.part.removeprefix(f"{KERNELS}, "),
         "Kernel": name(kernel if len(kernel) <= LONGEST_NAME else kernel[: LONGEST_NAME - 3] + "..."),
         "Times": f"{metrics['calls'].median:.0f}",
         "ms per step": f"{took:.3f}",
-        "of all kernels": f"{took / sides_total(sides):.0%}",
+        "of all": f"{took / _all_kernels(sides):.0%} of {_all_kernels(sides):.3f} ms",
     }
 
 

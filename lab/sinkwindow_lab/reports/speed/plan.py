@@ -34,6 +34,7 @@ class Plan:
     megabytes: float = 1.0  # tensor for the bandwidth [MB]
     # Options of `torch.compile` for static steps; the eager backend captures and guards the graph nevertheless.
     compile: dict[str, str] = field(default_factory=lambda: {"backend": "eager"})
+    tuned: dict[str, str] = field(default_factory=lambda: {"backend": "eager"})  # others, which compile for longer
     turn: int = 1  # steps of one sample: enough on a GPU that a step's own time outweighs the clock's
     limits: tuple[int, ...] = ()  # further S + W
     streamed: tuple[int, ...] = ()  # before decoding
@@ -64,12 +65,13 @@ LARGE = Plan(
     chunk=1024,
     megabytes=2048.0,
     compile={"mode": "reduce-overhead"},  # CUDA graphs
+    tuned={"mode": "max-autotune"},  # and kernels chosen by their times
     turn=13,  # a fifth of the 65 steps between two evictions: five samples cover every length once
-    limits=(256, 4096, 512, 2048),
-    streamed=(1000, 4000, 16_000, 64_000),
+    limits=(4096, 256),
+    streamed=(64_000, 1000),
     prompts=(SHORTER, LONG),
     recomputed=(1024, 4096),
-    generated=256,
+    generated=64,
     scored=8,
     block=256,
     singles=13,
