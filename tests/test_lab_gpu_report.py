@@ -6,20 +6,19 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
 
 from sinkwindow.attention.rotation import Rotary
+from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.records import Measurement, Report
+from sinkwindow_lab.reports.output import read_report
 from sinkwindow_lab.reports.speed import collect, laws, plan
 from sinkwindow_lab.reports.speed.floors import Place
 from sinkwindow_lab.reports.speed.page import broken, page
 from test_lab_speed_report import report, run, steps
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CPU = torch.device("cpu")
 SMALL = replace(plan.TINY, streamed=(100,), prompts=(2,), samples={1: 1})
@@ -96,23 +95,70 @@ def test_the_gpu_command_runs_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     text = page(found).markdown
     assert text == (tmp_path / "gpu_report.md").read_text(encoding="utf-8")
     assert "There is no GPU here: tiny shapes on the CPU" in text
-    assert "4 laws checked, 0 broken" in text
+    assert "5 laws checked, 0 broken" in text
     assert (found.finished, found.skipped) == (True, [])
-    lines = [line.split(" | ") for line in text.splitlines() if " | " in line]
-    expected = [
-        ["dense", "32", "32"],
-        ["streaming, eager", "32", "32"],
-        ["streaming, static and compiled", "32", "32"],
-        ["streaming, eager", "32", "100"],
-        ["dense", "16", "16"],
-        ["streaming, eager", "16", "16"],
-        ["streaming, eager", "64", "32"],  # prompts
-        ["dense", "64", "32"],
-    ]
-    for model in ("| tiny-pythia shape, float16", "| tiny shape, bfloat16"):
-        rows = [line for line in lines if line[0] == model]
-        assert [line[1:4] for line in rows] == expected
-        assert [line[7] == "-" for line in rows[:6]] == [False, False, True, True, False, False]  # attention alone
+    expected = {
+        "Decoding": [
+            ["dense", "32", "32"],
+            ["streaming, eager", "32", "32"],
+            ["streaming, static and compiled, eager", "32", "32"],
+            ["streaming, eager", "32", "100"],
+            ["dense, growing", "32", "32"],
+            ["dense", "16", "16"],
+            ["streaming, eager", "16", "16"],
+        ],
+        "Exact prefill": [["streaming, eager", "64", "32"], ["dense", "64", "32"]],
+    }
+    for model in ("tiny-pythia shape, float16", "tiny shape, bfloat16"):
+        for title, rows in expected.items():
+            assert [row[1:4] for row in table(text, title) if row[0] == model] == rows
+        alone = [row[7] != "-" for row in table(text, "Decoding") if row[0] == model]
+        assert alone == [True, True, False, False, False, True, True]
+        (again,) = [row for row in table(text, "Sliding windows with re-computation") if row[0] == model]
+        assert [cell.endswith("x") for cell in again] == [False, False, False, True, True]
+        generated = [row[1] for row in table(text, "`generate`") if row[0] == model]
+        assert generated == ["dense", "streaming, eager", "streaming, static and compiled"]
+        scored = [row[1] for row in table(text, "Exact streaming perplexity") if row[0] == model]
+        assert scored == ["blocks", "dense", "each call alone", "single"]
+        profiled = {row[1] for row in table(text, "Kernels") if row[0] == model}
+        assert profiled == {"step, eager", "chunk, streaming", "chunk, baseline"}
+
+
+def table(text: str, title: str) -> list[list[str]]:
+    """Return the cells of the rows of the table below a title, without its head."""
+    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+
+
+def test_the_kept_pages_are_those_of_their_measurements() -> None:
+    """Each page of a GPU in `docs/results/gpu` is made from the JSON beside it, by the renderer of today."""
+    kept = sorted((Path(__file__).resolve().parent.parent / "docs" / "results" / "gpu").glob("*/gpu_report.json"))
+    assert kept
+    for one in kept:
+        assert page(read_report(one)).markdown == one.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_part_that_fails_is_named() -> None:
+    """The parts after it run: time on a lent machine is short."""
+    found, _, _ = budget(math.inf)
+
+    def broken_part() -> list[Measurement]:
+        raise RuntimeError("no kernel\nfor this device")
+
+    found.part("odd", broken_part)
+    found.part("small", lambda: [steps("ours", 1.0)])
+    assert found.report.skipped == ["odd (RuntimeError: no kernel)"]
+    assert found.report.measurements[-1].configuration == "ours"
+
+
+def test_kernels_are_counted_per_step() -> None:
+    """Times and calls are those of one step, the most expensive kernel first."""
+    left, right = torch.ones(300, 300), torch.ones(3)
+    found = kernels(lambda: (left @ left, right + 1, right + 2), 4, CPU)
+    by_name = {one.name: one for one in found}
+    assert (by_name["aten::mm"].calls, by_name["aten::add"].calls) == (1, 2)
+    assert found[0].name == "aten::mm"
+    assert found[0].ms == max(one.ms for one in found) > 0
 
 
 def test_the_gpu_command_needs_no_pandas(tmp_path: Path) -> None:
@@ -155,7 +201,7 @@ def test_a_broken_law_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The report is still written, and the error names the law."""
-    monkeypatch.setattr(laws, "laws", lambda _: law(2.0))
+    monkeypatch.setattr(laws, "laws", lambda *_: law(2.0))
     monkeypatch.setattr(collect, "_gpu_parts", lambda *_: None)
     assert run("gpu-report", "--out", tmp_path, "--minutes", 9) == 1
     assert "law 'a law', tiny, float32 on cpu: 2.00e+00" in capsys.readouterr().err

@@ -8,16 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-try:
-    from sinkwindow.attention.split import split_attention
-except ImportError:  # torch for a CPU has no Triton
-    split_attention = None  # type: ignore[assignment]
-
 STEP_NAME = "sinkwindow_step"
-HALF = (torch.float16, torch.bfloat16)
 
 
 def step_attention(
@@ -44,9 +37,6 @@ def step_attention(
         Attention output ``[batch, 1, heads, value_dim]``, and no weights.
     """
     batch, heads, _, width = query.shape
-    if split_attention is not None and key.is_cuda and query.dtype == key.dtype in HALF:
-        output = split_attention(query, key, value, attention_mask, width**-0.5 if scaling is None else scaling)
-        return output.transpose(1, 2), None
     grouped = query.reshape(batch, key.shape[1], -1, width)
     output = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(batch, 1, heads, -1), None

@@ -156,6 +156,9 @@ def _gpu_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> None:
         for way in (lazy(plan.limit), DENSE):
             prompt = partial(texts.prompt, model, name, way, tokens, plan)
             run.part(f"{name}: prompt of {tokens:,} tokens, {way.name}", prompt, f"{name}: prompt")
+    for way in (lazy(plan.limit), DENSE):
+        run.part(f"{name}: kernels of a chunk, {way.name}", partial(texts.chunk_kernels, model, name, way, plan))
+    run.part(f"{name}: a growing dense cache", partial(decode.growing, model, name, plan))
     if plan.tuned != plan.compile:
         run.part(f"{name}: compiled, tuned", partial(decode.static_steps, model, name, plan, plan.tuned))
     for limit in plan.limits:

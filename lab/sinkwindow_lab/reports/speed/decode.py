@@ -16,7 +16,7 @@ from sinkwindow_lab.measure.clock import Side, interleave, repeated
 from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.measure.micro import AttentionSteps, bare_attention
 from sinkwindow_lab.records import Configuration, Measurement
-from sinkwindow_lab.reports.speed.floors import Place, bytes_read, short_step
+from sinkwindow_lab.reports.speed.floors import KERNELS, Place, bytes_read, profiled, short_step
 from sinkwindow_lab.reports.speed.plan import (
     BARE,
     BUFFER,
@@ -33,7 +33,7 @@ from sinkwindow_lab.reports.speed.texts import token_ids
 from sinkwindow_lab.ways.configurations import open_session, parse
 from sinkwindow_lab.ways.sessions import StaticSession, cache_keyword
 
-KERNELS, PROFILED = "kernels", 5  # the part, and how many steps are profiled
+PROFILED = 5  # steps
 BEFORE_REBASE = 30  # steps from a late cache to its next rebase [tokens]
 
 
@@ -171,9 +171,21 @@ def at_limit(model: PreTrainedModel, name: str, limit: int, plan: Plan) -> list[
             DENSE.name: Decoder(DENSE, model, 1, length - 1 - plan.turn // 2),
             lazy(limit).name: Decoder(lazy(limit), model, 1, limit),
         }
+    for _ in range(plan.warm_up):
+        sides[lazy(limit).name].step()
     found = timed(place, "TPOT", {**sides, SHORT: short_step(model, 1)}, model, plan, close=False)
     found += timed(place, "attention", {**sides, BARE: bare_attention(model, length).step}, model, plan)
     return found + bytes_read(place, model, length, 1)
+
+
+def growing(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
+    """Time tokens of a dense cache that grows, as in a generation: each length is new."""
+    place, decoder = Place("growing", name, plan.limit), Decoder(DENSE, model, 1, plan.limit)
+    sides: dict[str, Steps] = {DENSE.name: decoder.step, SHORT: short_step(model, 1)}
+    found = timed(place, "TPOT", sides, model, plan)
+    found.append(place.one(DENSE.name, "cache", "bytes", [decoder.steps.session.cache_bytes]))
+    decoder.steps.close()
+    return found + bytes_read(place, model, mean_length(plan.limit), 1)
 
 
 def after(model: PreTrainedModel, name: str, way: Configuration, streamed: int, plan: Plan) -> list[Measurement]:
@@ -188,13 +200,11 @@ def static_steps(model: PreTrainedModel, name: str, plan: Plan, options: Mapping
     """Time compiled steps, and profile their kernels; `options` are those of `torch.compile`."""
     torch.compiler.reset()
     (how,), way = options.values(), static(plan.limit)
-    place, kernel_place = Place(how, name, plan.limit), Place(f"{KERNELS}, {how}", name, plan.limit)
+    place, kernel_place = Place(how, name, plan.limit), Place(f"{KERNELS}, step, {how}", name, plan.limit)
     decoder = Decoder(way, model, 1, plan.limit, options)
     sides: dict[str, Steps] = {way.name: decoder, SHORT: short_step(model, 1)}
     found = timed(place, "TPOT", sides, model, plan, close=False)
-    for kernel in kernels(decoder.step, PROFILED, model.device):
-        found.append(kernel_place.one(kernel.name, "time", "ms", [kernel.ms]))
-        found.append(kernel_place.one(kernel.name, "calls", "", [kernel.calls]))
+    found += profiled(kernel_place, kernels(decoder.step, PROFILED, model.device))
     found.append(place.one(way.name, "cache", "bytes", [decoder.steps.session.cache_bytes]))
     decoder.steps.close()
     return found + bytes_read(place, model, mean_length(plan.limit), 1)

@@ -9,11 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkwindow_lab.measure.clock import Side, interleave
+from sinkwindow_lab.measure.kernels import Kernel
 from sinkwindow_lab.measure.micro import AttentionSteps, bare_attention, geometry
 from sinkwindow_lab.records import Measurement
 from sinkwindow_lab.reports.speed.plan import BARE, DENSE, SHORT, SHORT_CONTEXT
 
 WIDTH = 4096  # of the matrix that is read
+KERNELS = "kernels"  # how the parts of a profile begin
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Place:
                 own = [values[number] for number, what in found.events.items() if what == event]
                 measured.append(self.one(side, f"{metric}, {event}", "ms", own))
         return measured
+
+
+def profiled(place: Place, found: Sequence[Kernel]) -> list[Measurement]:
+    """Return kernels as measurements of a place, by name."""
+    figures = (("time", "ms"), ("calls", ""))
+    return [
+        place.one(one.name, metric, unit, [value])
+        for one in found
+        for (metric, unit), value in zip(figures, (one.ms, one.calls), strict=True)
+    ]
 
 
 def bandwidth(device: torch.device, *, megabytes: float = 512.0, samples: int = 7) -> list[Measurement]:

@@ -9,8 +9,7 @@ from sinkwindow_lab.records import Measurement, Report
 from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, join, name, numbers, table
 from sinkwindow_lab.render.origins import head, machine_line
 from sinkwindow_lab.reports.speed.compare import READ, Comparison, Sides, best_rate, comparisons, least_ms, places
-from sinkwindow_lab.reports.speed.decode import KERNELS
-from sinkwindow_lab.reports.speed.floors import Place
+from sinkwindow_lab.reports.speed.floors import KERNELS, Place
 from sinkwindow_lab.reports.speed.plan import BARE, SAME_CHUNKS, SHORT, STOCK
 from sinkwindow_lab.ways.configurations import parse
 
@@ -44,13 +43,14 @@ GPU_WORDS = (
     "**TPOT / bytes**: time per output token over (weight + cache bytes) / the best bandwidth measured here.",
     "**TPOT / short**: over the same model's step with 8 tokens of context in the stock cache.",
     "**Attention**: cache work plus attention of one token, all layers; **/ bare**: over SDPA on ready-made tensors.",
-    "Dense is `DynamicCache` held at the mean length of the streaming cache; a sample is several steps on end.",
+    "Dense is `DynamicCache` held at the mean length of the streaming cache, or growing; a sample is several steps.",
+    "Where SDPA builds a plan for each length that it has not seen, as cuDNN does, a growing cache pays that each step.",
     "**Grown**: the highest sum of tensors, without the weights, while a prompt is read; **Peak**: weights included.",
     "A law allows twice the error of the reference's own mathematics in the dtype, plus one rounding step.",
 )
 WAYS = {"baseline": "dense", "streaming": "streaming, eager", "static": "streaming, static and compiled"}
 LONGEST_NAME = 100  # of a kernel [characters]
-PROSE = ("Kernel", "What", "Compared with", "Note", "Way", "Checked on")
+PROSE = ("Kernel", "Of", "What", "Compared with", "Note", "Way", "Checked on")
 Row = dict[str, str]
 
 
@@ -203,7 +203,7 @@ def _gpu(report: Report) -> tuple[str, dict[str, str], Sequence[str]]:
     tables = {
         "Decoding": _table(decoded),
         "Sliding windows with re-computation": _table(again),
-        "Kernels of a compiled step": _table(kernels),
+        "Kernels": _table(kernels),
         "`generate`": _table(texts["generate"]),
         "Exact streaming perplexity": _table(texts["perplexity"]),
         "Exact prefill": _table(prompts),
@@ -221,7 +221,7 @@ def _decode_row(place: Place, way: str, sides: Sides, rate: float) -> Row:
     alone = metrics.get("attention")
     return {
         "Model": name(place.subject),
-        "Way": WAYS[chosen.kind] + (f", {place.part}" if chosen.kind == "static" else ""),
+        "Way": WAYS[chosen.kind] + ("" if place.part in ("tpot", chosen.kind) else f", {place.part}"),
         "S + W": f"{place.at if chosen.kind == 'baseline' else sum(chosen.limits[:2]):,}",
         "Streamed": f"{place.at:,}",
         "TPOT (ms)": numbers(metrics["TPOT"].samples, 3),
@@ -242,7 +242,7 @@ def _kernel_row(place: Place, kernel: str, metrics: Mapping[str, Measurement], s
     took = metrics["time"].median
     return {
         "Model": name(place.subject),
-        "Compiled": place.part.removeprefix(f"{KERNELS}, "),
+        "Of": place.part.removeprefix(f"{KERNELS}, "),
         "Kernel": name(kernel if len(kernel) <= LONGEST_NAME else kernel[: LONGEST_NAME - 3] + "..."),
         "Times": f"{metrics['calls'].median:.0f}",
         "ms per step": f"{took:.3f}",

@@ -36,6 +36,7 @@ class Plan:
     compile: dict[str, str] = field(default_factory=lambda: {"backend": "eager"})
     tuned: dict[str, str] = field(default_factory=lambda: {"backend": "eager"})  # others, which compile for longer
     turn: int = 1  # steps of one sample: enough on a GPU that a step's own time outweighs the clock's
+    warm_up: int = 0  # steps before those that are timed, of whole steps on a GPU
     limits: tuple[int, ...] = ()  # further S + W
     streamed: tuple[int, ...] = ()  # before decoding
     prompts: tuple[int, ...] = ()  # prompt lengths, in limits
@@ -67,6 +68,7 @@ LARGE = Plan(
     compile={"mode": "reduce-overhead"},  # CUDA graphs
     tuned={"mode": "max-autotune"},  # and kernels chosen by their times
     turn=13,  # a fifth of the 65 steps between two evictions: five samples cover every length once
+    warm_up=BUFFER + 1,  # every length once before: cuDNN builds a plan for each that it has not seen
     limits=(4096, 256),
     streamed=(64_000, 1000),
     prompts=(SHORTER, LONG),

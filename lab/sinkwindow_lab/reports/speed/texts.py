@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkwindow_lab.measure.clock import Side, interleave
+from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.measure.memory import tensor_peak, weight_bytes
 from sinkwindow_lab.measure.perplexity import token_losses
 from sinkwindow_lab.records import Configuration, Measurement
-from sinkwindow_lab.reports.speed.floors import Place
+from sinkwindow_lab.reports.speed.floors import KERNELS, Place, profiled
 from sinkwindow_lab.reports.speed.plan import ALONE, DENSE, INEXACT, LONG, SAME_CHUNKS, SHORTER, Plan, lazy
 from sinkwindow_lab.ways.configurations import open_session
 from sinkwindow_lab.ways.sessions import Session
@@ -84,6 +85,16 @@ def prompt(model: PreTrainedModel, name: str, way: Configuration, tokens: int, p
     took = interleave({"": Side(read)}, 1, model.device, warm_up=0)[""].ms[0]
     found = {"time": ("ms/token", took / tokens), "peak": ("bytes", peak), "weights": ("bytes", weight_bytes(model))}
     return [place.one(way.name, metric, unit, [value]) for metric, (unit, value) in found.items()]
+
+
+def chunk_kernels(model: PreTrainedModel, name: str, way: Configuration, plan: Plan) -> list[Measurement]:
+    """Profile the kernels of one chunk of a prompt, the fourth one."""
+    *first, last = torch.split(token_ids(model, 4 * plan.chunk), plan.chunk, dim=1)
+    with open_session(way, model) as session:
+        for part in first:
+            session.feed(part, last_only=True)
+        place = Place(f"{KERNELS}, chunk, {way.kind}", name, plan.chunk)
+        return profiled(place, kernels(lambda: session.feed(last, last_only=True), 1, model.device))
 
 
 def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
