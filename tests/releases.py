@@ -1,4 +1,4 @@
-"""Laws that an older transformers cannot keep, each with the release that brings what it needs, and why."""
+"""Laws that an older transformers or torch cannot keep, each with the release that brings what it needs, and why."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from sinkwindow.model.versions import since
 
@@ -35,6 +36,15 @@ UNPAGED = (
     "" if since("5.24") else "needs transformers 5.24: before, no test compares its paged cache with the reference"
 )
 NEWEST = needs("5.24", "what is written or built here is that of the newest release")
+
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+MOST_GRAPHS = 1 if TORCH >= (2, 8) else 2  # for several caches of the same sizes
+
+
+def traced_error(text: str) -> str:
+    """Return what an error says that is raised while a step is traced: before torch 2.9 not its own text."""
+    return text if TORCH >= (2, 9) else "Observed exception"
 
 
 def ready_for_drafts(cache: StreamingCache) -> StreamingCache:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
@@ -22,7 +22,6 @@ from strategies import (
     BOTH,
     CACHE_NAME,
     EXACT,
-    ModelSpec,
     Rule,
     budget,
     call,
@@ -296,26 +295,6 @@ def test_what_generate_calls_back_may_call_the_model(by: str) -> None:
     assert generated(model, ids, cache, **more) == alone
     assert len(found) > 5
     assert all(_same(inside, others) and torch.equal(outside, plain) for inside, outside in found)
-
-
-def test_a_compiled_step_shows_no_other_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its attention is the tracer's business: nobody ever sees the config with another one than its own."""
-    model, ids, seen = fresh_model(ModelSpec(kv_heads=1, heads=2)).double(), tokens(4, 1, 20), []
-    cache, compiled = RULE.cache(model, static=True), torch.compile(model, backend="eager")
-    call(model, cache, ids[:, :1])
-    logits = [call(cast("Any", compiled), cache, ids[:, [1]])]  # traces
-    assign: Any = type(model.config).__setattr__
-
-    def watch(config: Any, name: str, value: object) -> None:
-        if not torch.compiler.is_compiling():
-            seen.append((name, value))
-        assign(config, name, value)
-
-    monkeypatch.setattr(type(model.config), "__setattr__", watch)
-    logits += [call(cast("Any", compiled), cache, ids[:, [column]]) for column in range(2, 20)]
-    assert {value for name, value in seen if "attn_implementation" in name} <= {"sdpa"}
-    assert model.config._attn_implementation == "sdpa"
-    assert worst(torch.cat(logits, dim=1) - reference_logits(model, ids, **RULE.arguments)[:, 1:]) < EXACT
 
 
 # -- a cache inside its own call --------------------------------------------------------------------------------------

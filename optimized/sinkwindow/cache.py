@@ -13,10 +13,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AttentionInterface, Cache
+from transformers import Cache
 
 from sinkwindow.arguments import read_int, read_rows
-from sinkwindow.attention.step import STEP_NAME, step_attention
 from sinkwindow.copies import Copies
 from sinkwindow.fit import OnOverflow, Positions, check_fit, pools_of, position_bound
 from sinkwindow.model.calls import News
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 
     from sinkwindow.model.layer_stub import LayerStub
     from sinkwindow.stream.events import Eviction
-
-AttentionInterface.register(STEP_NAME, step_attention)
 
 
 class StreamingCache(Cache, Copies):

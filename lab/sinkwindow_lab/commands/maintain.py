@@ -115,6 +115,7 @@ def gpu_report(
     out: Out,
     minutes: Annotated[float, typer.Option(help="Time for everything; what does not fit is skipped and named.")] = 7.5,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU by default if there is one.")] = None,
+    *,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes on a GPU too: everything runs once.")] = False,
 ) -> None:
     """Measure large shapes on a GPU, offline.

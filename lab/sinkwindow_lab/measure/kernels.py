@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -33,7 +32,7 @@ def kernels(step: Callable[[], object], steps: int, device: torch.device) -> lis
             torch.cuda.synchronize()
     rows: dict[str, Kernel] = {}
     for event in found.events() or ():
-        if (event.device_type == DeviceType.CUDA) is on_gpu:
+        if (event.device_type.name == "CUDA") is on_gpu:
             row = rows.setdefault(event.name, Kernel(event.name))
             took = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
             row.calls += 1 / steps

@@ -198,7 +198,8 @@ class Calls(Hooked):
             )
         self._call = None  # what was interrupted does not count
         own = {"cache_position": self._steps.seen[:1].clone()} if TAKES_CACHE_POSITION else {}
-        return kwargs | own | self._steps.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
+        # Not `|`, which old tracers do not know.
+        return {**kwargs, **own, **self._steps.begin(kwargs, decoder.config._attn_implementation)}  # noqa: SLF001
 
     def _commit_traced(self) -> None:
         if self._steps is not None:

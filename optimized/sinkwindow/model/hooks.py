@@ -225,6 +225,7 @@ def _open(cache: Hooked, module: nn.Module) -> None:
 
 @uncompiled
 def _begin(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    _restore_attention(decoder)  # a step whose graph was broken has failed
     _open(cache, decoder)
     return cache._begin(decoder, kwargs)
 
@@ -242,8 +243,10 @@ def _end(cache: Hooked, module: nn.Module) -> None:
 def _begin_traced(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Begin a step; where ``sdpa`` would copy grouped keys, trace the attention that does not.
 
-    The assignment is the tracer's: it is undone before the graph ends, and no other caller ever sees it.
+    The assignment is the tracer's: it is undone before the graph ends. Where a model breaks the graph, others see it in
+    between, and for them the attention is ``sdpa`` nevertheless (``attention/step.py``).
     """
+    _restore_attention(decoder)
     arguments = cache._begin_traced(decoder, kwargs)
     if decoder.config._attn_implementation == "sdpa":
         decoder.config._attn_implementation = STEP_NAME
@@ -251,9 +254,13 @@ def _begin_traced(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any
 
 
 def _commit_traced(cache: Hooked, decoder: PreTrainedModel) -> None:
+    _restore_attention(decoder)
+    cache._commit_traced()
+
+
+def _restore_attention(decoder: PreTrainedModel) -> None:
     if decoder.config._attn_implementation == STEP_NAME:
         decoder.config._attn_implementation = "sdpa"
-    cache._commit_traced()
 
 
 def _run_last(module: nn.Module) -> None:
@@ -265,15 +272,15 @@ def _run_last(module: nn.Module) -> None:
 
 def _cache_of(kwargs: dict[str, Any]) -> Hooked | None:
     given = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
-    ours = next((cache for cache in given if isinstance(cache, Hooked)), None)
-    if ours is not None and any(cache is not ours for cache in given):
+    ours = [cache for cache in given if isinstance(cache, Hooked)]
+    if ours and any(cache is not ours[0] for cache in given):
         raise ValueError(f"{' and '.join(CACHE_NAMES)} are two names of one argument, and got two caches: pass one.")
-    return ours
+    return ours[0] if ours else None
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name."""
-    return dict(zip(_parameters(module), args, strict=False)) | kwargs
+    return {**dict(zip(_parameters(module)[: len(args)], args, strict=True)), **kwargs}
 
 
 def _parameters(module: nn.Module) -> list[str]:

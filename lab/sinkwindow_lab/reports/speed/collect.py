@@ -132,7 +132,9 @@ def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None, quic
     """Measure the GPU report, in so many `minutes`, on the GPU if there is one, else tiny shapes on the CPU."""
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = place.type == "cuda"
-    plan = LARGE if on_gpu and not quick else replace(TINY, compile=LARGE.compile, tuned=LARGE.tuned) if on_gpu else TINY
+    plan = (
+        LARGE if on_gpu and not quick else replace(TINY, compile=LARGE.compile, tuned=LARGE.tuned) if on_gpu else TINY
+    )
     say("on the GPU" if on_gpu else "on the CPU, with tiny shapes: there is no GPU here")
     run = Run("gpu", plan, place, save, say, 60 * minutes)
     run.part("laws", lambda: laws.laws(place, plan.compile))

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from sinkwindow import StreamingCache
 from sinkwindow.stream.state import DebugState
@@ -227,6 +227,7 @@ def generated(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement
     """
     place, ids, found = Place("generate", name, plan.generated), token_ids(model, plan.limit), list[Measurement]()
     torch.compiler.reset()
+    generating = cast("GenerationMixin", model)
     limits = SINKS, plan.limit - SINKS, BUFFER
     streams = {kind: StreamingCache(model, *limits, static=kind == "static") for kind in ("streaming", "static")}
 
@@ -234,7 +235,7 @@ def generated(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement
         cache = DynamicCache(config=model.config) if kind == DENSE.kind else streams[kind]
         cache.reset()
         more: dict[str, Any] = {cache_keyword(model): cache}
-        model.generate(ids, do_sample=False, max_new_tokens=plan.generated, min_new_tokens=plan.generated, **more)
+        generating.generate(ids, do_sample=False, max_new_tokens=plan.generated, min_new_tokens=plan.generated, **more)
 
     kinds = (DENSE.kind, *streams)
     timed = interleave({kind: Side(partial(tokens, kind)) for kind in kinds}, 3, model.device, warm_up=1)

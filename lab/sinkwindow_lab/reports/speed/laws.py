@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from sinkwindow import StreamingCache
 from sinkwindow_lab.inputs.shapes import random_model
@@ -47,7 +47,8 @@ def laws(device: torch.device, compile_with: Mapping[str, str]) -> Iterator[Meas
             yield from check(place, "a padded row equals that row alone", models, RULES[0], lengths, padding=PADDING)
             if (shape, dtype) in COMPILED:
                 torch.compiler.reset()
-                step = torch.compile(model, fullgraph=True, **dict(compile_with))
+                options: dict[str, Any] = {"fullgraph": True, **compile_with}
+                step = torch.compile(model, **options)
                 yield from check(place, "compiled steps", models, RULES[0], lengths, step=step)
             if (shape, dtype) == GENERATED:
                 torch.compiler.reset()
@@ -104,11 +105,11 @@ def check(
 def same_tokens(place: Place, model: PreTrainedModel) -> list[Measurement]:
     """Compare what `generate` chooses with and without static steps; the error counts different tokens."""
     ids = torch.arange(2 * PROMPT, device=model.device).reshape(2, PROMPT) % int(model.config.vocab_size)
-    chosen = []
+    chosen, generating = [], cast("GenerationMixin", model)
     for static in (False, True):
         cache = StreamingCache(model, *RULES[0], static=static)
         more: dict[str, Any] = {cache_keyword(model): cache, "attention_mask": torch.ones_like(ids)}
-        chosen.append(model.generate(ids, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, **more))
+        chosen.append(generating.generate(ids, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, **more))
         cache.detach()
     different = float((chosen[0] != chosen[1]).sum())
     found = {"error": different, "plain error": 0.0, "rounding step": 0.0, "retained equal": 1.0}

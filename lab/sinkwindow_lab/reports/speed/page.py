@@ -44,7 +44,7 @@ GPU_WORDS = (
     "**TPOT / short**: over the same model's step with 8 tokens of context in the stock cache.",
     "**Attention**: cache work plus attention of one token, all layers; **/ bare**: over SDPA on ready-made tensors.",
     "Dense is `DynamicCache` held at the mean length of the streaming cache, or growing; a sample is several steps.",
-    "Where SDPA builds a plan for each length that it has not seen, as cuDNN does, a growing cache pays that each step.",
+    "Where SDPA builds a plan for each length that it has not seen, as cuDNN does, a growing cache pays at each step.",
     "**Grown**: the highest sum of tensors, without the weights, while a prompt is read; **Peak**: weights included.",
     "A law allows twice the error of the reference's own mathematics in the dtype, plus one rounding step.",
 )
