@@ -14,6 +14,8 @@ from transformers.masking_utils import sdpa_mask
 
 from calling import RULE, SPEC, failing
 from families import FAMILIES, build
+from sinkwindow import StreamingCache
+from sinkwindow.lanes import Inputs
 from sinkwindow.stream import stream as stream_module
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import CACHE_NAME, EXACT, ModelSpec, Rule, call, fresh_model, padding_mask, stream, tokens, worst
@@ -89,6 +91,14 @@ def test_weights_of_a_call_that_its_table_holds_come_in_one_piece(monkeypatch: p
     assert output.attentions[0].shape[-2:] == (60, 60)
     with pytest.raises(ValueError, match="output_attentions=True needs a call in one piece"):
         _decoded(model, RULE.cache(model), ids, output_attentions=True)
+
+
+@pytest.mark.filterwarnings("ignore:num_sinks")
+@pytest.mark.parametrize(("device", "buffer", "columns"), [("cpu", 64, 256), ("cuda", 64, 1024), ("cuda", 0, 512)])
+def test_pieces_are_longer_on_a_gpu(device: str, buffer: int, columns: int) -> None:
+    """A piece costs a GPU the launch of all kernels, and masked columns little; copies of 8 sinks are limited too."""
+    cache = StreamingCache(ModelSpec().model(), 8, 2000, buffer)
+    assert cache._stream.piece_length(Inputs(1, 5000, torch.device(device), None), masked=True) == columns
 
 
 def test_arguments_with_a_value_per_column_are_cut() -> None:

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PIECE = 256  # columns of a call run at once: beyond, masked columns cost more than the fixed cost of another piece
-PIECE_COPIES = 2048  # and no more columns of copied sinks than this in a piece
+# Columns of a call run at once, and columns of copied sinks among them: beyond, masked columns cost more than the fixed
+# cost of another piece. On a GPU that is the launch of all kernels (31 ms of Pythia-2.8B on an H200, docs/gpu.md).
+PIECE, PIECE_COPIES = 256, 2048
+GPU_PIECE, GPU_PIECE_COPIES = 1024, 4096
 
 
 class Stream:
@@ -109,8 +111,10 @@ class Stream:
         if masked and self.has_room(inputs) and inputs.columns <= most:
             return inputs.columns
         if masked:
+            on_cpu = inputs.device.type == "cpu"
+            longest, copies = (PIECE, PIECE_COPIES) if on_cpu else (GPU_PIECE, GPU_PIECE_COPIES)
             copies_per_token = self.rule.num_sinks / (self.rule.buffer + 1)
-            return min(inputs.columns, most, PIECE, max(1, int(PIECE_COPIES / max(1, copies_per_token))))
+            return min(inputs.columns, most, longest, max(1, int(copies / max(1, copies_per_token))))
         ends = [inputs.columns, most]
         for r, (lane, row) in enumerate(zip(state.lanes, state.pools[0].lanes, strict=True)):
             room = self.rule.capacity - (lane.seen - row.evicted)
