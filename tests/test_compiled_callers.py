@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 
 from calling import RULE
+from families import FAMILIES, build
 from sinkwindow.model.hooks import uncompiled
 from sinkwindow_reference import reference_logits
 from strategies import EXACT, ModelSpec, call, fresh_model, tokens, worst
@@ -70,3 +72,16 @@ def test_a_step_whose_graph_is_broken_shows_no_other_attention() -> None:
     assert len(nested) == 3
     assert all(torch.equal(one, alone) for one in nested)
     assert worst(torch.cat(logits, dim=1) - expected) < EXACT
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "cohere2"])
+def test_a_compiled_copy_of_an_attached_model_is_its_own(family: str) -> None:
+    """It has inherited the hooks, and no cache of its own: they change nothing, however it passes its arguments."""
+    model, ids = build(family), tokens(6, 1, 20)
+    alone = call(model, None, ids)
+    cache = RULE.cache(model, static=True)
+    twin = cast("Any", torch.compile(copy.deepcopy(model), backend="eager"))
+    assert torch.equal(call(twin, None, ids), alone)
+    expected = call(model, cache, ids)
+    assert torch.equal(call(twin, None, ids), alone)
+    assert worst(expected - reference_logits(model, ids, **RULE.arguments)) < FAMILIES[family].bound

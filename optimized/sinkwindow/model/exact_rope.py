@@ -60,7 +60,9 @@ def marked(
 
 def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return a rotary module's tables from float64 angles, if its positions are marked; else its output."""
-    positions, layer_type = arguments["position_ids"], arguments.get("layer_type")
+    positions, layer_type = arguments.get("position_ids"), arguments.get("layer_type")
+    if positions is None:  # in a compiled copy of the model, which no cache uses
+        return output
     if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64) or positions.is_meta:
         return output
     if positions.dim() > 2:  # noqa: PLR2004 - three kinds of positions, equal in every text (M-RoPE)

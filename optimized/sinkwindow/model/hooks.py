@@ -280,7 +280,8 @@ def _cache_of(kwargs: dict[str, Any]) -> Hooked | None:
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name."""
-    return {**dict(zip(_parameters(module)[: len(args)], args, strict=True)), **kwargs}
+    names = _parameters(module)[: len(args)]
+    return {**dict(zip(names, args[: len(names)], strict=True)), **kwargs}
 
 
 def _parameters(module: nn.Module) -> list[str]:
