@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from sinkwindow_lab.reports.speed import collect, laws, plan
 from sinkwindow_lab.reports.speed.floors import Place
 from sinkwindow_lab.reports.speed.page import broken, page
 from test_lab_speed_report import report, run, steps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CPU = torch.device("cpu")
 SMALL = replace(plan.TINY, streamed=(100,), prompts=(2,), samples={1: 1})
@@ -138,25 +142,47 @@ def test_the_kept_pages_are_those_of_their_measurements() -> None:
         assert page(read_report(one)).markdown == one.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_a_part_that_fails_is_named() -> None:
-    """The parts after it run: time on a lent machine is short."""
-    found, _, _ = budget(math.inf)
+def failing_laws(*_: object) -> Iterator[Measurement]:
+    """Break a law, and fail before the next one."""
+    yield from law(2.0)
+    raise RuntimeError("no kernel\nfor this device")
 
-    def broken_part() -> list[Measurement]:
-        raise RuntimeError("no kernel\nfor this device")
 
-    found.part("odd", broken_part)
-    found.part("small", lambda: [steps("ours", 1.0)])
-    assert found.report.skipped == ["odd (RuntimeError: no kernel)"]
-    assert found.report.measurements[-1].configuration == "ours"
+def test_a_part_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it has measured is kept, and the parts after it run: time on a lent machine is short. The command fails."""
+    monkeypatch.setattr(laws, "laws", failing_laws)
+    monkeypatch.setattr(collect, "_gpu_parts", lambda run, *_: run.part("after", lambda: [steps("ours", 1.0)]))
+    assert run("gpu-report", "--out", tmp_path, "--minutes", 9) == 1
+    said, text = capsys.readouterr().err, (tmp_path / "gpu_report.md").read_text(encoding="utf-8")
+    for words in ("laws: RuntimeError: no kernel", "law 'a law', tiny, float32 on cpu: 2.00e+00"):
+        assert words in said
+    assert "\n- laws: RuntimeError: no kernel\n" in text
+    assert "1 laws checked, 1 broken" in text
+    found = read_report(tmp_path / "gpu_report.json")
+    assert sum(one.configuration == "ours" for one in found.measurements) == len(SMALL.models)
+
+
+def test_a_part_of_the_speed_report_that_fails_ends_it() -> None:
+    """No report is made of what works of a wrong cache."""
+    found = collect.Run("speed", SMALL, CPU, lambda _: None, lambda _: None)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        found.part("odd", failing_laws)
 
 
 def test_kernels_are_counted_per_step() -> None:
     """Times and calls are those of one step, the most expensive kernel first."""
     left, right = torch.ones(300, 300), torch.ones(3)
-    found = kernels(lambda: (left @ left, right + 1, right + 2), 4, CPU)
+
+    def step() -> None:
+        with torch.profiler.record_function("a range of the user's"):
+            _ = (left @ left, right + 1, right + 2)
+
+    found = kernels(step, 4, CPU)
     by_name = {one.name: one for one in found}
     assert (by_name["aten::mm"].calls, by_name["aten::add"].calls) == (1, 2)
+    assert "a range of the user's" not in by_name
     assert found[0].name == "aten::mm"
     assert found[0].ms == max(one.ms for one in found) > 0
 

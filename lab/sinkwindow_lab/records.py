@@ -177,6 +177,7 @@ class Report(Record):
     configurations: list[Configuration] = []
     measurements: list[Measurement]
     skipped: list[str] = []
+    failed: list[str] = []
     notes: dict[str, str] = {}
     seconds: float
     finished: bool = True

@@ -12,10 +12,10 @@ import weakref
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import Cache
 
 from sinkwindow.arguments import read_int, read_rows
+from sinkwindow.attention.step import is_tracing
 from sinkwindow.copies import Copies
 from sinkwindow.fit import OnOverflow, Positions, check_fit, pools_of, position_bound
 from sinkwindow.model.calls import News
@@ -263,7 +263,7 @@ class StreamingCache(Cache, Copies):
         call = self._call  # first, and short: this runs for every layer of every token
         if call is None and self._steps is not None and self._steps.step is not None:  # traced: no call is open
             return self._steps.update(layer_idx, key_states, value_states)
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return self._update_uncompiled(key_states, value_states, layer_idx)
         if call is not None and layer_idx in call.todo and (len(call.todo) < len(self._pool_of) or call.is_served()):
             call.todo.remove(layer_idx)

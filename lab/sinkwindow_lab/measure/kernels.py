@@ -32,7 +32,7 @@ def kernels(step: Callable[[], object], steps: int, device: torch.device) -> lis
             torch.cuda.synchronize()
     rows: dict[str, Kernel] = {}
     for event in found.events() or ():
-        if (event.device_type.name == "CUDA") is on_gpu:
+        if (event.device_type.name == "CUDA") is on_gpu and not event.is_user_annotation:
             row = rows.setdefault(event.name, Kernel(event.name))
             took = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
             row.calls += 1 / steps

@@ -4,8 +4,8 @@ Under ``torch.compile`` the ``sdpa`` of transformers copies grouped keys for eve
 1.05x to 1.08x of a step of SmolLM2-135M at batch 1, 1.77x at batch 8). Uncompiled, it does what this function does.
 
 While a graph is traced, the model's config names this attention (``model/hooks.py``). Where a model breaks the graph,
-code runs in between and sees the name, and a failure there leaves it. So for every other caller it is ``sdpa``, mask
-included.
+code runs in between and sees the name, and a failure there leaves it until the next call with a cache, or until the last
+cache is detached. So for every other call it is ``sdpa``, mask included.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STEP_NAME = "sinkwindow_step"
+# Whether this code is traced, in this thread. `torch.compiler.is_compiling` is also true beside a thread that compiles.
+is_tracing = torch.compiler.is_dynamo_compiling
 
 
 def step_attention(
@@ -47,13 +49,19 @@ def step_attention(
     Returns:
         Attention output ``[batch, 1, heads, value_dim]``, and no weights.
     """
-    batch, heads, columns, width = query.shape
-    if columns != 1 or attention_mask is None or not torch.compiler.is_compiling():
+    batch, heads, _, width = query.shape
+    if not (is_tracing() and _is_step(query, attention_mask, kwargs)):
         sdpa: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     grouped = query.reshape(batch, key.shape[1], -1, width)
     output = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(batch, 1, heads, -1), None
+
+
+def _is_step(query: Tensor, mask: Tensor | None, more: dict[str, Any]) -> bool:
+    """Return whether a traced call can be a step's: another one may see the name too."""
+    one_each = query.shape[2] == 1 and mask is not None and mask.shape[1:3] == (1, 1)
+    return one_each and not more.get("dropout")
 
 
 AttentionInterface.register(STEP_NAME, step_attention)

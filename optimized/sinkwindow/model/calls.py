@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sinkwindow.model.hooks import Hooked, uncompiled
+from sinkwindow.model.inputs import ANOTHER_MODEL, CallChecks
 from sinkwindow.model.open_call import AttentionFacts, OpenCall, module_frame
 from sinkwindow.model.versions import CROP_REMOVES, TAKES_CACHE_POSITION
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from sinkwindow.model.inputs import CallChecks
     from sinkwindow.model.state_layers import StateLayers
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.state import State
@@ -196,6 +196,8 @@ class Calls(Hooked):
             raise ValueError(
                 "Only a StreamingCache(..., static=True) can be compiled, and only calls of one token with it."
             )
+        if decoder is not self._checks.decoder():
+            raise ValueError(ANOTHER_MODEL)
         self._call = None  # what was interrupted does not count
         own = {"cache_position": self._steps.seen[:1].clone()} if TAKES_CACHE_POSITION else {}
         # Not `|`, which old tracers do not know.

@@ -61,14 +61,16 @@ def marked(
 def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return a rotary module's tables from float64 angles, if its positions are marked; else its output."""
     positions, layer_type = arguments.get("position_ids"), arguments.get("layer_type")
-    if positions is None:  # in a compiled copy of the model, which no cache uses
+    if positions is None:  # in a compiled copy, whose arguments have no names
         return output
     if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64) or positions.is_meta:
         return output
     if positions.dim() > 2:  # noqa: PLR2004 - three kinds of positions, equal in every text (M-RoPE)
         positions = positions[0]
     exact, tables = _tables(module, positions, layer_type), []
-    for which, layout in _form(id(module), layer_type):
+    if (form := _form(id(module), layer_type)) is None:
+        return output
+    for which, layout in form:
         tables.append(LAYOUTS[layout](exact[which]).to(arguments["x"].dtype))
     return tuple(tables)
 
@@ -81,9 +83,14 @@ def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tup
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # noqa: SLF001
-def _form(number: int, layer_type: str | None) -> tuple[Form, ...]:
-    """Return what the module with this ``id`` returns: found out once, by asking it for three positions."""
-    module = hooked[number]
+def _form(number: int, layer_type: str | None) -> tuple[Form, ...] | None:
+    """Return what the module with this ``id`` returns: found out once, by asking it for three positions.
+
+    ``None`` stands for a module that no cache uses, such as one of a copied model, which has our hooks too.
+    """
+    module = hooked.get(number)
+    if module is None:
+        return None
     known = _forms.setdefault(module, {})
     if layer_type not in known:
         device = frequencies(module, layer_type).device

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 
-from sinkwindow.attention.step import STEP_NAME
+from sinkwindow.attention.step import STEP_NAME, is_tracing
 from sinkwindow.model.exact_rope import hooked, recompute_tables
 from sinkwindow.model.rope import rotary_modules
 
@@ -154,6 +154,7 @@ def _detach(modules: Modules, user: int) -> None:
             attachment.users.discard(user)
             if not attachment.users:
                 _strip_hooks(module, attachment)
+                _restore_attention(module)
                 del _attachments[module]
 
 
@@ -179,7 +180,7 @@ def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]
 
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
-    if cache is not None and not torch.compiler.is_compiling() and cache._model() is module:
+    if cache is not None and not is_tracing() and cache._model() is module:
         _open(cache, module)
 
 
@@ -190,7 +191,7 @@ def _before_decoder(
     cache = _cache_of(named)
     if cache is None:
         return None
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return (), _begin_traced(cache, decoder, named)
     return (), _begin(cache, decoder, named)
 
@@ -199,14 +200,14 @@ def _after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     cache = _cache_of(kwargs)
     if cache is None:
         return None
-    if torch.compiler.is_compiling() and not cache._in_call:
+    if is_tracing() and not cache._in_call:
         return _commit_traced(cache, cast("PreTrainedModel", module))
     return _complete(cache, output)
 
 
 def _after_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
-    if cache is not None and (cache._in_call or not torch.compiler.is_compiling()):
+    if cache is not None and (cache._in_call or not is_tracing()):
         _end(cache, module)
 
 
@@ -258,9 +259,10 @@ def _commit_traced(cache: Hooked, decoder: PreTrainedModel) -> None:
     cache._commit_traced()
 
 
-def _restore_attention(decoder: PreTrainedModel) -> None:
-    if decoder.config._attn_implementation == STEP_NAME:
-        decoder.config._attn_implementation = "sdpa"
+def _restore_attention(module: nn.Module) -> None:
+    config = getattr(module, "config", None)
+    if getattr(config, "_attn_implementation", None) == STEP_NAME:
+        config._attn_implementation = "sdpa"  # type: ignore[union-attr]
 
 
 def _run_last(module: nn.Module) -> None:
@@ -285,7 +287,7 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _parameters(module: nn.Module) -> list[str]:
-    return _traced_parameters(id(module)) if torch.compiler.is_compiling() else _parameters_of(module)
+    return _traced_parameters(id(module)) if is_tracing() else _parameters_of(module)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sinkwindow.stream.stream import Stream
 
 REMEMBERED = " A Qwen-VL model makes them of what its last generate or image has left: set its rope_deltas to None."
+ANOTHER_MODEL = "This StreamingCache was made for another model, or is detached; make a new one for the model you call."
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where each of several packed texts begins
 
 
@@ -59,9 +60,7 @@ class CallChecks:
             OverflowError: The call goes beyond what the cache may evict, or the positions it may use.
         """
         if decoder is not self.decoder() or not attached:
-            raise ValueError(
-                "This StreamingCache was made for another model, or is detached; make a new one for the model you call."
-            )
+            raise ValueError(ANOTHER_MODEL)
         if not all(frequencies.are_unchanged() for frequencies in self.frequencies):
             raise ValueError(
                 "The model's rotary frequencies are others than when this StreamingCache was made: a cast like "

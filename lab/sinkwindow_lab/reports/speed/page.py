@@ -58,8 +58,9 @@ def page(report: Report) -> Page:
     """Return the page of a speed or a GPU report."""
     lead, tables, words = _gpu(report) if report.kind == "gpu" else _speed(report)
     state = "" if report.finished else "Unfinished: this is what was there when it stopped."
-    skipped = "\n".join(map("- {}".format, map(name, report.skipped)))
-    tables |= {"Not measured, for want of time or memory": skipped, "What the words mean": bullets(words)}
+    failed, skipped = ("\n".join(map("- {}".format, map(name, parts))) for parts in (report.failed, report.skipped))
+    tables |= {"Failed": failed, "Not measured, for want of time or memory": skipped}
+    tables |= {"What the words mean": bullets(words)}
     return Page(join([lead, state, *(f"## {title}\n\n{text}" for title, text in tables.items() if text)]))
 
 
@@ -185,7 +186,8 @@ def bandwidth_table(found: Mapping[Place, Sides]) -> str:
 def _gpu(report: Report) -> tuple[str, dict[str, str], Sequence[str]]:
     found, laws = places(report.measurements), _law_rows(report)
     where = f"On {report.machine.gpu}" if report.machine.gpu else "**There is no GPU here: tiny shapes on the CPU**"
-    lead = f"{where}, in {report.seconds:.0f} s. {len(laws)} laws checked, {len(broken(report))} broken."
+    wrong = sum(row["Holds"] == "NO" for row in laws)
+    lead = f"{where}, in {report.seconds:.0f} s. {len(laws)} laws checked, {wrong} broken."
     decoded, prompts, kernels, again = list[Row](), list[Row](), list[Row](), list[Row]()
     texts: dict[str, list[Row]] = {"perplexity": [], "generate": []}
     for place, sides in found.items():
@@ -303,6 +305,7 @@ def _law_rows(report: Report) -> list[Row]:
 
 
 def broken(report: Report) -> list[str]:
-    """Name the laws that do not hold on this device, with their errors."""
+    """Name the laws that do not hold on this device, with their errors, and the parts that failed."""
     rows = [row for row in _law_rows(report) if row["Holds"] == "NO"]
-    return [f"law {row['Law']!r}, {row['Checked on']}: {row['Largest error']}" for row in rows]
+    laws = [f"law {row['Law']!r}, {row['Checked on']}: {row['Largest error']}" for row in rows]
+    return [*laws, *report.failed]
