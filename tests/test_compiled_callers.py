@@ -150,7 +150,8 @@ def test_a_compiled_copy_of_an_attached_model_is_its_own(family: str) -> None:
 @pytest.mark.parametrize(("family", "dtype"), [("gptj", torch.int32), ("llama", torch.float64)])
 def test_a_copy_of_an_attached_model_takes_positions_of_any_dtype(family: str, dtype: torch.dtype) -> None:
     """The dtypes that mark positions in a call of a cache mean nothing to a model that no cache uses."""
-    model, ids, more = build(family), tokens(6, 1, 12), {"position_ids": torch.arange(12, dtype=dtype)[None]}
+    model, ids = copy.deepcopy(build(family)), tokens(6, 1, 12)  # tests share what `build` returns
+    more = {"position_ids": torch.arange(12, dtype=dtype)[None]}
     with torch.no_grad():
         alone = model(input_ids=ids, **more).logits
         cache = RULE.cache(model)

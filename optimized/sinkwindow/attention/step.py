@@ -4,8 +4,8 @@ Under ``torch.compile`` the ``sdpa`` of transformers copies grouped keys for eve
 1.05x to 1.08x of a step of SmolLM2-135M at batch 1, 1.77x at batch 8). Uncompiled, it does what this function does.
 
 While a graph is traced, the model's config names this attention (``model/hooks.py``). Where a model breaks the graph,
-code runs in between and sees the name, and a failure there leaves it until the next call with a cache, or until the last
-cache is detached. So for every other call it is ``sdpa``, mask included.
+code runs in between and sees the name, and a failure there leaves it until the next call with a cache, or until the
+last cache is detached. So for every other call it is ``sdpa``, mask included.
 """
 
 from __future__ import annotations
