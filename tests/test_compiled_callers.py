@@ -12,7 +12,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from calling import RULE
 from families import build
-from releases import traced_error
 from sinkwindow.attention.step import step_attention
 from sinkwindow.model.hooks import uncompiled
 from sinkwindow_reference import reference_logits
@@ -112,8 +111,8 @@ def test_another_thread_streams_while_one_compiles() -> None:
         return graph.forward
 
     call(cast("Any", torch.compile(model, backend=backend)), None, ids)
-    assert len(found) == 1
-    assert worst(found[0] - expected) < EXACT
+    assert found  # one for each part of the graph, which old tracers break
+    assert all(worst(one - expected) < EXACT for one in found)
 
 
 def test_a_step_with_dropout_is_no_step() -> None:
@@ -142,7 +141,7 @@ def test_a_compiled_copy_of_an_attached_model_is_its_own(family: str) -> None:
     call(model, cache, ids)
     assert worst(call(twin, None, ids) - alone) < EXACT
     before = observe(cache)
-    with pytest.raises(Exception, match=traced_error("made for another model")):
+    with pytest.raises(Exception, match="made for another model"):
         call(twin, cache, ids[:, :1])
     assert observe(cache) == before
 
