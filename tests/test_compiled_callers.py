@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from calling import RULE
 from families import build
-from sinkwindow.attention.step import step_attention
+from sinkwindow.attention.step import STEP_NAME, step_attention
 from sinkwindow.model.hooks import uncompiled
 from sinkwindow_reference import reference_logits
 from strategies import EXACT, ModelSpec, call, fresh_model, observe, tokens, worst
@@ -90,7 +90,23 @@ def test_a_step_whose_graph_is_broken_shows_no_other_attention() -> None:
     assert len(nested) == 3
     assert all(torch.equal(one, alone) for one in nested)
     assert worst(torch.cat(logits, dim=1) - expected) < EXACT
-    fail(19)
+
+
+def test_detaching_takes_back_the_attention_that_a_failed_step_has_left() -> None:
+    """The last cache leaves the model as it was."""
+    model, ids = fresh_model(ModelSpec()), tokens(4, 1, 20)
+
+    @uncompiled
+    def fail() -> None:
+        raise RuntimeError("between the parts")
+
+    cache, compiled = RULE.cache(model, static=True), cast("Any", torch.compile(model, backend="eager"))
+    call(model, cache, ids[:, :10])
+    hook = cast("Any", model.base_model).layers[0].register_forward_pre_hook(lambda *_: fail())
+    with pytest.raises(RuntimeError, match="between the parts"):
+        call(compiled, cache, ids[:, [10]])
+    hook.remove()
+    assert model.config._attn_implementation == STEP_NAME
     cache.detach()
     assert model.config._attn_implementation == "sdpa"
 
