@@ -63,6 +63,7 @@ def test_a_step_whose_graph_is_broken_shows_no_other_attention() -> None:
     """Code between the parts of a broken graph calls the model, or fails there: every call is as it is alone."""
     model, ids = fresh_model(ModelSpec(kv_heads=1, heads=2, layers=2)).double(), tokens(4, 1, 20)
     alone, expected = padded_pair(model, ids), reference_logits(model, ids, **RULE.arguments)
+    bare = call(model, None, ids)
     todo: list[str] = []
     nested: list[Tensor] = []
 
@@ -91,7 +92,7 @@ def test_a_step_whose_graph_is_broken_shows_no_other_attention() -> None:
         if column % 5 == 0:
             fail(column)
             assert torch.equal(padded_pair(model, ids), alone)
-            assert worst(padded_pair(compiled, ids) - alone) < EXACT
+            assert worst(call(compiled, None, ids) - bare) < EXACT  # not padded: transformers 4 could not trace it
             call(model, cache, ids[:, [column]])  # uncompiled
             cache.crop(-1)
             assert model.config._attn_implementation == "sdpa"
