@@ -101,8 +101,9 @@ def test_a_step_whose_graph_is_broken_shows_no_other_attention() -> None:
     assert worst(torch.cat(logits, dim=1) - expected) < EXACT
 
 
-def test_detaching_takes_back_the_attention_that_a_failed_step_has_left() -> None:
-    """The last cache leaves the model as it was."""
+@pytest.mark.parametrize("way", ["detach", "compiled step", "call"])
+def test_what_takes_back_the_attention_that_a_failed_step_has_left(way: str) -> None:
+    """The last cache that leaves does, and so does the next call of one, as a whole graph too."""
     model, ids, failing = fresh_model(ModelSpec(layers=2)), tokens(4, 1, 20), list[bool]()
 
     @uncompiled
@@ -110,15 +111,22 @@ def test_detaching_takes_back_the_attention_that_a_failed_step_has_left() -> Non
         if failing:
             raise RuntimeError("between the parts")
 
-    cast("Any", model.base_model).layers[1].register_forward_pre_hook(lambda *_: fail())
+    hook = cast("Any", model.base_model).layers[1].register_forward_pre_hook(lambda *_: fail())
     cache, compiled = RULE.cache(model, static=True), cast("Any", torch.compile(model, backend="eager"))
     call(model, cache, ids[:, :10])
     call(compiled, cache, ids[:, [10]])
     failing.append(True)
     with pytest.raises(RuntimeError, match="between the parts"):
         call(compiled, cache, ids[:, [11]])
+    hook.remove()
     assert model.config._attn_implementation in (STEP_NAME, "sdpa")  # torch 2.7 leaves nothing
-    cache.detach()
+    match way:
+        case "detach":
+            cache.detach()
+        case "compiled step":
+            call(cast("Any", torch.compile(model, backend="eager", fullgraph=True)), cache, ids[:, [11]])
+        case "call":
+            call(model, cache, ids[:, [11]])
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -29,7 +29,8 @@ LAYOUTS: Final[tuple[Callable[[Tensor], Tensor], ...]] = (
 # For each table that a module returns: whether it is cosines (0) or sines (1), and its layout.
 Form = tuple[int, int]
 _forms: weakref.WeakKeyDictionary[nn.Module, dict[str | None, tuple[Form, ...]]] = weakref.WeakKeyDictionary()
-# Modules with hooks, by ``id``: that is a constant for every release of the compiler, a module is not.
+# Modules that were hooked, by ``id``: that is a constant for every release of the compiler, a module is not. Copies of
+# them have inherited the hooks, and are not here.
 hooked: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
@@ -60,17 +61,13 @@ def marked(
 
 def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return a rotary module's tables from float64 angles, if its positions are marked; else its output."""
-    positions, layer_type = arguments.get("position_ids"), arguments.get("layer_type")
-    if positions is None:  # in a compiled copy, whose arguments have no names
-        return output
+    positions, layer_type = arguments["position_ids"], arguments.get("layer_type")
     if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64) or positions.is_meta:
         return output
     if positions.dim() > 2:  # noqa: PLR2004 - three kinds of positions, equal in every text (M-RoPE)
         positions = positions[0]
     exact, tables = _tables(module, positions, layer_type), []
-    if (form := _form(id(module), layer_type)) is None:
-        return output
-    for which, layout in form:
+    for which, layout in _form(id(module), layer_type):
         tables.append(LAYOUTS[layout](exact[which]).to(arguments["x"].dtype))
     return tuple(tables)
 
@@ -83,14 +80,9 @@ def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tup
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # noqa: SLF001
-def _form(number: int, layer_type: str | None) -> tuple[Form, ...] | None:
-    """Return what the module with this ``id`` returns: found out once, by asking it for three positions.
-
-    ``None`` stands for a module that no cache uses, such as one of a copied model, which has our hooks too.
-    """
-    module = hooked.get(number)
-    if module is None:
-        return None
+def _form(number: int, layer_type: str | None) -> tuple[Form, ...]:
+    """Return what the module with this ``id`` returns: found out once, by asking it for three positions."""
+    module = hooked[number]
     known = _forms.setdefault(module, {})
     if layer_type not in known:
         device = frequencies(module, layer_type).device

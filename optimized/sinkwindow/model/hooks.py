@@ -212,6 +212,8 @@ def _after_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if not _is_hooked(id(module)):
+        return None
     return recompute_tables(module, _named(module, args, kwargs) if args else kwargs, output)
 
 
@@ -280,6 +282,11 @@ def _cache_of(kwargs: dict[str, Any]) -> Hooked | None:
     return ours[0] if ours else None
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_hooked(number: int) -> bool:
+    return number in hooked
+
+
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name."""
     names = _parameters(module)[: len(args)]
@@ -293,7 +300,7 @@ def _parameters(module: nn.Module) -> list[str]:
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_parameters(number: int) -> list[str]:
     module = hooked.get(number)
-    return [] if module is None else _parameters_of(module)  # a copy has our hooks before a cache uses it
+    return [] if module is None else _parameters_of(module)
 
 
 def _parameters_of(module: nn.Module) -> list[str]:
