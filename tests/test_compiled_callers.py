@@ -124,6 +124,7 @@ def test_what_takes_back_the_attention_that_a_failed_step_has_left(way: str) -> 
         case "detach":
             cache.detach()
         case "compiled step":
+            torch._dynamo.reset()  # a whole graph, traced now
             call(cast("Any", torch.compile(model, backend="eager", fullgraph=True)), cache, ids[:, [11]])
         case "call":
             call(model, cache, ids[:, [11]])
