@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from sinkwindow import StreamingCache
 from sinkwindow.attention.rotation import Rotary
+from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.records import Measurement, Report
 from sinkwindow_lab.reports.output import read_report
@@ -23,6 +25,8 @@ from test_lab_speed_report import report, run, steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
 SMALL = replace(plan.TINY, streamed=(100,), prompts=(2,), samples={1: 1})
@@ -169,6 +173,31 @@ def test_a_part_of_the_speed_report_that_fails_ends_it() -> None:
     found = collect.Run("speed", SMALL, CPU, lambda _: None, lambda _: None)
     with pytest.raises(RuntimeError, match="no kernel"):
         found.part("odd", failing_laws)
+
+
+def test_a_quick_report_of_a_gpu_says_so() -> None:
+    """Nobody takes the figures of tiny shapes for those of the card."""
+    one = report(*law(0.5), kind="gpu")
+    on_gpu = one.model_copy(update={"machine": one.machine.model_copy(update={"gpu": "A card"})})
+    for quick, words in ((True, "On A card, **tiny shapes**, in "), (False, "On A card, in ")):
+        assert words in page(on_gpu.model_copy(update={"quick": quick})).markdown
+    assert [budget(1.0)[0].report.quick, collect.Run("gpu", plan.LARGE, CPU, print, print, 0.0).report.quick] == [
+        True,
+        False,
+    ]
+
+
+@pytest.mark.usefixtures("small")
+def test_the_law_of_generate_notices_another_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Static steps that keep more tokens choose other tokens, and retain others."""
+
+    def other(model: PreTrainedModel, num_sinks: int, window: int, buffer: int, *, static: bool) -> StreamingCache:
+        return StreamingCache(model, num_sinks, window + 4 * static, buffer, static=static)
+
+    monkeypatch.setattr(laws, "StreamingCache", other)
+    found = {one.metric: one.median for one in laws.same_tokens(Place("laws", "tiny"), random_model("tiny"))}
+    assert found["error"] > 0
+    assert found["retained equal"] == 0
 
 
 def test_kernels_are_counted_per_step() -> None:

@@ -215,3 +215,12 @@ def test_named_sessions_exist(document: Path) -> None:
     defined = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text("utf-8"), re.MULTILINE))
     for named in re.findall(r"nox -s \"?((?:[a-z_]+ ?)+)", document.read_text("utf-8")):
         assert set(named.split()) <= defined, named
+
+
+def test_the_nightly_job_tests_the_oldest_torch_that_is_allowed() -> None:
+    """Its first release is of the lower bound in pyproject.toml."""
+    bound = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    tested = re.search(r'torch: \["([\d.]+)"', (ROOT / ".github/workflows/nightly.yml").read_text(encoding="utf-8"))
+    assert bound
+    assert tested
+    assert tested[1].startswith(f"{bound[1]}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from sinkwindow_lab.measure import memory
 from sinkwindow_lab.measure.micro import check_logits
 from sinkwindow_lab.records import Measurement, Report
 from sinkwindow_lab.reports.speed import decode, floors, laws, texts, tricks
-from sinkwindow_lab.reports.speed.plan import DENSE, EMBEDDED, FULL, LARGE, QUICK, TINY, Plan, lazy
+from sinkwindow_lab.reports.speed.plan import DENSE, EMBEDDED, FULL, LARGE, QUICK, TINY, TINY_ON_GPU, Plan, lazy
 
 CHECKED = 200  # tokens of the check before anything is timed: past evictions, with and without a buffer [tokens]
 MARGIN = 1.5  # a part starts if its kind's longest time so far, times this, is left
@@ -44,7 +44,11 @@ class Run:
         self._save, self._say, self._device = save, say, device
         self._seconds, self._now, self._begun = seconds, now, now()
         self._longest: dict[str, float] = {}
-        facts: dict[str, Any] = {"plan": asdict(plan), "machine": machine.describe(device), "quick": plan is QUICK}
+        facts: dict[str, Any] = {
+            "plan": asdict(plan),
+            "machine": machine.describe(device),
+            "quick": plan not in (FULL, LARGE),
+        }
         self.report = Report(kind=kind, models=[], measurements=[], seconds=0.0, finished=False, **facts)
         self.part("memory bandwidth", lambda: floors.bandwidth(device, megabytes=plan.megabytes))
 
@@ -136,9 +140,7 @@ def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None, quic
     """Measure the GPU report, in so many `minutes`, on the GPU if there is one, else tiny shapes on the CPU."""
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = place.type == "cuda"
-    plan = (
-        LARGE if on_gpu and not quick else replace(TINY, compile=LARGE.compile, tuned=LARGE.tuned) if on_gpu else TINY
-    )
+    plan = (TINY_ON_GPU if quick else LARGE) if on_gpu else TINY
     say("on the GPU" if on_gpu else "on the CPU, with tiny shapes: there is no GPU here")
     run = Run("gpu", plan, place, save, say, 60 * minutes)
     run.part("laws", lambda: laws.laws(place, plan.compile))

@@ -105,12 +105,13 @@ def check(
 def same_tokens(place: Place, model: PreTrainedModel) -> list[Measurement]:
     """Compare what `generate` chooses with and without static steps; the error counts different tokens."""
     ids = torch.arange(2 * PROMPT, device=model.device).reshape(2, PROMPT) % int(model.config.vocab_size)
-    chosen, generating = [], cast("GenerationMixin", model)
+    chosen, kept, generating = [], [], cast("GenerationMixin", model)
     for static in (False, True):
         cache = StreamingCache(model, *RULES[0], static=static)
         more: dict[str, Any] = {cache_keyword(model): cache, "attention_mask": torch.ones_like(ids)}
         chosen.append(generating.generate(ids, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, **more))
+        kept.append(cache.retained_tokens)
         cache.detach()
-    different = float((chosen[0] != chosen[1]).sum())
-    found = {"error": different, "plain error": 0.0, "rounding step": 0.0, "retained equal": 1.0}
+    different, equal = float((chosen[0] != chosen[1]).sum()), float(kept[0] == kept[1])
+    found = {"error": different, "plain error": 0.0, "rounding step": 0.0, "retained equal": equal}
     return [place.one("generate, static steps", metric, "", [value]) for metric, value in found.items()]

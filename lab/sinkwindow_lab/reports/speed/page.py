@@ -10,7 +10,7 @@ from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, join, na
 from sinkwindow_lab.render.origins import head, machine_line
 from sinkwindow_lab.reports.speed.compare import READ, Comparison, Sides, best_rate, comparisons, least_ms, places
 from sinkwindow_lab.reports.speed.floors import KERNELS, Place
-from sinkwindow_lab.reports.speed.plan import BARE, SAME_CHUNKS, SHORT, STOCK
+from sinkwindow_lab.reports.speed.plan import BARE, DENSE, SAME_CHUNKS, SHORT, STOCK
 from sinkwindow_lab.ways.configurations import parse
 
 VERDICT = "speed-verdict"  # the place that a page with tables of a run must have
@@ -49,6 +49,7 @@ GPU_WORDS = (
     "A law allows twice the error of the reference's own mathematics in the dtype, plus one rounding step.",
 )
 WAYS = {"baseline": "dense", "streaming": "streaming, eager", "static": "streaming, static and compiled"}
+SLOWER = {"perplexity": ("single", "single tokens"), "generate": (DENSE.kind, WAYS[DENSE.kind])}  # compared with
 LONGEST_NAME = 100  # of a kernel [characters]
 PROSE = ("Kernel", "Of", "What", "Compared with", "Note", "Way", "Checked on")
 Row = dict[str, str]
@@ -186,6 +187,7 @@ def bandwidth_table(found: Mapping[Place, Sides]) -> str:
 def _gpu(report: Report) -> tuple[str, dict[str, str], Sequence[str]]:
     found, laws = places(report.measurements), _law_rows(report)
     where = f"On {report.machine.gpu}" if report.machine.gpu else "**There is no GPU here: tiny shapes on the CPU**"
+    where += ", **tiny shapes**" if report.machine.gpu and report.quick else ""
     wrong = sum(row["Holds"] == "NO" for row in laws)
     lead = f"{where}, in {report.seconds:.0f} s. {len(laws)} laws checked, {wrong} broken."
     decoded, prompts, kernels, again = list[Row](), list[Row](), list[Row](), list[Row]()
@@ -253,28 +255,27 @@ def _kernel_row(place: Place, kernel: str, metrics: Mapping[str, Measurement], s
 
 
 def _recomputed_row(place: Place, metrics: Mapping[str, Measurement], found: Mapping[Place, Sides]) -> Row:
-    """Return the row of a window; beside it, the time of our steps with a cache of that size."""
-    row = {"Model": name(place.subject), "W": f"{place.at:,}", "TPOT (ms)": _cell(metrics["TPOT"])}
+    """Return the row of a window; beside it, the fastest of our steps with a cache of that size."""
+    row = {"Model": name(place.subject), "W": f"{place.at:,}", "TPOT (ms)": numbers(metrics["TPOT"].samples, 3)}
     for kind, words in list(WAYS.items())[1:]:
         ours = [
             sides[way]["TPOT"].median
             for other, sides in found.items()
             for way in sides
             if other.subject == place.subject and "cache" in sides[way]
-            if parse(way).kind == kind and sum(parse(way).limits[:2]) == place.at == other.at
+            if parse(way).kind == kind and sum(parse(way).limits[:2]) == place.at
         ]
-        row[f"over {words}"] = _times(metrics["TPOT"].median / ours[0]) if ours else NOT_MEASURED
+        row[f"over {words}"] = _times(metrics["TPOT"].median / min(ours)) if ours else NOT_MEASURED
     return row
 
 
 def _text_row(place: Place, way: str, metrics: Mapping[str, Measurement], sides: Sides) -> Row:
-    last, took = list(sides.values())[-1]["time"], metrics["time"]
-    other = next(iter(sides.values()))["time"] if place.part == "generate" else last
+    took, (other, words) = metrics["time"], SLOWER[place.part]
     return {
         "Model": name(place.subject),
         "Way": WAYS.get(way, way),
-        "ms/token": _cell(took, 4),
-        f"speed over {WAYS['baseline'] if other is not last else 'single tokens'}": _times(other.median / took.median),
+        "ms/token": numbers(took.samples, 4),
+        f"speed over {words}": _times(sides[other]["time"].median / took.median),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sinkwindow_lab.records import Configuration
 from sinkwindow_lab.ways.configurations import parse, streaming
@@ -88,6 +88,7 @@ TINY = Plan(
     prompts=(2, 4),
     recomputed=(32,),
 )
+TINY_ON_GPU = replace(TINY, compile=LARGE.compile, tuned=LARGE.tuned)
 
 
 def lazy(limit: int, buffer: int = BUFFER) -> Configuration:
