@@ -50,7 +50,7 @@ GPU_WORDS = (
 )
 WAYS = {"baseline": "dense", "streaming": "streaming, eager", "static": "streaming, static and compiled"}
 SLOWER = {"perplexity": ("single", "single tokens"), "generate": (DENSE.kind, WAYS[DENSE.kind])}  # compared with
-LONGEST_NAME = 100  # of a kernel [characters]
+LONGEST_NAME = 60  # of a kernel [characters]
 PROSE = ("Kernel", "Of", "What", "Compared with", "Note", "Way", "Checked on")
 Row = dict[str, str]
 
