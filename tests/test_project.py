@@ -10,13 +10,18 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 
 from releases import tomllib
+from sinkwindow import StreamingCache
+from strategies import ModelSpec, call, tokens
+
+if TYPE_CHECKING:
+    from types import CodeType, FrameType
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 OURS: Final = ("sinkwindow", "sinkwindow_reference", "sinkwindow_lab")
@@ -294,3 +299,38 @@ def test_packages_may_not_import_each_other(folder: str, banned: str) -> None:
     files = list((ROOT / folder).rglob("*.py"))
     assert files
     assert [path.name for path in files if pattern.search(path.read_text("utf-8"))] == []
+
+
+MOST_CALLS, MOST_FUNCTIONS = 97, 60  # Python calls of the package in a decode step, and the functions that they are of
+
+
+def test_a_decode_step_is_short_to_read() -> None:
+    """A newcomer can follow one token: it passes through few functions, few times.
+
+    Four layers, a full list, angles in float64, no eviction. Comprehensions are no functions to look up.
+    """
+    package, steps = str(ROOT / "optimized" / "sinkwindow"), []
+    model = ModelSpec(layers=4).model(torch.float64)
+    cache = StreamingCache(model, num_sinks=2, window=8, buffer=3)
+    ids = tokens(0, 1, 30)
+    call(model, cache, ids[:, :20])
+    for column in range(20, 30):
+        made: list[CodeType] = []
+
+        def count(frame: FrameType, event: str, _: object, made: list[CodeType] = made) -> None:
+            if event == "call" and frame.f_code.co_filename.startswith(package):
+                made.append(frame.f_code)
+
+        before = cache.num_evictions
+        sys.setprofile(count)
+        try:
+            call(model, cache, ids[:, column : column + 1])
+        finally:
+            sys.setprofile(None)
+        if cache.num_evictions == before:
+            steps.append((len(made), len({code for code in made if "comp>" not in code.co_name})))
+    assert len(steps) >= 5
+    # Most steps; one of them also moves the window to the front, and one places sinks after an eviction.
+    calls, functions = sorted(steps)[len(steps) // 4]
+    assert calls <= MOST_CALLS
+    assert functions <= MOST_FUNCTIONS

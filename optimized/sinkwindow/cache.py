@@ -24,7 +24,7 @@ from sinkwindow.model.hooks import attach, uncompiled
 from sinkwindow.model.inputs import CallChecks
 from sinkwindow.model.layer_stub import stubs_of
 from sinkwindow.model.open_call import AttentionFacts
-from sinkwindow.model.rope import frequencies_of, length_for
+from sinkwindow.model.rope import frequencies_of, length_for, rotary_modules
 from sinkwindow.model.state_layers import StateLayers
 from sinkwindow.model.versions import ASKS_QUERY_OFFSET
 from sinkwindow.retention import EvictMode, Retention
@@ -125,7 +125,8 @@ class StreamingCache(Cache, Copies):
         self._on_evict = on_evict
         self._serve()
         last = facts.trained_length if positions == "original" else None
-        limits = facts.counts_columns, facts.native_window, on_overflow == "evict", last
+        by_kind = any(hasattr(module, "mrope_section") for module in rotary_modules(facts.decoder))
+        limits = facts.counts_columns, facts.native_window, on_overflow == "evict", last, by_kind
         self._checks = CallChecks(weakref.ref(facts.decoder), frequencies_of(facts.decoder), *limits)
         self._model = weakref.ref(model)  # what the user calls, if not the decoder alone
         self._finalizer = attach(model, facts.decoder, self)
@@ -187,7 +188,7 @@ class StreamingCache(Cache, Copies):
     @property
     def is_croppable(self) -> bool:
         """Whether the newest tokens can be taken back; ``can_crop`` says how many."""
-        return not self._states or can_go_back(self._state.states)
+        return not self._states.layers or can_go_back(self._state.states)
 
     @property
     def batch_size(self) -> int:
@@ -196,8 +197,8 @@ class StreamingCache(Cache, Copies):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers agree
         """Return how many columns were fed, padding included: ``generate`` slices its inputs by it."""
-        if not ASKS_QUERY_OFFSET and self._steps is None and self._is_begun():
-            return self.get_query_offset()
+        if not ASKS_QUERY_OFFSET and self._steps is None and (front := self._front(0)) is not None:
+            return front
         return length_for(self._state.columns, self._attention.switch)
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
@@ -214,24 +215,20 @@ class StreamingCache(Cache, Copies):
         if layer_idx not in range(len(self.layers)):
             raise IndexError(f"layer_idx must be between 0 and {len(self.layers) - 1}, got {layer_idx!r}.")
         index = self._pool_of.get(layer_idx, 0)  # of layers that attend, if this one does not
-        if query_length == 1 and self._steps is not None and self._steps.ready and not self._is_planned():
-            return self._stream.pools[index].size(self._stream.state.pools[index], recording=False), 0
-        held = self._held(index)
-        return held + query_length, self.get_query_offset() - held
+        pool = self._stream.pools[index]
+        front = None if self._call is None else self._front(index)
+        if front is None and query_length == 1 and self._steps is not None and self._steps.ready:
+            return pool.size(self._stream.state.pools[index], recording=False), 0
+        if front is None:
+            state = self._state
+            front = pool.held(state.pools[index], state.lanes)
+        return front + query_length, self.get_query_offset() - front
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the column of a call's first query, counted as in ``get_mask_sizes``."""
         # Whoever makes a mask before the cache does cuts a 2D one by it, in which evicted columns still have a place.
-        return self._held(0) if self._steps is None and self._is_begun() else self._state.columns
-
-    @uncompiled
-    def _held(self, index: int) -> int:
-        """Return the columns that a call gets in front of its own, in the layers of a pool."""
-        call = self._call
-        if call is not None and call.plan is not None and call.plan.is_special and self._is_planned():
-            return call.plan.parts[index].length - call.plan.lanes[0].columns
-        state = self._state
-        return self._stream.pools[index].held(state.pools[index], state.lanes)
+        front = self._front(0) if self._steps is None else None
+        return self._state.columns if front is None else front
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
         """Return -1: there is no maximum."""

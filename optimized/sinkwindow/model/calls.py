@@ -84,15 +84,16 @@ class Calls(Hooked):
     def _in_call(self) -> bool:
         return self._call is not None
 
-    def _is_planned(self) -> bool:
-        """Return whether a call is running that is no step at fixed shapes."""
-        call = self._call
-        return call is not None and call.plan is not None and call.is_running(module_frame())
-
     @uncompiled
-    def _is_begun(self) -> bool:
-        """Return whether masks that are made now are for a call that the cache has rewritten."""
-        return self._is_planned()
+    def _front(self, index: int) -> int | None:
+        """Return the columns that a pool's layers get in front of those of the call that is running.
+
+        ``None`` if none is, if it is a step at fixed shapes, and before the cache has rewritten its arguments.
+        """
+        call = self._call
+        if call is None or call.plan is None or not call.is_running():
+            return None
+        return call.plan.parts[index].front
 
     def _open(self, module: nn.Module) -> None:
         frame = module_frame()
@@ -100,8 +101,8 @@ class Calls(Hooked):
         with self._lock:
             call = self._call
             if call is not None and call.is_running(above):
-                if call.is_joined_by(module):
-                    return
+                if call.stream is None and call.thread == threading.get_ident() and id(module) != call.module:
+                    return  # a part of that module, called for the first time in this call
                 raise RuntimeError(_in_use(call, "be called"))
             self._call = OpenCall(id(self), id(module), 0 if frame is None else id(frame))
 
@@ -111,8 +112,8 @@ class Calls(Hooked):
         try:
             self._repair()
             inputs = self._checks.read(self._stream, decoder, kwargs, attached=self._finalizer.alive)
-            call.todo, self._forwarded = set(self._pool_of), self._state.forwarded
-            if self._states:
+            call.todo, self._forwarded = set(self._pool_of), self._stream.state.forwarded
+            if self._states.layers:
                 self._states.open(self._stream.state.states, recording=self._stream.state.recording)
             if self._steps is not None and self._steps.ready and inputs.columns == 1 and inputs.real is None:
                 return call.begin_step(self._steps, decoder, kwargs)
@@ -123,20 +124,19 @@ class Calls(Hooked):
 
     def _complete(self, output: Any) -> Any:
         call = self._call
-        if call is None or call.plan is None or not (call.outputs or call.as_tuple or call.plan.is_special):
+        if call is None or call.plan is None or not (call.outputs or call.as_tuple or call.plan.has_copies):
             return output
         return call.completed(output, self._pool_of, self._attention)
 
     def _end(self, module: nn.Module) -> None:
-        if self._call is not None and id(module) == self._call.module:
-            self._commit(self._call)
-
-    def _commit(self, call: OpenCall) -> None:
         """Count the call: one assignment, in ``Stream.adopt`` or ``Steps.commit``, makes it part of the past.
 
         Raises:
             RuntimeError: Some layer never handed over its keys; the call does not count.
         """
+        call = self._call
+        if call is None or id(module) != call.module:
+            return  # a part of the module that the user called
         self._call = None  # counted or not, it is over
         if call.todo:
             call.check_layers()
@@ -146,7 +146,7 @@ class Calls(Hooked):
             return
         assert call.stream is not None  # noqa: S101 - a plan has one
         state, evictions = call.stream.after(call.plan)
-        if self._states:
+        if self._states.layers:
             state = replace(state, states=self._states.taken(self._stream.state.states))
         if self._on_evict is not None:
             self._news = News(self._news.untold, state, [*call.evictions, *evictions])
@@ -175,9 +175,8 @@ class Calls(Hooked):
     def _collect_news(self) -> None:
         """Add the evictions of the last call, if it counts, to those to report."""
         news = self._news
-        if news.state is not None:
-            due = news.due if news.state is self._stream.state else []
-            self._news = News(deque([*news.untold, *due]))  # one assignment: no event is lost, and none comes twice
+        due = news.due if news.state is self._stream.state else []
+        self._news = News(deque([*news.untold, *due]))  # one assignment: no event is lost, and none comes twice
 
     def _tell(self) -> None:
         """Report evictions, each once; the first exception is raised when all have been reported."""
@@ -209,7 +208,8 @@ class Calls(Hooked):
 
     def _repair(self) -> None:
         """Finish, or undo, what was interrupted."""
-        self._collect_news()
+        if self._news.state is not None:
+            self._collect_news()
         self._stream.repair()
         if self._steps is not None:
             self._steps.follow()
@@ -223,7 +223,7 @@ class Calls(Hooked):
             RuntimeError: A call is running, in this thread or in another one.
         """
         with self._lock:
-            if self._call is not None and self._call.is_running(module_frame()):
+            if self._call is not None and self._call.is_running():
                 raise RuntimeError(_in_use(self._call, what))
             self._call = None
             self._states.close()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from sinkwindow.model.rope import TABLE, attention_scaling, frequencies
+from sinkwindow.model.rope import TABLE, attention_scaling, buffer_name, frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,11 +26,11 @@ LAYOUTS: Final[tuple[Callable[[Tensor], Tensor], ...]] = (
     lambda table: table.repeat_interleave(2, dim=-1),  # pairs side by side
     lambda table: table,
 )
-# For each table that a module returns: whether it is cosines (0) or sines (1), and its layout.
-Form = tuple[int, int]
-_forms: weakref.WeakKeyDictionary[nn.Module, dict[str | None, tuple[Form, ...]]] = weakref.WeakKeyDictionary()
-# Modules that were hooked, by ``id``: that is a constant for every release of the compiler, a module is not. Copies of
-# them have inherited the hooks, and are not here.
+# The buffer that a module's angles come from, what its cosines and sines are multiplied by, and for each table that it
+# returns whether that is cosines (0) or sines (1), and its layout.
+Form = tuple[str, float, tuple[tuple[int, int], ...]]
+_forms: weakref.WeakKeyDictionary[nn.Module, dict[str | None, Form]] = weakref.WeakKeyDictionary()
+# Modules that were hooked, by ``id``: that is a constant for every release of the compiler, a module is not.
 hooked: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
@@ -60,43 +60,53 @@ def marked(
 
 
 def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return a rotary module's tables from float64 angles, if its positions are marked; else its output."""
-    positions, layer_type = arguments["position_ids"], arguments.get("layer_type")
-    if positions.dtype != (torch.int32 if hasattr(module, TABLE) else torch.float64) or positions.is_meta:
+    """Return a rotary module's tables from float64 angles if its positions are marked, else its output.
+
+    Copies of hooked modules, which have inherited the hooks and are not in ``hooked``, keep their output too.
+    """
+    positions, layer_type = arguments.get("position_ids"), arguments.get("layer_type")
+    marks = torch.int32 if hasattr(module, TABLE) else torch.float64
+    if positions is None or positions.dtype != marks or positions.is_meta:
         return output
     if positions.dim() > 2:  # noqa: PLR2004 - three kinds of positions, equal in every text (M-RoPE)
         positions = positions[0]
-    exact, tables = _tables(module, positions, layer_type), []
-    for which, layout in _form(id(module), layer_type):
+    form = _form(id(module), layer_type)
+    if form is None:
+        return output
+    name, scale, forms = form
+    exact, tables = _tables(positions, frequencies(module, name), scale), []
+    for which, layout in forms:
         tables.append(LAYOUTS[layout](exact[which]).to(arguments["x"].dtype))
     return tuple(tables)
 
 
-def _tables(module: nn.Module, positions: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, ``[..., pairs]`` float64, times the module's attention scaling."""
-    angles = positions[..., None].double() * frequencies(module, layer_type).double()
-    scale = attention_scaling(module, layer_type)
+def _tables(positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, ``[..., pairs]`` float64, times ``scale``."""
+    angles = positions[..., None].double() * inv_freq.double()
     return angles.cos() * scale, angles.sin() * scale
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # noqa: SLF001
-def _form(number: int, layer_type: str | None) -> tuple[Form, ...]:
-    """Return what the module with this ``id`` returns: found out once, by asking it for three positions."""
-    module = hooked[number]
+def _form(number: int, layer_type: str | None) -> Form | None:
+    """Return what the hooked module with this ``id`` returns: found out once, by asking it for three positions."""
+    module = hooked.get(number)
+    if module is None:
+        return None
     known = _forms.setdefault(module, {})
     if layer_type not in known:
-        device = frequencies(module, layer_type).device
-        positions = torch.arange(1, 4, device=device)[None]
+        name, scale = buffer_name(module, layer_type), attention_scaling(module, layer_type)
+        inv_freq = frequencies(module, name)
+        positions = torch.arange(1, 4, device=inv_freq.device)[None]
         extra = {} if layer_type is None else {"layer_type": layer_type}
-        states = torch.zeros(1, 3, 1, device=device)
+        states = torch.zeros(1, 3, 1, device=inv_freq.device)
         tables = cast("tuple[Tensor, ...]", module.forward(states, position_ids=positions, **extra))
-        exact = _tables(module, positions, layer_type)
-        known[layer_type] = tuple(_match(table, exact) for table in tables)
+        exact = _tables(positions, inv_freq, scale)
+        known[layer_type] = name, scale, tuple(_match(table, exact) for table in tables)
     return known[layer_type]
 
 
-def _match(table: Tensor, exact: tuple[Tensor, Tensor]) -> Form:
-    """Return the form of a table, the nearest of those that have its width."""
+def _match(table: Tensor, exact: tuple[Tensor, Tensor]) -> tuple[int, int]:
+    """Return whether a table is cosines or sines and its layout: the nearest of those that have its width."""
     errors = {
         (which, layout): float((LAYOUTS[layout](exact[which]) - table).abs().max())
         for which in range(len(exact))

@@ -16,9 +16,9 @@ from sinkwindow.model.refusals import parallel_refusal, refusal
 from sinkwindow.model.rope import (
     LENGTH_DEPENDENT_ROPE,
     Switch,
+    buffer_name,
     frequencies,
     has_alibi,
-    has_frequencies,
     has_table,
     pairing,
     rope_types,
@@ -224,12 +224,7 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
             f"model_type {config.model_type!r} bypasses AttentionInterface in transformers {INSTALLED}, "
             "which it came to later: pip install -U transformers."
         )
-    if attends_ahead(config):
-        raise UnsupportedModelError(
-            f"model_type {config.model_type!r} with is_causal=False or use_bidirectional_attention lets tokens attend "
-            "to later ones, which a StreamingCache never does: use a DynamicCache."
-        )
-    if reason := loses_softcap(config) or _changes_scale(decoder):
+    if reason := config_refusal(config) or _changes_scale(decoder):
         raise UnsupportedModelError(reason)
     if reason := state_refusal(decoder, is_hybrid=config.model_type in HYBRIDS) or parallel_refusal(model):
         raise UnsupportedModelError(f"model_type {config.model_type!r} {reason}")
@@ -280,20 +275,23 @@ def _inner(model: nn.Module) -> str:
     return ""
 
 
-def attends_ahead(config: PreTrainedConfig) -> bool:
-    """Return whether tokens attend to later ones by configuration; "vision" lets those of images do so."""
-    everywhere = getattr(config, "use_bidirectional_attention", None) in (True, "all")
-    return everywhere or getattr(config, "is_causal", None) is False
+def config_refusal(config: PreTrainedConfig) -> str:
+    """Return which entry of a configuration a cache cannot serve, empty if none: asked for each call, as it may change.
 
-
-def loses_softcap(config: PreTrainedConfig) -> str:
-    """Return what is wrong if scores lose their softcap: before transformers 5.21, that is so by default."""
-    if config._attn_implementation != "sdpa" or getattr(config, "attn_logit_softcapping", None) is None:  # noqa: SLF001
-        return ""
-    return (
-        f"model_type {config.model_type!r} has an attn_logit_softcapping, which attn_implementation='sdpa' leaves out: "
-        "load it with attn_implementation='eager'."
-    )
+    Before transformers 5.21 models with a softcap lose it by default.
+    """
+    everywhere = getattr(config, "use_bidirectional_attention", None) in (True, "all")  # "vision" is for images alone
+    if everywhere or getattr(config, "is_causal", None) is False:
+        return (
+            f"model_type {config.model_type!r} with is_causal=False or use_bidirectional_attention lets tokens attend "
+            "to later ones, which a StreamingCache never does: use a DynamicCache."
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":  # noqa: SLF001
+        return (
+            f"model_type {config.model_type!r} has an attn_logit_softcapping, which attn_implementation='sdpa' leaves "
+            "out: load it with attn_implementation='eager'."
+        )
+    return ""
 
 
 def _changes_scale(decoder: PreTrainedModel) -> str:
@@ -373,7 +371,9 @@ NO_ROPE = Rotary(torch.zeros(0, device="cpu"))
 def _rotary(decoder: PreTrainedModel, layer_type: str) -> Rotary:
     """Return how a type of layer rotates: not at all with ALiBi, or where it has no frequencies and others do."""
     modules = rotary_modules(decoder)
-    found = [frequencies(module, layer_type) for module in modules if has_frequencies(module, layer_type)]
+    names = {module: buffer_name(module, layer_type) for module in modules}
+    # A rotary module may have frequencies for other types of layers only.
+    found = [frequencies(module, name) for module, name in names.items() if hasattr(module, name)]
     if has_alibi(decoder.config) or ((modules or states_of(decoder.config)) and not found):
         return NO_ROPE
     if not found:

@@ -207,13 +207,11 @@ def _after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _after_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
-    if cache is not None and (cache._in_call or not is_tracing()):
+    if cache is not None and (not is_tracing() or cache._in_call):
         _end(cache, module)
 
 
 def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    if not _is_hooked(id(module)):
-        return None
     return recompute_tables(module, _named(module, args, kwargs) if args else kwargs, output)
 
 
@@ -222,7 +220,10 @@ def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 @uncompiled
 def _open(cache: Hooked, module: nn.Module) -> None:
-    _run_last(module)
+    attachment, hooks = _attachments.get(module), module._forward_hooks
+    if attachment is not None and attachment.last in hooks and next(reversed(hooks)) != attachment.last:
+        # The user has registered hooks since: a call counts when all of them have returned.
+        hooks.move_to_end(attachment.last)  # type: ignore[attr-defined]  # torch calls it a dict
     cache._open(module)
 
 
@@ -267,47 +268,31 @@ def _restore_attention(module: nn.Module) -> None:
         config._attn_implementation = "sdpa"  # type: ignore[union-attr]
 
 
-def _run_last(module: nn.Module) -> None:
-    """Run our hook after those that the user has registered since: a call counts when all of them have returned."""
-    attachment, hooks = _attachments.get(module), module._forward_hooks
-    if attachment is not None and attachment.last in hooks and next(reversed(hooks)) != attachment.last:
-        hooks.move_to_end(attachment.last)  # type: ignore[attr-defined]  # torch calls it a dict
-
-
 def _cache_of(kwargs: dict[str, Any]) -> Hooked | None:
-    given = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
-    ours = [cache for cache in given if isinstance(cache, Hooked)]
-    if ours and any(cache is not ours[0] for cache in given):
+    """Return the cache of a call if it is ours; without a loop, since this runs in each hook of each token."""
+    given, other = kwargs.get(CACHE_NAMES[0]), kwargs.get(CACHE_NAMES[1])
+    if given is None:
+        given = other
+    elif other is not None and other is not given and (isinstance(given, Hooked) or isinstance(other, Hooked)):
         raise ValueError(f"{' and '.join(CACHE_NAMES)} are two names of one argument, and got two caches: pass one.")
-    return ours[0] if ours else None
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_hooked(number: int) -> bool:
-    return number in hooked
+    return given if isinstance(given, Hooked) else None
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name."""
-    names = _parameters(module)[: len(args)]
+    names = _parameters(id(module))[: len(args)]
     return {**dict(zip(names, args[: len(names)], strict=True)), **kwargs}
 
 
-def _parameters(module: nn.Module) -> list[str]:
-    return _traced_parameters(id(module)) if is_tracing() else _parameters_of(module)
-
-
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _traced_parameters(number: int) -> list[str]:
-    module = hooked.get(number)
-    return [] if module is None else _parameters_of(module)
-
-
-def _parameters_of(module: nn.Module) -> list[str]:
-    """Return the names of a forward's parameters.
+def _parameters(number: int) -> list[str]:
+    """Return the names of the parameters of a hooked module's forward, none for a copy that has inherited the hooks.
 
     Once per class, unless a module has a forward of its own, as accelerate gives it.
     """
+    module = hooked.get(number)
+    if module is None:
+        return []
     forward, shared = module.forward, type(module).forward
     if getattr(forward, "__func__", None) is shared:
         return _names(shared)[1:]  # without self

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkwindow.lanes import Inputs
-from sinkwindow.model.families import FULL, attends_ahead, loses_softcap
+from sinkwindow.model.families import FULL, config_refusal
 from sinkwindow.model.pieces import tokens_of
 from sinkwindow.model.versions import RECOMPUTES_FOR_GRADIENTS_ONLY
 
@@ -43,6 +43,7 @@ class CallChecks:
         native_window: The sliding window that all layers share [tokens], or ``None``.
         may_evict: Whether tokens may be evicted.
         last_position: The last one that original positions allow; ``None`` where ranks are the positions.
+        by_kind: Whether the model has positions by time, height and width (M-RoPE).
     """
 
     decoder: weakref.ref[PreTrainedModel]
@@ -51,6 +52,7 @@ class CallChecks:
     native_window: int | None
     may_evict: bool
     last_position: int | None
+    by_kind: bool
 
     def read(self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], *, attached: bool) -> Inputs:
         """Read a call, before anything changes.
@@ -61,14 +63,14 @@ class CallChecks:
         """
         if decoder is not self.decoder() or not attached:
             raise ValueError(ANOTHER_MODEL)
-        if not all(frequencies.are_unchanged() for frequencies in self.frequencies):
-            raise ValueError(
-                "The model's rotary frequencies are others than when this StreamingCache was made: a cast like "
-                "model.to(torch.bfloat16) rounds them. Make the cache after the cast."
-            )
+        for frequencies in self.frequencies:
+            if not frequencies.are_unchanged():
+                raise ValueError(
+                    "The model's rotary frequencies are others than when this StreamingCache was made: a cast like "
+                    "model.to(torch.bfloat16) rounds them. Make the cache after the cast."
+                )
         _check_flags(decoder, kwargs)
-        by_kind = any(hasattr(one.module(), "mrope_section") for one in self.frequencies)
-        inputs = read_inputs(kwargs, stream, self.native_window, by_kind=by_kind)
+        inputs = read_inputs(kwargs, stream, self.native_window, by_kind=self.by_kind)
         if self.counts_columns:
             _check_padding_is_leading(inputs, [lane.seen for lane in stream.state.lanes])
         if not self.may_evict or self.last_position is not None:
@@ -106,12 +108,9 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "use_cache=False contradicts a cache: pass use_cache=True, also to generate where the model's "
             "generation_config says False, or pass no cache."
         )
-    if kwargs.get("is_causal") is False or attends_ahead(decoder.config):
-        raise ValueError(
-            "is_causal=False, or a config with is_causal=False or use_bidirectional_attention, contradicts a "
-            "StreamingCache, whose tokens never attend to later ones."
-        )
-    if reason := loses_softcap(decoder.config):
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False contradicts a StreamingCache, whose tokens never attend to later ones.")
+    if reason := config_refusal(decoder.config):
         raise ValueError(reason)
     for name in PACKED:
         if kwargs.get(name) is not None:

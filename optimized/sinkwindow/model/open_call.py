@@ -96,10 +96,13 @@ class OpenCall:
     as_tuple: bool = False
     evictions: list[Eviction] = field(default_factory=list)
 
-    def is_running(self, above: FrameType | None) -> bool:
-        """Return whether the call's frame is still on its thread's stack."""
-        own = self.thread == threading.get_ident()
-        frame = above if own else sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, for debuggers
+    def is_running(self, above: FrameType | None = None) -> bool:
+        """Return whether the call's frame is still on its thread's stack, of this one above a frame."""
+        frame: FrameType | None
+        if self.thread == threading.get_ident():
+            frame = above or sys._getframe(1)  # noqa: SLF001 - documented, for exactly this
+        else:
+            frame = sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, for debuggers
         while frame is not None:
             if id(frame) == self.frame and frame.f_code is _CALL:
                 # An address is used again: look also whom the frame calls, and with what.
@@ -112,11 +115,7 @@ class OpenCall:
 
     def is_served(self) -> bool:
         """Return whether layers that hand over keys belong to this call: it is running here, or made by hand."""
-        return not self.frame or (self.thread == threading.get_ident() and self.is_running(module_frame()))
-
-    def is_joined_by(self, module: nn.Module) -> bool:
-        """Return whether a module that is called now is a part of this call: inside its module, before it began."""
-        return self.stream is None and self.thread == threading.get_ident() and id(module) != self.module
+        return not self.frame or (self.thread == threading.get_ident() and self.is_running())
 
     # -- what the decoder is given ------------------------------------------------------------------------------------
 
@@ -223,16 +222,15 @@ class OpenCall:
     ) -> dict[str, Any]:
         """Plan a piece and return the decoder's arguments for it; ``aside`` leaves the slots alone."""
         plan = cast("Stream", self.stream).begin(inputs, aside=aside)
-        plan.is_special |= bool(self.outputs)
         self.plan, self.targets = plan, plan.parts
         positions = plan.positions(inputs.device)
         if kwargs.get("cache_position") is not None:  # of transformers before 5.4: masks count columns from it
-            before = plan.parts[0].length - inputs.columns
+            before = plan.parts[0].front
             columns = torch.arange(before, before + inputs.columns, device=inputs.device)
             kwargs = kwargs | {"cache_position": columns}
         return kwargs | {
             "position_ids": marked(
-                positions, decoder, plan.reach(), facts.float32_from, changes=facts.changes, table=facts.table
+                positions, decoder, plan.reach, facts.float32_from, changes=facts.changes, table=facts.table
             ),
             "attention_mask": _mask(plan, facts, decoder, inputs, masked=masked),
         }

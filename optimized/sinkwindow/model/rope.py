@@ -37,17 +37,11 @@ def _frequency_names(module: nn.Module) -> list[str]:
     return [name for name in names if "original" not in name]
 
 
-def has_frequencies(module: nn.Module, layer_type: str) -> bool:
-    """Return whether a rotary module serves a type of layer: it may have frequencies for other types only."""
-    return hasattr(module, _buffer_name(module, layer_type))
-
-
-def frequencies(module: nn.Module, layer_type: str | None = None) -> Tensor:
-    """Return a rotary module's frequencies, ``[pairs]``, for a type of layer where they differ.
+def frequencies(module: nn.Module, name: str) -> Tensor:
+    """Return a rotary module's frequencies in the buffer ``name``, ``[pairs]``.
 
     GPT-J and CodeGen keep a table of sines and cosines instead, made from these frequencies.
     """
-    name = _buffer_name(module, layer_type)
     if name == TABLE:
         width = cast("int", module.pos_embd_dim)
         return 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.int64, device="cpu") / width))
@@ -62,8 +56,8 @@ def attention_scaling(module: nn.Module, layer_type: str | None = None) -> float
     return float(getattr(module, f"{layer_type}_attention_scaling", getattr(module, "attention_scaling", 1.0)))
 
 
-def _buffer_name(module: nn.Module, layer_type: str | None) -> str:
-    """Return the buffer that a rotary module's angles come from.
+def buffer_name(module: nn.Module, layer_type: str | None) -> str:
+    """Return the buffer that a rotary module's angles come from, for a type of layer where they differ.
 
     Of types that overwrite theirs on long calls, it is the one that they started with.
     """

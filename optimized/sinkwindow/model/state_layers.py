@@ -108,7 +108,7 @@ class StateLayer(StockLayer):  # type: ignore[misc]  # not in every release
 
 
 class StateLayers:
-    """All layers of a cache that keep a state; false where there are none.
+    """All layers of a cache that keep a state.
 
     Attributes:
         layers: By their index in the model.
@@ -116,10 +116,6 @@ class StateLayers:
 
     def __init__(self, layers: Mapping[int, Any]) -> None:
         self.layers = layers
-
-    def __bool__(self) -> bool:
-        """Return whether some layer keeps a state."""
-        return bool(self.layers)
 
     def open(self, states: States, *, recording: bool) -> None:
         """Begin a call: give the layers copies of their states.

@@ -43,7 +43,7 @@ class PoolCall:
         crosses: Whether its queries' lists differ: an eviction happens between them.
         epochs: Copies of the sinks in front of the cached columns, see ``attention/mask.py``.
         evicted: Tokens that each lane will have evicted after the call.
-        length: Columns that every layer returns, ``epochs * num_sinks + held + columns``.
+        front: Columns that every layer returns in front of the call's, ``epochs * num_sinks + held``.
     """
 
     pool: Pool
@@ -57,7 +57,7 @@ class PoolCall:
     crosses: bool = False
     epochs: int = 0
     evicted: list[int] = field(default_factory=list)
-    length: int = 0
+    front: int = 0
     _views: dict[int, tuple[Tensor | None, ...]] = field(default_factory=dict)
     _whole: bool = False  # what a layer returns is one view of the slots
     _needs_sinks: bool = False
@@ -67,7 +67,7 @@ class PoolCall:
 
     def __post_init__(self) -> None:
         pool, rule = self.pool, self.pool.retention
-        columns, epochs, brings_sinks = self.lanes[0].columns, 0, False
+        epochs, brings_sinks = 0, False
         # Plain loops, here and in Stream.begin: this runs for every token, and a generator costs a frame per lane.
         for lane, row in zip(self.lanes, self.slots.lanes, strict=True):
             self.evicted.append(rule.evicted_after(lane.after.seen, row.evicted))
@@ -75,7 +75,7 @@ class PoolCall:
             brings_sinks = brings_sinks or lane.before.seen < rule.num_sinks
         self.crosses = epochs > 0
         self.epochs = epochs if pool.ranked and rule.num_sinks else 0
-        self.length = self.epochs * rule.num_sinks + self.held + columns
+        self.front = self.epochs * rule.num_sinks + self.held
         self.copied = self.copied or (pool.static and bool(self.slots.banks))
         self._needs_sinks = brings_sinks or self.epochs > 0 or not self.in_slots
         self._whole = self.in_slots and not self.copied and not self.epochs
@@ -89,11 +89,10 @@ class PoolCall:
             self._aside = Aside(*sizes, recording=self.recording, in_place=self.in_place)
         if self.copied:
             before = [lane.before for lane in self.lanes]
-            cached = pool.copied(slots, before, self.held)
-        else:
-            width = self.held + (columns if self._whole else 0)
-            cached = [bank.slots.narrowed(slots.end - self.held, width) for bank in slots.banks]
-        for bank, (keys, values) in zip(slots.banks, cached, strict=True):
+            copies = pool.copied(slots, before, self.held)
+        width = self.held + (columns if self._whole else 0)
+        for index, bank in enumerate(slots.banks):
+            keys, values = copies[index] if self.copied else bank.slots.narrowed(slots.end - self.held, width)
             to_keys: tuple[Tensor | None, ...] = (None,) * len(bank.layers)
             to_values = to_keys
             if self.in_slots:
@@ -111,8 +110,8 @@ class PoolCall:
             value: ``[batch, kv_heads, columns, value_dim]``.
 
         Returns:
-            Keys and values, ``[batch, kv_heads, length, ...]``. Gradients reach the call's own; cached ones are
-            constants.
+            Keys and values, ``[batch, kv_heads, front + columns, ...]``. Gradients reach the call's own keys; cached
+            ones are constants.
 
         Raises:
             ValueError: Their dtype or device does not go with that of the cached ones.
@@ -183,7 +182,7 @@ class PoolCall:
         return self._aside.slots()
 
     def visible(self, device: torch.device) -> Tensor:
-        """Return which columns each query attends to, ``[lanes, 1, columns, length]`` bool."""
+        """Return which columns each query attends to, ``[lanes, 1, columns, front + columns]`` bool."""
         evicted, pool = [row.evicted for row in self.slots.lanes], self.pool
         return masks.visible(self.lanes, evicted, pool.retention, self.held, self.epochs, device, ranked=pool.ranked)
 
@@ -197,7 +196,7 @@ class PoolCall:
         """Return attention weights with those of copied sinks added to the sinks' own columns.
 
         Args:
-            weights: ``[batch, heads, columns, length]``, as the model's attention returns them.
+            weights: ``[batch, heads, columns, front + columns]``, as the model's attention returns them.
 
         Returns:
             ``[batch, heads, columns, held + columns]``.
@@ -272,23 +271,18 @@ class StreamCall:
         lanes: The call, lane by lane.
         batch: Rows.
         parts: Its part in each pool.
+        reach: The position that is farthest from 0.
         plain: Whether all its columns hold tokens.
-        is_special: Whether layers get other columns than those of the stream's state: copied sinks, or a fork's.
+        has_copies: Whether some layer is given copies of sinks.
     """
 
     state: State
     lanes: list[LaneCall]
     batch: int
     parts: list[PoolCall]
+    reach: int
     plain: bool
-    is_special: bool
-
-    def reach(self) -> int:
-        """Return the position of the call that is farthest from 0."""
-        reach = 0
-        for lane in self.lanes:
-            reach = max(reach, lane.after.seen - lane.after.offset, lane.after.offset - lane.before.seen)
-        return reach
+    has_copies: bool
 
     def positions(self, device: torch.device) -> Tensor:
         """Return the position of each column, ``[lanes, columns]`` int64."""

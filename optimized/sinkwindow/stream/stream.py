@@ -84,13 +84,10 @@ class Stream:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def _state_for(self, inputs: Inputs) -> State:
-        """Return the state, with a lane for every row if a call has padding."""
-        return self.state if inputs.real is None else self.state.by_row(inputs.batch)
-
     def preview(self, inputs: Inputs) -> tuple[int, bool]:
         """Return how many tokens the longest row will have seen after a call, and whether some row evicts."""
-        state, most, evicts = self._state_for(inputs), 0, False
+        state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
+        most, evicts = 0, False
         for lane, row, fresh in zip(state.lanes, state.pools[0].lanes, inputs.counts(len(state.lanes)), strict=True):
             most = max(most, lane.seen + fresh)
             evicts = evicts or self.rule.evicted_after(lane.seen + fresh, row.evicted) > row.evicted
@@ -105,7 +102,7 @@ class Stream:
         """
         if self.rule.evict == "call":
             return inputs.columns
-        state = self._state_for(inputs)
+        state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
         held = self.pools[0].held(state.pools[0], state.lanes)
         most = max(self.bound - held, self.rule.window) if self.longest is None else self.longest - held
         if masked and self.has_room(inputs) and inputs.columns <= most:
@@ -133,7 +130,7 @@ class Stream:
         Raises:
             ValueError: The model cannot attend to so many columns.
         """
-        state = self._state_for(inputs)
+        state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
         if self.longest is not None:
             self._check_longest(state, inputs.columns)
         fresh = [inputs.columns] * len(state.lanes) if inputs.real is None else inputs.counts(len(state.lanes))
@@ -144,14 +141,18 @@ class Stream:
             state = self._rebased(state, fresh)
         if state.batch is not None:
             self.state = state
-        lanes, plain = [], min(fresh) == inputs.columns
+        lanes, plain, reach = [], min(fresh) == inputs.columns, 0
         for r, (lane, count) in enumerate(zip(state.lanes, fresh, strict=True)):
             after = Lane(lane.seen + count, lane.offset)
+            reach = max(reach, after.seen - after.offset, after.offset - lane.seen)
             lanes.append(LaneCall(lane, after, inputs.columns, inputs.real[r] if inputs.real else None))
         columns = inputs.columns if plain and not aside else 0
-        parts = [self._begin_pool(index, state, lanes, columns) for index in range(len(self.pools))]
-        special = max([part.epochs for part in parts]) > 0
-        return StreamCall(state if state.batch is None else self.state, lanes, inputs.batch, parts, plain, special)
+        parts, has_copies = [], False
+        for index in range(len(self.pools)):
+            parts.append(self._begin_pool(index, state, lanes, columns))
+            has_copies = has_copies or parts[-1].epochs > 0
+        state = state if state.batch is None else self.state
+        return StreamCall(state, lanes, inputs.batch, parts, reach, plain, has_copies)
 
     def _check_longest(self, state: State, columns: int) -> None:
         held = self.pools[0].held(state.pools[0], state.lanes)
@@ -240,7 +241,7 @@ class Stream:
         counting = call.plain and self.rule.evict == "token"  # is enough to undo the call
         past = state.past if counting else recorded(state, call)
         after = State(
-            pools=tuple([part.outcome() for part in call.parts]),
+            pools=tuple(map(PoolCall.outcome, call.parts)),
             lanes=tuple([lane.after for lane in call.lanes]),
             columns=state.columns + columns,
             batch=call.batch,
