@@ -33,9 +33,10 @@ def read(ids: torch.Tensor) -> torch.Tensor:
 
 after = read(torch.tensor([tokenizer.bos_token_id or 0]))[-1:]  # the newest token
 mean = deviation = lines = 0.0
+sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # a log may hold any bytes
 for line in sys.stdin:
     loss, ids = 0.0, tokenizer(line, add_special_tokens=False, return_tensors="pt")["input_ids"][0].long()
-    for piece in ids.split(256):  # bounds the memory of a long line's logits
+    for piece in ids.split(256) if len(ids) else ():  # bounds the memory of a long line's logits
         found = torch.cat([after, read(piece)])
         loss -= found[:-1].gather(1, piece[:, None]).sum().item()
         after = found[-1:]

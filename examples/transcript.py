@@ -28,12 +28,16 @@ cache = StreamingCache(model, num_sinks=4, window=arguments.window, buffer=64)
 
 
 def arriving() -> Iterator[torch.Tensor]:
-    """Yield the tokens of whole words, `[1, tokens]`: half a word would be other tokens."""
+    """Yield the tokens of whole words, `[1, tokens]`: half a word would be other tokens.
+
+    Where there is no space for 200 characters, as in Chinese, words are not waited for.
+    """
     decoder, text, piece = codecs.getincrementaldecoder("utf-8")("replace"), "", b"-"
     while piece:
         piece = os.read(sys.stdin.fileno(), 65536)
         text += decoder.decode(piece, final=not piece)
-        end = len(text) if not piece else max(text.rfind(" "), text.rfind("\n"), 0)
+        end = max(text.rfind(" "), text.rfind("\n"), 0)
+        end = len(text) if not piece or len(text) - end > 200 else end
         ids = tokenizer(text[:end], add_special_tokens=False, return_tensors="pt")["input_ids"].long()
         text = text[end:]
         if ids.numel():

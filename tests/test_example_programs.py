@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -110,6 +111,33 @@ def test_log_reader_follows(folder: Path) -> None:
         process.stdin.write(line.encode())
         process.stdin.flush()
         assert process.stdout.readline().decode().endswith(f"  {line}")
+    assert finish(process) == ""
+
+
+def test_log_reader_reads_any_bytes(folder: Path) -> None:
+    """A line without tokens is shown, and bytes that are no UTF-8 are replaced: a log may hold both."""
+    process = start("log_reader.py", folder)
+    out, err = process.communicate(b"w3 w4\n\n\xff\xfe\nw5\n")
+    assert (process.returncode, err) == (0, b"")
+    assert [line.split("  ")[-1] for line in out.decode().splitlines()] == ["w3 w4", "", "\ufffd\ufffd", "w5"]
+
+
+@NEW_ALONE
+def test_transcript_does_not_wait_for_a_space(folder: Path) -> None:
+    """Text without spaces is heard as it comes: what waits stays short."""
+    process = start("transcript.py", folder, "--every", 1)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with ThreadPoolExecutor() as reader:
+        for heard in (1, 2):
+            process.stdin.write("\u8bed".encode() * 300)
+            process.stdin.flush()
+            note = reader.submit(process.stdout.readline)
+            try:
+                assert note.result(timeout=120).decode().startswith(f"[{heard} tokens] ")
+            except TimeoutError:  # the program waits, and so would the end of the block
+                process.kill()
+                raise
     assert finish(process) == ""
 
 

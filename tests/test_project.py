@@ -107,6 +107,14 @@ def test_versions_agree() -> None:
     assert re.search(rf"^## \[.*\b{re.escape(version)}\b", _read("CHANGELOG.md"), re.MULTILINE)
 
 
+def test_pages_name_the_same_versions_of_python() -> None:
+    """Those of pyproject.toml, from the oldest to the newest."""
+    classifiers = [line.rpartition(" ")[2] for line in PYPROJECT["project"]["classifiers"] if "Python :: 3." in line]
+    named = {page: re.findall(r"Python (3\.\d+ to 3\.\d+)", _read(page)) for page in ("README.md", "SECURITY.md")}
+    assert PYPROJECT["project"]["requires-python"] == f">={classifiers[0]}"
+    assert named == dict.fromkeys(named, [f"{classifiers[0]} to {classifiers[-1]}"])
+
+
 def test_pins_lie_within_the_ranges() -> None:
     """What the sessions install is something that the library's own ranges allow."""
     project = PYPROJECT["project"]

@@ -27,7 +27,7 @@ BY_NAME: Final = (
     'test -z "$(find report -type l)" # a link would quote a file of this machine',
     "number=$(tr -cd 0-9 < report/number)",
     "tail -c 50000 report/report.txt | tr '~' '-'",
-    'gh release create "$TAG" --repo "$REPOSITORY" --verify-tag --notes-from-tag sbom/sinkwindow.cdx.json',
+    'gh release create "$TAG" --repo "$REPOSITORY" --verify-tag --generate-notes sbom/sinkwindow.cdx.json',
 )
 PROGRAMS: Final = re.compile(r"(?:^|[\s;&|(])(?:python\d?|bash|sh|node|nox|make|source|eval|exec|\.|\./\S+)(?:\s|$)")
 BY_PULL_REQUEST: Final = re.compile(r"^  pull_request:", re.MULTILINE)
