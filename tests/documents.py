@@ -12,18 +12,18 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lab_tiny import WORDS, tiny_tokenizer
+from lab_tiny import WORDS, exit_status, tiny_tokenizer
 from sinkwindow.model.versions import CACHE_ARGUMENT
-from sinkwindow_lab import cli
 from sinkwindow_lab.inputs import defaults, models
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    import pytest
 
 # What readers run around the examples; a test of the page says whether these commands can be right.
 BY_HAND: Final = ("git", "nox", "pip", "python", "asv", "nvidia-smi")
@@ -103,11 +103,10 @@ def _python(page: Path, names: dict[str, Any]) -> Callable[[Block], None]:
 def _shell(page: Path) -> Callable[[Block], None]:
     def run_block(block: Block) -> None:
         for program, *arguments in commands(block):
+            place = f"{page}, block at line {block.line}: {program}"
             if program == "sinkwindow":
-                with pytest.raises(SystemExit) as ended:
-                    cli.main(arguments)
-                assert ended.value.code == 0, f"{page}, block at line {block.line}: sinkwindow {' '.join(arguments)}"
+                assert exit_status(*arguments) == 0, f"{place} {' '.join(arguments)}"
             else:
-                assert program in BY_HAND, f"{page}, block at line {block.line}: {program}"
+                assert program in BY_HAND, place
 
     return run_block

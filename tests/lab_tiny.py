@@ -1,15 +1,18 @@
-"""A tiny random model with a tokenizer, and hand-made records, for the tests of the lab."""
+"""A tiny random model with a tokenizer, hand-made records, and the command line, for the tests of the lab."""
 
 from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sinkwindow_lab import records
+from sinkwindow_lab.cli import main
+from sinkwindow_lab.errors import printable
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.models import LoadedModel, describe
 from sinkwindow_lab.reports.tables.bench import Bench
@@ -142,3 +145,38 @@ def machine_record() -> records.MachineRecord:
         commit="abc123",
         dirty=True,
     )
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+ACTS = "\x1b[2J\u202e[red]"  # clears a terminal, turns the order of letters, colors what rich prints
+
+
+def exit_status(*arguments: object) -> int:
+    """Run a command; return its exit status."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(one) for one in arguments])
+    return int(stop.value.code or 0)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run a command; return exit status, standard output and standard error."""
+    status = exit_status(*arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def succeeded(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """Run a command that must succeed; return standard output and standard error."""
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    return out, err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail at once; return its one line."""
+    status, out, err = run(capsys, *arguments)
+    assert (status, out, err.count("\n"), err[:7]) == (2, "", 1, "error: "), err
+    assert printable(err.removesuffix("\n")) + "\n" == err
+    assert len(err) < 1_100
+    return err

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lab_tiny import CHAT_TEMPLATE, WORDS, random_text, save_chatty, tiny_model, tiny_tokenizer
+from lab_tiny import CHAT_TEMPLATE, WORDS, random_text, run, save_chatty, tiny_model, tiny_tokenizer
 from sinkwindow import Chat
 from sinkwindow_lab.chatting import HELP, Printer, Terminal
-from sinkwindow_lab.cli import main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -186,15 +185,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(folder: Path) -> None:
 # -- a pipe -----------------------------------------------------------------------------------------------------------
 
 
-def run(
+def piped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *arguments: object
 ) -> tuple[int, str, str]:
     """Run the command with lines from a pipe; return its status, standard output and standard error."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    with pytest.raises(SystemExit) as stop:
-        main(["chat", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return run(capsys, "chat", *arguments)
 
 
 @pytest.fixture
@@ -208,7 +204,7 @@ def test_lines_from_a_pipe_are_answered(
 ) -> None:
     """Standard output has the answers of `Chat` and nothing else; a line that ends the chat is not needed."""
     options = ("--model", folder, *SIZES, "--max-new-tokens", 5, "--system", "w9")
-    status, out, err = run(monkeypatch, capsys, "w3 w4\n\n  w5  \n", *options)
+    status, out, err = piped(monkeypatch, capsys, "w3 w4\n\n  w5  \n", *options)
     model = AutoModelForCausalLM.from_pretrained(folder)
     twin = Chat(model, AutoTokenizer.from_pretrained(folder), "w9", window=48, buffer=8)
     expected = [twin.ask(message, max_new_tokens=5, do_sample=False) for message in ("w3 w4", "w5")]
@@ -223,7 +219,7 @@ def test_sampling_needs_a_temperature(
     options = ("--model", folder, *SIZES, "--max-new-tokens", 20)
     lines = "w3\n/reset\nw3\n/quit\nw3\n"
     answers = [
-        run(monkeypatch, capsys, lines, *options, *more)[1].splitlines()
+        piped(monkeypatch, capsys, lines, *options, *more)[1].splitlines()
         for more in ((), ("--temperature", 0), ("--temperature", 50.0))
     ]
     assert answers[0] == answers[1] == [answers[0][0], "a new conversation", answers[0][0]]
@@ -244,7 +240,7 @@ def test_errors_of_commands_are_lines_and_the_chat_goes_on(
         f"/load {tmp_path}/other",
     ]
     options = ("--model", folder, *SIZES, "--max-new-tokens", 3)
-    status, out, err = run(monkeypatch, capsys, "\n".join([*lines, "/help", "w3"]), *options)
+    status, out, err = piped(monkeypatch, capsys, "\n".join([*lines, "/help", "w3"]), *options)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     words = ("no command /nonsense", "/save needs", "cannot be saved", "/load needs", "is no file", "is no file that")
     assert status == 0
@@ -295,7 +291,7 @@ def test_an_answer_does_not_act_on_the_terminal(
 ) -> None:
     """Escapes are shown as escapes; line ends stay."""
     save_chatty(tmp_path, words=tuple(f"\x1b[2J{word}" if word > "w" else word for word in WORDS))
-    _, out, _ = run(monkeypatch, capsys, "w3\n", "--model", tmp_path, *SIZES, "--max-new-tokens", 4)
+    _, out, _ = piped(monkeypatch, capsys, "w3\n", "--model", tmp_path, *SIZES, "--max-new-tokens", 4)
     assert out.count("\\x1b[2J") == out.count("w") == 4
     assert "\x1b" not in out
     Printer(tiny_tokenizer()).on_finalized_text("a\r\n\x07\tb\n")
@@ -323,7 +319,7 @@ def test_options_that_make_no_chat_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In one line, with status 2."""
-    status, out, err = run(monkeypatch, capsys, "w3\n", "--model", folder, *arguments)
+    status, out, err = piped(monkeypatch, capsys, "w3\n", "--model", folder, *arguments)
     assert (status, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"error: {words}")
 
@@ -333,7 +329,7 @@ def test_a_base_model_is_refused(
 ) -> None:
     """With its name, and what there is to do."""
     save_chatty(tmp_path, None)
-    status, _, err = run(monkeypatch, capsys, "w3\n", "--model", tmp_path)
+    status, _, err = piped(monkeypatch, capsys, "w3\n", "--model", tmp_path)
     assert status == 2
     assert re.search(r"error: model .* cannot chat: The tokenizer has no chat template", err)
 
@@ -345,7 +341,7 @@ def test_what_a_chat_warns_of_is_shown(
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     save_chatty(tmp_path, refuses + CHAT_TEMPLATE)
     options = ("--model", tmp_path, "--system", "w1", "--window", 600, "--max-new-tokens", 3)
-    status, out, err = run(monkeypatch, capsys, "w3\n", *options)
+    status, out, err = piped(monkeypatch, capsys, "w3\n", *options)
     assert (status, len(out.split())) == (0, 3)
     assert re.findall("^warning: .*(takes no system prompt|positions)", err, re.MULTILINE) == [
         "takes no system prompt",

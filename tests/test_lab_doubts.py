@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lab_tiny import TINY, loaded_tiny, random_text, save_tiny, tiny_bench, tiny_model, tiny_tokenizer
-from sinkwindow_lab.cli import main
+from lab_tiny import TINY, loaded_tiny, random_text, save_tiny, succeeded, tiny_bench, tiny_model, tiny_tokenizer
 from sinkwindow_lab.inputs import models, tokens
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.measure.perplexity import Score
@@ -37,15 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
-    """Run a command that must succeed; return standard output and standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(one) for one in arguments])
-    captured = capsys.readouterr()
-    assert stop.value.code == 0, captured.err
-    return captured.out, captured.err
-
-
 def test_random_weights_are_recorded(folder: Path) -> None:
     """All that the files lack, by name; tied weights are there under another one."""
     assert models.load_model(str(folder / "lacking")).record.missing_weights == LACKING
@@ -57,7 +47,7 @@ def test_commands_show_what_is_doubtful(command: str, folder: Path, capsys: pyte
     """On standard error, and in the JSON beside the numbers."""
     options = ("--prompt", 10**9, "--tokens", 3) if command == "speed" else ("--tokens", 10**9, "--window", 8)
     common = (command, "--model", folder / "lacking", "--corpus", folder / "text.txt", *options, "--json")
-    out, err = run(capsys, *common)
+    out, err = succeeded(capsys, *common)
     found = json.loads(out)
     assert [f"warning: {one}" for one in found["warnings"]] == [
         line for line in err.splitlines() if line.startswith("warning: ")
@@ -71,7 +61,7 @@ def test_commands_show_what_is_doubtful(command: str, folder: Path, capsys: pyte
 def test_a_perplexity_above_guessing_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A random model is worse than one that guesses: there are 32 words."""
     common = ("perplexity", "--model", folder / "whole", "--corpus", folder / "text.txt", "--tokens", 50)
-    out, err = run(capsys, *common, "--config", "baseline", "--json")
+    out, err = succeeded(capsys, *common, "--config", "baseline", "--json")
     found = json.loads(out)
     assert found["result"]["PPL"] > 32
     assert [one[:4] for one in found["warnings"]] == ["PPL "]
@@ -101,7 +91,7 @@ def test_the_page_shows_it_below_what_ran(
     """With the id of the token in front of each text; a page that is rendered again says the same."""
     monkeypatch.setattr(plan, "QUICK", TINY)
     common = ("tables", "--quick", "--only", "mistakes", "--bos", "add", "--out", tmp_path)
-    _, err = run(capsys, *common, "--model", folder / "lacking", "--corpus", folder / "text.txt")
+    _, err = succeeded(capsys, *common, "--model", folder / "lacking", "--corpus", folder / "text.txt")
     markdown = (tmp_path / "paper_tables.md").read_text(encoding="utf-8")
     head = markdown.partition("**Doubtful numbers:**")[2].partition("\n## ")[0]
     assert "lacks 2 weights" in head
@@ -110,7 +100,7 @@ def test_the_page_shows_it_below_what_ran(
     assert "| BOS | added in front of each text (token 0) |" in markdown
     report = read_report(tmp_path / "paper_tables.json")
     assert {one.bos_id for one in report.texts} == {0}
-    run(capsys, "render", tmp_path / "paper_tables.json")
+    succeeded(capsys, "render", tmp_path / "paper_tables.json")
     assert (tmp_path / "paper_tables.md").read_text(encoding="utf-8") == markdown
     assert "Doubtful numbers:" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

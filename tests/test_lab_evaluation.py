@@ -16,8 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from lab_tiny import WORDS, loaded_tiny, random_text, save_tiny, tiny_model, tiny_tokenizer
-from sinkwindow_lab.cli import main
+from lab_tiny import WORDS, exit_status, loaded_tiny, random_text, refused, save_tiny, tiny_model, tiny_tokenizer
 from sinkwindow_lab.errors import LabError, explain
 from sinkwindow_lab.evaluation import model as streaming
 from sinkwindow_lab.evaluation import run
@@ -257,20 +256,13 @@ def test_rolling_task_counts_every_token_and_byte() -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> int:
-    """Run a command; return its exit status."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(one) for one in arguments])
-    return int(stop.value.code or 0)
-
-
 def test_evaluate_compares_configurations_in_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row per configuration and a table per task; the page can be written again from its JSON, without lm-eval."""
     folder, out = save_tiny(tmp_path / "tiny"), tmp_path / "out"
     names = ("--configs", "baseline,streaming_2_6_3,window_0_8", "--limit", 2, "--batch-size", 3, "--out", out)
-    assert command("evaluate", "--model", folder, "--tasks", "sinkwindow_recall_near", *names) == 0
+    assert exit_status("evaluate", "--model", folder, "--tasks", "sinkwindow_recall_near", *names) == 0
     written = (out / "lm_eval.md").read_text(encoding="utf-8")
     assert written in capsys.readouterr().out
     report = read_report(out / "lm_eval.json")
@@ -282,7 +274,7 @@ def test_evaluate_compares_configurations_in_a_table(
     for way, row in zip(ways, rows.splitlines()[2:], strict=False):
         assert row == f"| {way} | {values[way, 'acc']:.4f} ± {values[way, 'acc standard error']:.4f} |"
     monkeypatch.setitem(run.__dict__, "lm_evaluate", None)
-    assert command("render", out / "lm_eval.json", "--out", tmp_path / "again") == 0
+    assert exit_status("render", out / "lm_eval.json", "--out", tmp_path / "again") == 0
     assert (tmp_path / "again" / "lm_eval.md").read_text(encoding="utf-8") == written == page(report).markdown
 
 
@@ -321,8 +313,7 @@ def test_nothing_to_evaluate_is_refused(
     option: str, value: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In one line, before a report is written over another one."""
-    assert command("evaluate", option, value, "--out", tmp_path) == 2
-    assert capsys.readouterr().err.startswith(f"error: {words}")
+    assert refused(capsys, "evaluate", option, value, "--out", tmp_path).startswith(f"error: {words}")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from lab_tiny import exit_status
 from sinkwindow import StreamingCache
 from sinkwindow.attention.rotation import Rotary
 from sinkwindow_lab.inputs.shapes import random_model
@@ -21,7 +22,7 @@ from sinkwindow_lab.reports.output import read_report
 from sinkwindow_lab.reports.speed import collect, laws, plan
 from sinkwindow_lab.reports.speed.floors import Place
 from sinkwindow_lab.reports.speed.page import broken, page
-from test_lab_speed_report import report, run, steps
+from test_lab_speed_report import report, steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_gpu_command_runs_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     """Every point of both models is measured; the page is rendered from the JSON and says that there was no GPU."""
-    assert run("gpu-report", "--out", tmp_path, "--minutes", 9) == 0
+    assert exit_status("gpu-report", "--out", tmp_path, "--minutes", 9) == 0
     found = Report.model_validate_json((tmp_path / "gpu_report.json").read_text(encoding="utf-8"))
     text = page(found).markdown
     assert text == (tmp_path / "gpu_report.md").read_text(encoding="utf-8")
@@ -158,7 +159,7 @@ def test_a_part_that_fails_is_named(
     """What it has measured is kept, and the parts after it run: time on a lent machine is short. The command fails."""
     monkeypatch.setattr(laws, "laws", failing_laws)
     monkeypatch.setattr(collect, "_gpu_parts", lambda run, *_: run.part("after", lambda: [steps("ours", 1.0)]))
-    assert run("gpu-report", "--out", tmp_path, "--minutes", 9) == 1
+    assert exit_status("gpu-report", "--out", tmp_path, "--minutes", 9) == 1
     said, text = capsys.readouterr().err, (tmp_path / "gpu_report.md").read_text(encoding="utf-8")
     for words in ("laws: RuntimeError: no kernel", "law 'a law', tiny, float32 on cpu: 2.00e+00"):
         assert words in said
@@ -258,7 +259,7 @@ def test_a_broken_law_fails_the_command(
     """The report is still written, and the error names the law."""
     monkeypatch.setattr(laws, "laws", lambda *_: law(2.0))
     monkeypatch.setattr(collect, "_gpu_parts", lambda *_: None)
-    assert run("gpu-report", "--out", tmp_path, "--minutes", 9) == 1
+    assert exit_status("gpu-report", "--out", tmp_path, "--minutes", 9) == 1
     assert "law 'a law', tiny, float32 on cpu: 2.00e+00" in capsys.readouterr().err
     assert "| NO |" in (tmp_path / "gpu_report.md").read_text(encoding="utf-8")
 
@@ -269,5 +270,5 @@ def test_a_broken_law_fails_the_command(
 )
 def test_errors_name_the_option(command: str, option: str, least: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The error names the option and its value, before anything is measured."""
-    assert run(*command.split(), *f"--{option}".split()) == 2
+    assert exit_status(*command.split(), *f"--{option}".split()) == 2
     assert f"--{option} must be {least}" in capsys.readouterr().err

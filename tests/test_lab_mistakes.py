@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from lab_tiny import TINY, save_tiny, text_of_lines, tiny_model, tiny_tokenizer
-from sinkwindow_lab.cli import main
-from sinkwindow_lab.errors import LabError, explain, printable
+from lab_tiny import ACTS, TINY, refused, run, save_tiny, succeeded, text_of_lines, tiny_model, tiny_tokenizer
+from sinkwindow_lab.errors import LabError, explain
 from sinkwindow_lab.files import output_file, output_folder
 from sinkwindow_lab.inputs import models
 from sinkwindow_lab.measure import requirements
@@ -24,7 +23,6 @@ from sinkwindow_lab.ways.sessions import table_of_positions
 if TYPE_CHECKING:
     from pathlib import Path
 
-ACTS = "\x1b[2J\u202e[red]"  # clears a terminal, turns the order of letters, colors what rich prints
 LONG = "x" * 5_000
 READS = ("perplexity", "sinks", "speed", "tables", "verify")
 
@@ -48,23 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ("paper_tables.json", "speed.json", "gpu_report.json"):
         (path / "taken" / file).mkdir(parents=True)
     return path
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run a command; return exit status, standard output and standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(one) for one in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run a command that must fail at once; return its one line."""
-    status, out, err = run(capsys, *arguments)
-    assert (status, out, err.count("\n"), err[:7]) == (2, "", 1, "error: "), err
-    assert printable(err.removesuffix("\n")) + "\n" == err
-    assert len(err) < 1_100
-    return err
 
 
 def inputs(command: str, folder: Path) -> dict[str, object]:
@@ -212,7 +193,7 @@ def test_a_report_that_lacks_what_its_page_shows(
     """A plan of another version is no traceback."""
     monkeypatch.setattr(plan, "QUICK", TINY)
     options = flat(inputs("tables", folder) | {"--out": tmp_path, "--configs": "baseline"})
-    assert run(capsys, "tables", "--quick", *options)[0] == 0
+    succeeded(capsys, "tables", "--quick", *options)
     report = tmp_path / "paper_tables.json"
     report.write_text(report.read_text(encoding="utf-8").replace('"mistakes": {', '"others": {'), encoding="utf-8")
     assert "KeyError" in refused(capsys, "render", report)
@@ -264,10 +245,10 @@ def test_tables_of_positions_are_found() -> None:
 def test_texts_end_with_the_table(way: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All 64 positions can be used: the last token of a text is not fed, nor is the last one generated."""
     common = ("--model", folder / "table", "--corpus", folder / "text.txt")
-    assert run(capsys, "perplexity", *common, "--config", way, "--tokens", 65)[0] == 0
+    succeeded(capsys, "perplexity", *common, "--config", way, "--tokens", 65)
     line = refused(capsys, "perplexity", *common, "--config", way, "--tokens", 66)
     assert f"--tokens 66 --config {way}: {way} reads 65 tokens, and this model has 64 positions" in line
-    assert run(capsys, "speed", *common, "--configs", way, "--prompt", 50, "--tokens", 15)[0] == 0
+    succeeded(capsys, "speed", *common, "--configs", way, "--prompt", 50, "--tokens", 15)
     line = refused(capsys, "speed", *common, "--configs", way, "--prompt", 50, "--tokens", 16)
     assert "--prompt 50 --tokens 16" in line
     with pytest.raises(LabError, match=r"mistakes: .* 64 positions"):
@@ -277,7 +258,7 @@ def test_texts_end_with_the_table(way: str, folder: Path, capsys: pytest.Capture
 def test_short_windows_need_no_long_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Re-computation starts at the first position again for every token."""
     common = ("--model", folder / "table", "--corpus", folder / "text.txt")
-    assert run(capsys, "perplexity", *common, "--config", "recompute_64", "--tokens", 99)[0] == 0
+    succeeded(capsys, "perplexity", *common, "--config", "recompute_64", "--tokens", 99)
 
 
 def test_all_jobs_are_checked_before_the_first_one(

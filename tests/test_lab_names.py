@@ -9,25 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from lab_tiny import random_text, save_tiny
+from lab_tiny import ACTS, random_text, save_tiny, succeeded
 from sinkwindow_lab import progress
-from sinkwindow_lab.cli import main
 from sinkwindow_lab.errors import printable, say
 from sinkwindow_lab.inputs.corpora import load_corpus
 from sinkwindow_lab.render.markdown import name as shown
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-ACTS = "\x1b[2J\u202e[red]"  # clears a terminal, turns the order of letters, colors what rich prints
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run a command; return exit status, standard output and standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(one) for one in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_names_do_not_act(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,8 +31,7 @@ def test_names_do_not_act(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("speed", *common, "--tokens", 3),
         ("floors", *common[:2], "--megabytes", 1),
     ):
-        status, out, err = run(capsys, *command)
-        assert status == 0, err
+        out, err = succeeded(capsys, *command)
         shown_lines = (out + err).replace("\N{NO-BREAK SPACE}", "").splitlines()
         assert [printable(line) for line in shown_lines] == shown_lines
         assert "x1b" in out or command[0] == "speed"
@@ -90,5 +78,5 @@ def test_results_are_shown_whatever_the_terminal_knows(
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
     common = ("--model", tmp_path / "model", "--corpus", tmp_path / "\u6587.txt", "--config", "baseline")
-    assert run(capsys, "perplexity", *common)[0] == 0
+    succeeded(capsys, "perplexity", *common)
     assert b"baseline, \\u6587, 256 tok/call" in written.getvalue()

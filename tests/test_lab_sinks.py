@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from families import build
-from lab_tiny import loaded_tiny, random_ids, random_text, save_tiny, tiny_model, tiny_tokenizer
-from sinkwindow_lab.cli import main
+from lab_tiny import loaded_tiny, random_ids, random_text, run, save_tiny, succeeded, tiny_model, tiny_tokenizer
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.models import LoadedModel, describe
 from sinkwindow_lab.measure.attention import FIRST, LEARNED, SHARES, eager_twin, has_output_gate, shares, watched_layers
@@ -130,14 +129,12 @@ def test_the_page_tells_of_each_model(tmp_path: Path, capsys: pytest.CaptureFixt
     """Two folders and a text: a row per model and count, ratios of the records, and the same page from the JSON."""
     folders = [save_tiny(tmp_path / one) for one in ("one", "two")]
     (tmp_path / "text.txt").write_text(random_text(120), encoding="utf-8")
-    names = [str(one) for folder in folders for one in ("--model", folder)]
+    names = [one for folder in folders for one in ("--model", folder)]
     out = tmp_path / "out"
     options = ("--corpus", tmp_path / "text.txt", "--tokens", 60, "--size", 12, "--out", out)
-    with pytest.raises(SystemExit) as stop:
-        main(["sinks", *names, *map(str, options)])
-    assert not stop.value.code
+    shown, _ = succeeded(capsys, "sinks", *names, *options)
     written = (out / "sinks.md").read_text(encoding="utf-8")
-    assert written in capsys.readouterr().out
+    assert written in shown
     report = read_report(out / "sinks.json")
     assert sinks.page(report).markdown == written
     assert (report.plan, report.finished, report.quick) == ({"size": 12, "tokens": 60}, True, False)
@@ -200,10 +197,8 @@ def test_what_cannot_be_asked_is_refused(
     save_tiny(tmp_path / "tiny")
     Path("text.txt").write_text(random_text(120), encoding="utf-8")
     model = () if "--model" in options else ("--model", "tiny")
-    with pytest.raises(SystemExit) as stop:
-        main(["sinks", *model, "--corpus", "text.txt", *map(str, options), "--out", "out"])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    status, _, err = run(capsys, "sinks", *model, "--corpus", "text.txt", *options, "--out", "out")
+    assert (status, message in err) == (2, True), err
     assert not list(Path().glob("out/*"))
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from lab_tiny import machine_record
+from lab_tiny import exit_status, machine_record
 from sinkwindow.stream.state import DebugState
-from sinkwindow_lab.cli import main
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.measure.clock import Side
 from sinkwindow_lab.records import Measurement, Report
@@ -253,15 +252,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     folder = tmp_path_factory.mktemp("speed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "QUICK", FEW)
-        assert run("speed-report", "--quick", "--threads", 1, "--out", folder, "--docs", docs_page(folder)) == 0
+        assert exit_status("speed-report", "--quick", "--threads", 1, "--out", folder, "--docs", docs_page(folder)) == 0
     return Report.model_validate_json((folder / "speed.json").read_text(encoding="utf-8")), folder
-
-
-def run(*arguments: object) -> int:
-    """Run a command; return its exit status."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(one) for one in arguments])
-    return int(stop.value.code or 0)
 
 
 def test_a_run_measures_every_part(measured: tuple[Report, Path]) -> None:
@@ -321,7 +313,7 @@ def test_stock_caches_are_cut_before_each_chunk(monkeypatch: pytest.MonkeyPatch)
 
 def test_floors_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """The command measures a step's lower bounds for a shape, and three bandwidths."""
-    assert run("floors", "--shape", "tiny", "--context", 20, "--batch", 2, "--megabytes", 0.5) == 0
+    assert exit_status("floors", "--shape", "tiny", "--context", 20, "--batch", 2, "--megabytes", 0.5) == 0
     text = capsys.readouterr().out
     assert all(
         row in text for row in ("\n| tiny shape | 2 | 20 | ", "\n| copy | ", "\n| sum | ", "\n| matrix times vector | ")
@@ -334,5 +326,5 @@ def test_a_missed_target_fails_the_command(
 ) -> None:
     """A run that is judged names each missed target in a line of its own."""
     monkeypatch.setattr(collect, "speed", lambda **_: a_report())
-    assert run("speed-report", "--out", tmp_path) == 1
+    assert exit_status("speed-report", "--out", tmp_path) == 1
     assert capsys.readouterr().err.count("missed: tiny shape, ") == 3

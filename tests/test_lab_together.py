@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lab_tiny import TINY, save_tiny, text_of_lines
+from lab_tiny import TINY, exit_status, save_tiny, text_of_lines
 from sinkwindow_lab import commands, files
-from sinkwindow_lab.cli import main
 from sinkwindow_lab.reports.output import read_report
 from sinkwindow_lab.reports.tables import plan
 from sinkwindow_lab.reports.tables.page import page
@@ -77,12 +76,10 @@ def test_two_runs_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     out, reports = tmp_path / "out", []
     write_text = files.write_text
 
-    def run(name: str) -> object:
+    def run(name: str) -> int:
         (tmp_path / f"{name}.txt").write_text(text_of_lines(60), encoding="utf-8")
         options = ("--model", tmp_path / "model", "--corpus", tmp_path / f"{name}.txt", "--out", out)
-        with pytest.raises(SystemExit) as stop:
-            main([str(one) for one in ("tables", *options, "--quick", "--only", "mistakes,sinks")])
-        return stop.value.code
+        return exit_status("tables", *options, "--quick", "--only", "mistakes,sinks")
 
     def watched(path: Path, text: str) -> None:
         write_text(path, text)

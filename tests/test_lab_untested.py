@@ -21,9 +21,8 @@ from transformers import (
 
 import families
 from image_text import build as build_image_text
-from lab_tiny import random_text, save_tiny
+from lab_tiny import random_text, run, save_tiny
 from sinkwindow import Family, StreamingCache, UnsupportedModelError, supports
-from sinkwindow_lab.cli import main
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure.tiny import tiny_config
 from sinkwindow_lab.measure.untested import check_untested
@@ -194,14 +193,6 @@ def test_copies_and_files_of_a_cache_keep_the_family(tmp_path: Path) -> None:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run a command; return its exit status, standard output and standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with a text and a tiny model of a type that the table does not have."""
@@ -213,8 +204,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_verify_and_chat_take_an_untested_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without the option they refuse it, with status 2, and name the option."""
-    model = ("--model", str(folder))
-    verify = ("verify", *model, "--corpus", str(folder / "text.txt"), "--sinks", "2", "--window", "6", "--buffer", "1")
+    model = ("--model", folder)
+    verify = ("verify", *model, "--corpus", folder / "text.txt", "--sinks", 2, "--window", 6, "--buffer", 1)
     status, _, words = run(capsys, *verify, "--tokens", "40")
     assert (status, "sinkwindow verify --untested" in words) == (2, True)
     status, found, words = run(capsys, *verify, "--tokens", "40", "--untested")

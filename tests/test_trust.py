@@ -10,8 +10,7 @@ from typing import Any, Final
 import pytest
 import torch
 
-from lab_tiny import tiny_model
-from sinkwindow_lab.cli import main
+from lab_tiny import exit_status, tiny_model
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs import models
 
@@ -144,8 +143,7 @@ def test_code_of_a_model_runs_if_asked_for(
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "text.txt").write_text("one two three", encoding="utf-8")
     command = ["perplexity", "--corpus", str(tmp_path / "text.txt"), "--model", str(folder)]
-    with pytest.raises(SystemExit, match="2"):  # own.py has no class A
-        main([*command, *(["--trust-remote-code"] if asked else [])])
+    assert exit_status(*command, *(["--trust-remote-code"] if asked else [])) == 2  # own.py has no class A
     assert (tmp_path / "ran").exists() == asked
     assert ("--trust-remote-code" in capsys.readouterr().err) == (not asked)
 
@@ -166,6 +164,5 @@ def test_every_command_that_loads_a_model_has_the_option(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("one two three", encoding="utf-8")
     corpus = [] if command == "floors" else ["--corpus", "text.txt"]
-    with pytest.raises(SystemExit):
-        main([command, *corpus, *(["--trust-remote-code"] if asked else [])])
+    exit_status(command, *corpus, *(["--trust-remote-code"] if asked else []))
     assert given == [asked]
