@@ -1,23 +1,34 @@
-"""What the tests of calls share: feeding, generating, and failing."""
+"""What the tests of calls share: feeding, generating, failing, and streams without a model."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import pytest
 import torch
 
+from sinkwindow import Retention
+from sinkwindow.attention.rotation import Rotary
+from sinkwindow.lanes import Inputs
+from sinkwindow.storage.slots import Pool
+from sinkwindow.stream.stream import Stream
 from strategies import CACHE_NAME, ModelSpec, Rule, call
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedModel
 
+    from sinkwindow.stream.call import StreamCall
+
 RULE: Final = Rule(2, 5, 1)
+WIDE: Final = Rule(1, 80, 0)  # evicts nothing: there a stock cache is the judge
+LENGTHS: Final = [9, 1, 1, 7, 1, 12, 1]
+KINDS: Final = pytest.mark.parametrize("static", [False, True])
 SPEC: Final = ModelSpec(max_positions=24)  # positions start again often, and long calls run in pieces
 
 
@@ -56,3 +67,41 @@ def failing(module: Module, kind: type[BaseException], *, after: int = 0) -> Ite
             yield
     finally:
         handle.remove()
+
+
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    """Return a function that raises this, whatever it is given."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
+# -- a stream without a model -----------------------------------------------------------------------------------------
+
+CPU: Final = torch.device("cpu")
+RETENTION: Final = Retention(2, 4, 1)  # token 7 is the first after which tokens leave: 2 and 3
+POOL: Final = Pool(RETENTION, Rotary(torch.tensor([1.0, 0.5])), (0,))
+
+
+def begun(stream: Stream, columns: int, real: list[list[int]] | None = None) -> StreamCall:
+    """Run a call through its only layer."""
+    one = stream.begin(Inputs(len(real) if real else 1, columns, CPU, [*real] if real else None))
+    states = torch.ones(one.batch, 1, columns, 4)
+    one.parts[0].update(0, states, states)
+    return one
+
+
+def stream_of(
+    columns: int,
+    real: list[list[int]] | None = None,
+    rule: Retention = RETENTION,
+    bound: int = 10**6,
+    longest: int | None = None,
+) -> Stream:
+    """Return a stream that was fed so many columns in a call."""
+    stream = Stream([replace(POOL, retention=rule)], bound, longest=longest)
+    if columns:
+        stream.commit(begun(stream, columns, real))
+    return stream

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 OURS: Final = ("sinkwindow", "sinkwindow_reference", "sinkwindow_lab")
 UNINITIALIZED: Final = (
@@ -72,6 +72,14 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return _poison(tensor) if ours else tensor
 
     return wrapper
+
+
+@pytest.fixture
+def fresh_graphs() -> Iterator[None]:
+    """Leave no graphs to other tests: torch compiles a function only so many times."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

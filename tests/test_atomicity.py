@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calling import failing, raising
 from families import TRAINED, build
 from sinkwindow.storage import journal
 from sinkwindow.storage.journal import Writes
@@ -40,7 +41,7 @@ from strategies import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ def test_a_failed_forward_leaves_the_cache_unchanged(
     for _ in stepwise(model, cache, ids, lengths[:fatal], mask):
         pass
     before = observe(cache)
-    with _failing_layer(model, where % spec.layers, kind):
+    with failing(model.base_model.get_submodule(f"layers.{where % spec.layers}"), kind):
         call(model, cache, ids[:, end : end + lengths[fatal]], mask[:, : end + lengths[fatal]])
     assert observe(cache) == before
     for length in lengths[fatal:]:
@@ -88,7 +89,7 @@ def test_what_can_be_taken_back_after_a_failed_call_is_exact(steps: int) -> None
     for columns in range(9 + steps):
         cache = rule.cache(model)
         stream(model, cache, ids, [9] + [1] * steps)
-        with _failing_layer(model, 1, RuntimeError):
+        with failing(model.get_submodule("model.layers.1"), RuntimeError):
             call(model, cache, ids[:, :1])
         if cache.can_crop(columns):
             cache.crop(-columns)
@@ -105,7 +106,7 @@ def test_after_a_failed_call_another_call_of_the_model_is_a_stock_call(kind: typ
     model, ids = ModelSpec().model(), tokens(0, 1, 30)
     stock = model(ids).logits
     cache = Rule(1, 4, 1).cache(model)
-    with _failing_layer(model, 1, kind):
+    with failing(model.get_submodule("model.layers.1"), kind):
         call(model, cache, ids)
     assert torch.equal(model(ids).logits, stock)
     assert model.config._attn_implementation == "sdpa"
@@ -123,7 +124,7 @@ def test_an_interruption_while_rows_get_lanes_of_their_own_changes_nothing(
     before = observe(cache)
     mask[0, 9] = 0
     with monkeypatch.context() as patch:
-        patch.setattr(State, "by_row", _interrupted)
+        patch.setattr(State, "by_row", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             call(model, cache, ids[:, 9:], mask)
     assert observe(cache) == before
@@ -179,7 +180,7 @@ def test_a_cache_that_cannot_move_can_be_reset(*, static: bool) -> None:
     cache = rule.cache(model, static=static)
     call(model, cache, ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "copy_", _out_of_memory)
+        patch.setattr(torch.Tensor, "copy_", raising(MemoryError("no memory left")))
         assert _fails(lambda: stream(model, cache, ids, [3] * 10))
         assert not _fails(cache.reset)
     assert observe(cache) == fresh
@@ -195,7 +196,7 @@ def test_an_interrupted_reset_is_finished(part: tuple[type, str], *, static: boo
     cache = rule.cache(model, static=static)
     stream(model, cache, ids, [20, *[1] * 10])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*part, _interrupted)
+        patch.setattr(*part, raising(KeyboardInterrupt()))
         reached = static or part[0] is not Steps
         with pytest.raises(KeyboardInterrupt) if reached else nullcontext():
             cache.reset()
@@ -249,21 +250,6 @@ def _failures(lengths: list[int], write: str, fatal: int, *, late: bool) -> int:
     return failures
 
 
-@contextmanager
-def _failing_layer(model: PreTrainedModel, index: int, kind: type[BaseException]) -> Iterator[None]:
-    """Make a layer raise after it has updated the cache, and check that the exception leaves the block."""
-
-    def hook(*_: object) -> None:
-        raise kind("the machine stops")
-
-    handle = model.get_submodule(f"{model.base_model_prefix}.layers.{index}").register_forward_hook(hook)
-    try:
-        with pytest.raises(kind, match="the machine stops"):
-            yield
-    finally:
-        handle.remove()
-
-
 def _failing_write(name: str, fatal: int, *, late: bool) -> Callable[..., object]:
     """Return a tensor method whose call number `fatal` from the storage modules raises; all other calls do their work.
 
@@ -281,10 +267,6 @@ def _failing_write(name: str, fatal: int, *, late: bool) -> Callable[..., object
         return method(target, *args, **kwargs)
 
     return write
-
-
-def _out_of_memory(*_: object) -> None:
-    raise MemoryError("no memory left")
 
 
 def _fails(act: Callable[[], object]) -> bool:
@@ -339,7 +321,3 @@ def test_a_bad_call_is_refused_before_anything_changes(name: str) -> None:
     assert (observe(cache), observe(elsewhere)) == before
     expected = reference_logits(model, ids, **rule.arguments)
     assert worst(call(model, cache, ids[:, 11:]) - expected[:, 11:]) < EXACT
-
-
-def _interrupted(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -15,14 +15,13 @@ import torch
 from accelerate import cpu_offload  # type: ignore[import-untyped]
 from transformers import DynamicCache
 
-from calling import logits_of
+from calling import KINDS, LENGTHS, RULE, WIDE, logits_of
 from families import build
 from releases import needs
 from sinkwindow_reference import reference_logits
 from strategies import (
     EXACT,
     ModelSpec,
-    Rule,
     call,
     fresh_model,
     observe,
@@ -36,12 +35,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-
-RULE = Rule(2, 5, 1)
-WIDE = Rule(1, 80, 0)  # evicts nothing: there a stock cache is the judge
-LENGTHS = [9, 1, 1, 7, 1, 12, 1]
 FEW = [9, 1, 7, 1]  # for the compiler, which takes its time
-KINDS = pytest.mark.parametrize("static", [False, True])
 
 
 # -- casts and moves of the model ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor
 from transformers.generation import utils
 
+from calling import failing, raising
 from chat_tiny import SPEC, TEMPLATES, Script, Words, hearing, ids_of, made, says, sizes_of, tokenizer_with, turns_of
 from releases import IN_PARTS, NEW_ALONE
 from sinkwindow import Chat, StreamingCache
@@ -71,18 +72,6 @@ def test_an_interrupted_answer_counts_as_far_as_it_was_said(
     assert words.answers[1][0] == _likeliest(model, chat, ids[:start])
 
 
-class _Broken:
-    """A hook that raises in a call of the model, counted from 0."""
-
-    def __init__(self, at: int, error: BaseException) -> None:
-        self.left, self.error = at, error
-
-    def __call__(self, *_: object) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise self.error
-
-
 @pytest.mark.parametrize("error", BREAKS, ids=repr)
 @pytest.mark.parametrize("place", ["model.layers.1", "lm_head"])
 @pytest.mark.parametrize("calls", [0, 1, 3])
@@ -93,10 +82,8 @@ def test_a_call_that_fails_leaves_what_was_said(
     chat, twin = made(model), made(model)
     for one in (chat, twin):
         one.ask("c", **says("ac"))
-    hook = model.get_submodule(place).register_forward_hook(_Broken(calls, error))
-    with pytest.raises(type(error)):
+    with failing(model.get_submodule(place), type(error), after=calls):
         chat.ask("d", **says("acegim"))
-    hook.remove()
     if calls:
         twin.ask("d", **says(ids_of("acegim")[:calls]))
     assert chat.cache.seen_tokens == twin.cache.seen_tokens
@@ -111,10 +98,8 @@ def test_a_call_that_fails_leaves_what_was_said(
 def test_a_first_turn_that_fails_can_be_repeated(error: BaseException, model: PreTrainedModel) -> None:
     """With the system prompt, which was not forwarded either."""
     chat = made(model)
-    hook = model.register_forward_hook(_Broken(0, error))
-    with pytest.raises(type(error)):
+    with failing(model, type(error)):
         chat.ask("c", **says("ac"))
-    hook.remove()
     with hearing(model) as ids:
         chat.ask("c", **says("a"))
     assert ids == turns_of("plain", "see", ["c"], [[]])
@@ -124,10 +109,8 @@ def test_a_message_that_is_fed_in_chunks_counts_when_one_of_them_does(model: Pre
     """The rest of it comes with the next turn."""
     with hearing(model) as ids:
         chat = made(model)
-        hook = model.register_forward_hook(_Broken(1, KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
+        with failing(model, KeyboardInterrupt, after=1):
             chat.ask("cegim", prefill_chunk_size=4, **GREEDY)
-        hook.remove()
         fed = chat.cache.seen_tokens[0]
         del ids[fed:]
         chat.ask("d", **says("a"))
@@ -176,7 +159,7 @@ def test_an_interruption_while_a_turn_is_counted_is_found_by_the_next(
     with hearing(model) as ids:
         chat = made(model)
         with monkeypatch.context() as patch:
-            patch.setattr(chat._template, "ended", _Broken(0, KeyboardInterrupt()))
+            patch.setattr(chat._template, "ended", raising(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
                 chat.ask("c", **says("ac"))
         chat.ask("d", **says("a"))

@@ -18,18 +18,12 @@ from sinkwindow_reference import reference_logits
 from strategies import EXACT, ModelSpec, call, fresh_model, observe, tokens, worst
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs() -> Iterator[None]:
-    """Leave no graphs to other tests: torch compiles a function only so many times."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def test_a_compiled_step_shows_no_other_attention(monkeypatch: pytest.MonkeyPatch) -> None:

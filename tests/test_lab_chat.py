@@ -9,11 +9,12 @@ import re
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from calling import raising
 from lab_tiny import CHAT_TEMPLATE, WORDS, random_text, run, save_chatty, tiny_model, tiny_tokenizer
 from sinkwindow import Chat
 from sinkwindow_lab.chatting import HELP, Printer, Terminal
@@ -254,7 +255,7 @@ def test_an_interrupted_command_does_not_end_the_chat(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As an interrupted answer does not."""
-    monkeypatch.setattr(chat, "save", _raising(KeyboardInterrupt()))
+    monkeypatch.setattr(chat, "save", raising(KeyboardInterrupt()))
     Terminal(chat, {})._take("/save somewhere")
     assert capsys.readouterr().err == "stopped\n"
 
@@ -262,7 +263,7 @@ def test_an_interrupted_command_does_not_end_the_chat(
 def test_a_failure_in_a_turn_is_a_line(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     """Memory that is not there, or anything else: the next message is answered."""
     for error, words in ((MemoryError(), "not enough memory"), (RuntimeError("a b\nc"), "a b c"), (KeyError(), "Key")):
-        hook = chat.model.register_forward_pre_hook(_raising(error))
+        hook = chat.model.register_forward_pre_hook(raising(error))
         Terminal(chat, {})._take("w3")
         hook.remove()
         assert re.fullmatch(rf"error: .*{words}.*\n", capsys.readouterr().err)
@@ -270,16 +271,9 @@ def test_a_failure_in_a_turn_is_a_line(chat: Chat, capsys: pytest.CaptureFixture
     assert len(capsys.readouterr().out.split()) == 3
 
 
-def _raising(error: BaseException) -> Any:
-    def hook(*_: object) -> None:
-        raise error
-
-    return hook
-
-
 def test_a_stop_before_the_answer_says_so(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     """Then the message was not read."""
-    hook = chat.model.register_forward_pre_hook(_raising(KeyboardInterrupt()))
+    hook = chat.model.register_forward_pre_hook(raising(KeyboardInterrupt()))
     Terminal(chat, {})._take("w3")
     hook.remove()
     assert "stopped: the message was not read" in capsys.readouterr().err

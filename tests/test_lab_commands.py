@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sinkwindow
+from calling import raising
 from lab_tiny import TINY, random_text, run, save_tiny, succeeded
 from sinkwindow_lab import progress
 from sinkwindow_lab.commands import app
@@ -191,11 +192,7 @@ def test_an_interrupted_command_that_keeps_nothing_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line and the shell's exit status, no traceback."""
-
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(perplexity, "measure", interrupt)
+    monkeypatch.setattr(perplexity, "measure", raising(KeyboardInterrupt()))
     save_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text(random_text(100), encoding="utf-8")
     options = ("--model", tmp_path / "model", "--corpus", tmp_path / "text.txt", "--tokens", 90, "--window", 9)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from calling import raising
 from lab_tiny import TINY, machine_record
 from sinkwindow_lab import files, records
 from sinkwindow_lab.errors import LabError
@@ -353,13 +354,9 @@ def test_writing_replaces_in_one_step(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a crash before the rename the file has the old text, and no temporary file is left."""
-
-    def fail(*_: object) -> Path:
-        raise KeyboardInterrupt
-
     target = tmp_path / "a.md"
     target.write_text("old", encoding="utf-8")
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(Path, "replace", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         files.write_text(target, "new")
     assert target.read_text(encoding="utf-8") == "old"

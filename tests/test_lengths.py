@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from calling import CPU, POOL, begun, stream_of
 from sinkwindow import Retention, StreamingCache
-from sinkwindow.attention.rotation import Rotary
 from sinkwindow.lanes import Inputs, Lane, LaneCall
-from sinkwindow.storage.slots import Pool, PoolLane
+from sinkwindow.storage.slots import PoolLane
 from sinkwindow.stream.steps import Steps
 from sinkwindow.stream.stream import Stream
 from strategies import ModelSpec, call, tokens
-
-if TYPE_CHECKING:
-    from sinkwindow.stream.call import StreamCall
-
-CPU = torch.device("cpu")
-RULE = Retention(2, 4, 1)  # token 7 is the first after which tokens leave: 2 and 3
-POOL = Pool(RULE, Rotary(torch.tensor([1.0, 0.5])), (0,))
-
-
-def _begin(stream: Stream, columns: int, real: list[list[int]] | None = None) -> StreamCall:
-    """Run a call through its only layer."""
-    begun = stream.begin(Inputs(len(real) if real else 1, columns, CPU, [*real] if real else None))
-    states = torch.ones(begun.batch, 1, columns, 4)
-    begun.parts[0].update(0, states, states)
-    return begun
-
-
-def _fed(
-    columns: int,
-    real: list[list[int]] | None = None,
-    rule: Retention = RULE,
-    bound: int = 10**6,
-    longest: int | None = None,
-) -> Stream:
-    stream = Stream([replace(POOL, retention=rule)], bound, longest=longest)
-    if columns:
-        stream.commit(_begin(stream, columns, real))
-    return stream
-
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
 
@@ -51,19 +21,19 @@ def _fed(
 @pytest.mark.parametrize(
     ("stream", "columns", "length"),
     [
-        (_fed(0), 5, 5),
-        (_fed(0), 300, 256),
-        (_fed(0, rule=Retention(20, 4, 0)), 300, 2048 // 20),
-        (_fed(0, rule=Retention(20, 4, 1)), 300, 2048 // 10),
-        (_fed(0, rule=Retention(4096, 4, 1)), 300, 1),
-        (_fed(0, rule=Retention(4096, 4, 0)), 300, 1),
-        (_fed(0, rule=Retention(20, 4, 0, "call")), 300, 300),
-        (_fed(9, bound=14), 20, 14 - 7),
-        (_fed(9, bound=10), 20, 4),
-        (_fed(9, longest=20), 20, 20 - 7),
-        (_fed(9, bound=10, longest=20), 20, 20 - 7),
-        (_fed(3, rule=Retention(0, 600), longest=303), 300, 300),
-        (_fed(3, rule=Retention(0, 600), longest=302), 300, 256),
+        (stream_of(0), 5, 5),
+        (stream_of(0), 300, 256),
+        (stream_of(0, rule=Retention(20, 4, 0)), 300, 2048 // 20),
+        (stream_of(0, rule=Retention(20, 4, 1)), 300, 2048 // 10),
+        (stream_of(0, rule=Retention(4096, 4, 1)), 300, 1),
+        (stream_of(0, rule=Retention(4096, 4, 0)), 300, 1),
+        (stream_of(0, rule=Retention(20, 4, 0, "call")), 300, 300),
+        (stream_of(9, bound=14), 20, 14 - 7),
+        (stream_of(9, bound=10), 20, 4),
+        (stream_of(9, longest=20), 20, 20 - 7),
+        (stream_of(9, bound=10, longest=20), 20, 20 - 7),
+        (stream_of(3, rule=Retention(0, 600), longest=303), 300, 300),
+        (stream_of(3, rule=Retention(0, 600), longest=302), 300, 256),
     ],
 )
 def test_pieces_are_as_long_as_masks_are_cheap(stream: Stream, columns: int, length: int) -> None:
@@ -83,27 +53,27 @@ def test_pieces_are_as_long_as_masks_are_cheap(stream: Stream, columns: int, len
 )
 def test_without_masks_pieces_end_at_evictions(real: list[list[int]] | None, columns: int, length: int) -> None:
     """The first row's list has room for one token, the second one's for five."""
-    stream = _fed(9, [list(range(9)), [6, 7, 8]])
+    stream = stream_of(9, [list(range(9)), [6, 7, 8]])
     inputs = Inputs(2, columns, CPU, None if real is None else [*real])
     assert stream.piece_length(inputs, masked=False) == length
 
 
 def test_a_call_has_room_where_its_tokens_and_the_list_fit_the_slots() -> None:
     """Slots of a stream that holds nothing are not there yet; padded calls and rings are another matter."""
-    stream = _fed(3)
+    stream = stream_of(3)
     assert stream.has_room(Inputs(1, 16 - 3, CPU, None))
     assert not stream.has_room(Inputs(1, 16 - 2, CPU, None))
     assert not stream.has_room(Inputs(1, 3, CPU, [[1, 2]]))
-    assert not _fed(0).has_room(Inputs(1, 1, CPU, None))
+    assert not stream_of(0).has_room(Inputs(1, 1, CPU, None))
     ring = Stream([replace(POOL, static=True)], 10**6)
-    ring.commit(_begin(ring, 3))
+    ring.commit(begun(ring, 3))
     assert not ring.has_room(Inputs(1, 1, CPU, None))
 
 
 def test_positions_of_a_call_reach_to_both_sides() -> None:
     """From the first one, if it is below 0, to the one behind the last."""
-    begun = _begin(_fed(3), 4)
-    assert begun.reach() == 7
+    one = begun(stream_of(3), 4)
+    assert one.reach() == 7
     for lanes, reach in (
         ([(0, 0, 0)], 0),
         ([(3, 7, 2)], 5),
@@ -111,13 +81,13 @@ def test_positions_of_a_call_reach_to_both_sides() -> None:
         ([(0, 4, 9), (5, 9, 2)], 9),
         ([(5, 12, 2), (0, 4, 9)], 10),
     ):
-        begun.lanes = [LaneCall(Lane(a, offset), Lane(b, offset), b - a, None) for a, b, offset in lanes]
-        assert begun.reach() == reach
+        one.lanes = [LaneCall(Lane(a, offset), Lane(b, offset), b - a, None) for a, b, offset in lanes]
+        assert one.reach() == reach
 
 
 def test_what_a_call_would_do_is_known_before_it() -> None:
     """Tokens of the longest row, and whether some row evicts."""
-    stream = _fed(5, [[0, 1, 2, 3, 4], [3, 4]])
+    stream = stream_of(5, [[0, 1, 2, 3, 4], [3, 4]])
     assert stream.preview(Inputs(2, 2, CPU, None)) == (7, False)
     assert stream.preview(Inputs(2, 3, CPU, None)) == (8, True)
     assert stream.preview(Inputs(2, 3, CPU, [[2], [0, 1, 2]])) == (6, False)
@@ -127,15 +97,15 @@ def test_what_a_call_would_do_is_known_before_it() -> None:
 def test_a_call_may_be_as_long_as_the_table_of_positions() -> None:
     """And no longer: the error has both lengths; a copy has the same table."""
     stream = Stream([POOL], 100, longest=10)
-    stream.commit(_begin(stream, 6))
+    stream.commit(begun(stream, 6))
     aside = stream.begin(Inputs(1, 4, CPU, None), aside=True)
     aside.parts[0].update(0, torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"brings 5 columns and .* ends at 10"):
-        _begin(stream.fork(aside)[0], 5)
+        begun(stream.fork(aside)[0], 5)
     for one in (stream, stream.copy()):
-        _begin(one, 4)
+        begun(one, 4)
         with pytest.raises(ValueError, match=r"brings 5 columns and 6 are cached, .* ends at 10"):
-            _begin(one, 5)
+            begun(one, 5)
 
 
 # -- what slots hold --------------------------------------------------------------------------------------------------
@@ -143,11 +113,11 @@ def test_a_call_may_be_as_long_as_the_table_of_positions() -> None:
 
 def test_a_window_that_moves_leaves_what_was_evicted_behind() -> None:
     """Also without sinks, of which none are put over it: a roll-back must not find it."""
-    stream = _fed(9, rule=Retention(0, 4, 1))
+    stream = stream_of(9, rule=Retention(0, 4, 1))
     before, moved = stream.state.pools[0], False
     while not moved:
         before = stream.state.pools[0]
-        stream.commit(_begin(stream, 1))
+        stream.commit(begun(stream, 1))
         moved = stream.state.pools[0].end <= before.end
     assert stream.state.pools[0].lanes[0].floor == before.lanes[0].evicted
     assert not stream.can_crop(4)
@@ -155,7 +125,7 @@ def test_a_window_that_moves_leaves_what_was_evicted_behind() -> None:
 
 def test_sinks_are_not_in_front_of_a_window_that_was_moved() -> None:
     """Whatever number of tokens had been evicted."""
-    stream = _fed(4, rule=Retention(1, 2, 0))
+    stream = stream_of(4, rule=Retention(1, 2, 0))
     stream.record_past()
     assert stream.state.pools[0].lanes[0] == PoolLane(evicted=1, floor=2, placed=-1, mark=2)
 
@@ -166,7 +136,7 @@ def test_sinks_are_not_in_front_of_a_window_that_was_moved() -> None:
 def test_steps_are_counted_by_the_stream() -> None:
     """With what they left of the past: seven tokens beyond the list; and a call between them is not forgotten."""
     stream = Stream([replace(POOL, static=True)], 10**6)
-    stream.commit(_begin(stream, 3))
+    stream.commit(begun(stream, 3))
     steps = Steps(stream, ["full_attention"])
     steps.follow()
     for _ in range(20):
@@ -177,7 +147,7 @@ def test_steps_are_counted_by_the_stream() -> None:
     steps.sync()
     assert (stream.state.columns, stream.state.forwarded) == (23, 23)
     assert stream.state.pools[0].lanes == (PoolLane(evicted=16, floor=23 - 13),)
-    stream.commit(_begin(stream, 2))
+    stream.commit(begun(stream, 2))
     assert steps.state() is stream.state
 
 
@@ -190,7 +160,7 @@ def test_a_step_brings_one_token_for_each_row() -> None:
         with pytest.raises(ValueError, match=r"input_ids has shape \(1, 1\); a compiled call brings one token"):
             steps.begin({"input_ids": one}, "sdpa")
         steps.follow()
-    stream.commit(_begin(stream, 3))
+    stream.commit(begun(stream, 3))
     steps.follow()
     for ids, shape in ((torch.zeros(1, 2), "1, 2"), (torch.zeros(2, 1), "2, 1"), (torch.zeros(1, 2, 4), "1, 2")):
         with pytest.raises(ValueError, match=rf"input_ids has shape \({shape}\)"):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from calling import CPU, POOL, RETENTION, begun, stream_of
 from sinkwindow import Retention
-from sinkwindow.attention.rotation import Rotary
 from sinkwindow.lanes import Inputs
 from sinkwindow.storage.bank import KeyValue, allocate
-from sinkwindow.storage.slots import Pool, PoolLane, Slots
+from sinkwindow.storage.slots import PoolLane, Slots
 from sinkwindow.stream.events import Eviction
 from sinkwindow.stream.history import _shortened, select_past, tokens_fed
 from sinkwindow.stream.state import CallRecord, Snapshot, State
@@ -23,29 +23,11 @@ if TYPE_CHECKING:
 
     from sinkwindow.stream.call import StreamCall
 
-CPU = torch.device("cpu")
-RULE = Retention(2, 4, 1)  # token 7 is the first after which tokens leave: 2 and 3
-POOL = Pool(RULE, Rotary(torch.tensor([1.0, 0.5])), (0,))
-
-
-def _begin(stream: Stream, columns: int, real: list[list[int]] | None = None) -> StreamCall:
-    """Run a call through its only layer."""
-    call = stream.begin(Inputs(len(real) if real else 1, columns, CPU, [*real] if real else None))
-    states = torch.ones(call.batch, 1, columns, 4)
-    call.parts[0].update(0, states, states)
-    return call
-
-
-def _fed(columns: int, real: list[list[int]] | None = None, *, rule: Retention = RULE) -> Stream:
-    stream = Stream([replace(POOL, retention=rule)], 100)
-    stream.commit(_begin(stream, columns, real))
-    return stream
-
 
 def test_weights_of_copies_go_to_the_sinks_themselves() -> None:
     """Sinks are at the head of each row's list, which is right-aligned, or among the columns of the call."""
-    stream = _fed(9, [list(range(9)), [6, 7, 8], [8], []])
-    call = _begin(stream, 12, [list(range(12)), list(range(12)), list(range(2, 12)), [11]])
+    stream = stream_of(9, [list(range(9)), [6, 7, 8], [8], []])
+    call = begun(stream, 12, [list(range(12)), list(range(12)), list(range(2, 12)), [11]])
     (part,) = call.parts
     assert (part.held, part.epochs, part.length) == (7, 6, 12 + 7 + 12)
     weights = torch.rand(4, 3, 12, part.length, dtype=torch.float64)
@@ -59,8 +41,8 @@ def test_weights_of_copies_go_to_the_sinks_themselves() -> None:
 def test_weights_without_copies_are_returned_as_they_are() -> None:
     """Where no epoch begins, and without sinks."""
     weights = torch.rand(1, 3, 1, 8)
-    assert _begin(_fed(9), 1).parts[0].fold(weights) is weights
-    (part,) = _begin(_fed(9, rule=Retention(0, 4, 1)), 3).parts
+    assert begun(stream_of(9), 1).parts[0].fold(weights) is weights
+    (part,) = begun(stream_of(9, rule=Retention(0, 4, 1)), 3).parts
     weights = torch.rand(1, 3, 3, part.length)
     assert part.fold(weights) is weights
 
@@ -74,13 +56,13 @@ def test_events_say_what_left_and_what_stayed() -> None:
     both = [Eviction(row, tokens, 8, 6) for tokens in (range(2, 4), range(4, 6)) for row in (0, 1)]
     assert stream.commit(call) == both
     stream = Stream([POOL], 100)
-    assert stream.commit(_begin(stream, 10, [list(range(10)), list(range(2, 10))])) == [
+    assert stream.commit(begun(stream, 10, [list(range(10)), list(range(2, 10))])) == [
         Eviction(0, range(2, 4), 8, 6),
         Eviction(0, range(4, 6), 8, 6),
         Eviction(1, range(2, 4), 8, 6),
     ]
     stream = Stream([replace(POOL, retention=Retention(2, 4, 1, "call"))], 100)
-    assert stream.commit(_begin(stream, 10)) == [Eviction(0, range(2, 6), 10, 6)]
+    assert stream.commit(begun(stream, 10)) == [Eviction(0, range(2, 6), 10, 6)]
 
 
 def test_columns_that_held_tokens_are_remembered() -> None:
@@ -118,7 +100,7 @@ def test_a_record_ends_where_columns_are_taken_back(
     assert _shortened((first, second), column) == (first, replace(second, columns=columns, real=real))
     assert _shortened((first, second), 4) == (first,)
     assert _shortened((), column) == ()
-    stream = _fed(9, [list(range(9)), list(range(8))])
+    stream = stream_of(9, [list(range(9)), list(range(8))])
     stream.crop(2)
     assert [(record.columns, record.real) for record in stream.state.past] == [(7, (range(7), range(7)))]
 
@@ -172,7 +154,7 @@ def test_tensors_are_used_again_where_they_fit() -> None:
 
 def test_larger_tensors_of_a_recorded_past_are_given_back() -> None:
     """The next text takes those of the usual size; until then a second `reset` keeps them."""
-    stream = _fed(9)
+    stream = stream_of(9)
     emptied = POOL.emptied(stream.state.pools[0])
     assert emptied.spare == stream.state.pools[0].banks == POOL.emptied(emptied).spare
     stream.record_past()
@@ -214,21 +196,21 @@ def test_cached_tensors_become_wider_before_a_call_alone(*, static: bool) -> Non
 
 def test_a_crop_over_an_eviction_leaves_no_sinks_in_place() -> None:
     """They lie over tokens that are in the window again; a crop that takes no eviction back leaves them."""
-    stream = _fed(7)
-    stream.commit(_begin(stream, 1))
+    stream = stream_of(7)
+    stream.commit(begun(stream, 1))
     stream.crop(1)
     assert stream.state.pools[0].lanes == (PoolLane(0, 0, 2, -1, 0),)
-    stream.commit(_begin(stream, 1))
-    stream.commit(_begin(stream, 1))
+    stream.commit(begun(stream, 1))
+    stream.commit(begun(stream, 1))
     stream.crop(1)
     assert stream.state.pools[0].lanes == (PoolLane(2, 0, 4, 2, 0),)
 
 
 def test_rows_that_lose_unequal_counts_keep_their_recorded_past() -> None:
     """Their windows are moved, with what was evicted while recording, so that more can be taken back."""
-    stream = _fed(12, [list(range(12)), list(range(12))])
+    stream = stream_of(12, [list(range(12)), list(range(12))])
     stream.record_past()
-    stream.commit(_begin(stream, 3, [[0, 1, 2], [0]]))
+    stream.commit(begun(stream, 3, [[0, 1, 2], [0]]))
     for columns in (1, 2):
         assert stream.can_crop(columns)
         stream.crop(columns)
@@ -237,13 +219,13 @@ def test_rows_that_lose_unequal_counts_keep_their_recorded_past() -> None:
 
 def test_a_forgotten_past_begins_at_the_window() -> None:
     """What was evicted while recording may be written over from then on."""
-    stream = _fed(9)
+    stream = stream_of(9)
     stream.record_past()
-    stream.commit(_begin(stream, 4))
-    assert stream.state.pools[0].lanes[0].mark == RULE.first(2)
+    stream.commit(begun(stream, 4))
+    assert stream.state.pools[0].lanes[0].mark == RETENTION.first(2)
     assert POOL.must_copy(stream.state.pools[0])
     stream.forget_past()
-    assert stream.state.pools[0].lanes[0].mark == RULE.first(6)
+    assert stream.state.pools[0].lanes[0].mark == RETENTION.first(6)
     assert not POOL.must_copy(stream.state.pools[0])
 
 
@@ -256,7 +238,7 @@ def test_a_list_without_a_window_can_always_be_reached() -> None:
 
 def test_a_state_with_other_tensors_has_none_to_spare() -> None:
     """Its pools must not hand the old ones to the next text."""
-    state = _fed(3).state
+    state = stream_of(3).state
     (held,) = replace(state, pools=(Slots(spare=state.pools[0].banks),)).with_banks([state.pools[0].banks]).pools
     assert (held.banks, held.spare) == (state.pools[0].banks, ())
 
@@ -274,18 +256,18 @@ def _no_pool(stream: Stream) -> Stream:
 @pytest.mark.parametrize(
     "act",
     [
-        lambda: POOL.held(_fed(3).state.pools[0], _fed(3).state.lanes * 2),
-        lambda: POOL.relocation(_fed(3).state.pools[0], _fed(3).state.lanes * 2, recording=False),
-        lambda: POOL.place_sinks(_fed(3).state.pools[0], _fed(3).state.lanes * 2, [], 3),
-        lambda: POOL.place_sinks(_fed(3).state.pools[0], _fed(3).state.lanes, [], 3),
-        lambda: _two_lanes(_fed(3)).preview(Inputs(1, 1, CPU, None)),
-        lambda: _two_lanes(_fed(3)).begin(Inputs(1, 1, CPU, None)),
-        lambda: _two_lanes(_fed(9)).can_crop(1),
-        lambda: _no_pool(_fed(3)).has_room(Inputs(1, 1, CPU, None)),
-        lambda: _no_pool(_fed(3)).can_crop(1),
-        lambda: _no_pool(_fed(3)).record_past(),
-        lambda: _no_pool(_fed(3)).forget_past(),
-        lambda: _no_pool(_fed(3)).reset(),
+        lambda: POOL.held(stream_of(3).state.pools[0], stream_of(3).state.lanes * 2),
+        lambda: POOL.relocation(stream_of(3).state.pools[0], stream_of(3).state.lanes * 2, recording=False),
+        lambda: POOL.place_sinks(stream_of(3).state.pools[0], stream_of(3).state.lanes * 2, [], 3),
+        lambda: POOL.place_sinks(stream_of(3).state.pools[0], stream_of(3).state.lanes, [], 3),
+        lambda: _two_lanes(stream_of(3)).preview(Inputs(1, 1, CPU, None)),
+        lambda: _two_lanes(stream_of(3)).begin(Inputs(1, 1, CPU, None)),
+        lambda: _two_lanes(stream_of(9)).can_crop(1),
+        lambda: _no_pool(stream_of(3)).has_room(Inputs(1, 1, CPU, None)),
+        lambda: _no_pool(stream_of(3)).can_crop(1),
+        lambda: _no_pool(stream_of(3)).record_past(),
+        lambda: _no_pool(stream_of(3)).forget_past(),
+        lambda: _no_pool(stream_of(3)).reset(),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(act: Callable[[], object]) -> None:
@@ -305,8 +287,8 @@ def test_parts_that_do_not_go_together_are_refused(act: Callable[[], object]) ->
 )
 def test_lanes_that_are_not_those_of_the_slots_are_refused(act: Callable[[Stream, StreamCall], object]) -> None:
     """A lane is never left out without a word."""
-    stream = _fed(9)
-    call = _begin(stream, 4)
+    stream = stream_of(9)
+    call = begun(stream, 4)
     (part,) = call.parts
     part.slots = replace(part.slots, lanes=part.slots.lanes * 2)
     part._aside = None

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calling import KINDS
 from families import build
 from releases import STATIC_DRAFTS, ready_for_drafts
 from strategies import (
@@ -32,8 +33,6 @@ from strategies import (
 
 if TYPE_CHECKING:
     from sinkwindow import StreamingCache
-
-KINDS = pytest.mark.parametrize("static", [False, True])
 
 
 def _everything(cache: StreamingCache) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
+from calling import raising
 from saving_child import KILLED, TURN
 from saving_child import RULE as CHAT_RULE
 from saving_child import SPEC as CHAT_SPEC
@@ -240,12 +241,8 @@ def test_a_save_that_fails_leaves_the_old_file(
     content, cache = path.read_bytes(), StreamingCache.load(path, model)
     call(model, cache, tokens(1, 2, 3))
     before = observe(cache)
-
-    def fail(*_: object, **__: object) -> None:
-        raise kind("the machine stops")
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, step, fail)
+        patch.setattr(owner, step, raising(kind("the machine stops")))
         with pytest.raises(kind, match="the machine stops"):
             cache.save(path)
     assert (path.read_bytes(), [*path.parent.iterdir()], observe(cache)) == (content, [path], before)

@@ -124,14 +124,7 @@ WAYS: Final[tuple[Callable[[Any, Path, str], str], ...]] = (
 def test_each_request_is_answered_as_if_alone(server: tuple[subprocess.Popen[str], Any], folder: Path) -> None:
     """Of requests at the same time, in all five ways, none changes another; and the sinks and the window matter."""
     process, client = server
-    ways: tuple[Callable[[Any, Path, str], str], ...] = (
-        _chat,
-        _chat_stream,
-        _completion,
-        _completion_stream,
-        _response,
-    )
-    asked = [(ways[seed % 5], random_text(3 + 5 * seed, seed)) for seed in range(10)]
+    asked = [(WAYS[seed % 5], random_text(3 + 5 * seed, seed)) for seed in range(10)]
     with ThreadPoolExecutor(len(asked)) as pool:
         running = [pool.submit(way, client, folder, prompt) for way, prompt in asked]
         answers = [one.result() for one in running]

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
+from calling import failing
 from families import FAMILIES as EVERY_FAMILY
 from families import FLOAT32_ISLAND, TRAINED, build, can_be_static
 from releases import MOST_GRAPHS, STATIC_DRAFTS, ready_for_drafts, traced_error
@@ -46,19 +47,11 @@ from strategies import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
     from transformers import PreTrainedModel
 
 ROPES = ("default", "linear", "yarn")  # dynamic frequencies depend on the largest position: refused
-
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 @given(spec=model_specs(ROPES), rule=rules(), seed=seeds(), batch=st.integers(1, 2), lengths=splits())
@@ -308,16 +301,10 @@ def test_a_failed_step_leaves_the_cache_unchanged() -> None:
     cache = rule.cache(model, static=True)
     stream(model, cache, ids[:, :20], [5] + [1] * 15)
     before = observe(cache)
-    handle = model.model.layers[1].register_forward_hook(_fail)
-    with pytest.raises(RuntimeError, match="the machine stops"):
+    with failing(model.get_submodule("model.layers.1"), RuntimeError):
         call(model, cache, ids[:, 20:21])
-    handle.remove()
     assert observe(cache) == before
     assert worst(stream(model, cache, ids[:, 20:], [1] * 20) - expected[:, 20:]) < EXACT
-
-
-def _fail(*_: object) -> None:
-    raise RuntimeError("the machine stops")
 
 
 def test_steps_a_million_tokens_on_are_exact() -> None:

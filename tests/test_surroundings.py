@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from calling import logits_of
+from calling import KINDS, LENGTHS, RULE, WIDE, logits_of
 from families import build
 from releases import needs
 from sinkwindow_reference import reference_logits
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from sinkwindow import StreamingCache
-
-RULE = Rule(2, 5, 1)
-WIDE = Rule(1, 80, 0)  # evicts nothing: there a stock cache is the judge
-LENGTHS = [9, 1, 1, 7, 1, 12, 1]
-KINDS = pytest.mark.parametrize("static", [False, True])
 
 
 # -- modes of torch -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import torch
 
-from calling import RULE, SPEC, failing, generated
+from calling import RULE, SPEC, failing, generated, raising
 from families import build
 from sinkwindow.storage import ring
 from sinkwindow.stream.steps import Steps
@@ -182,7 +182,7 @@ def test_an_interrupted_step_does_not_count() -> None:
     rule, model, ids = Rule(2, 5, 1), fresh_model(ModelSpec()), tokens(15, 1, 12)
     cache = rule.cache(model, static=True)
     call(model, cache, ids[:, :10])
-    handle = model.model.layers[1].register_forward_pre_hook(_raise_interrupt)
+    handle = model.model.layers[1].register_forward_pre_hook(raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         call(model, cache, ids[:, 10:11])
     handle.remove()
@@ -202,21 +202,13 @@ def test_an_interrupted_prompt_between_steps_does_not_count(
     cache = rule.cache(model, static=True)
     stream(model, cache, ids[:, :20], [5] + [1] * 15)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, part, _fail)
+        patch.setattr(owner, part, raising(RuntimeError("the machine stops")))
         with pytest.raises(RuntimeError, match="the machine stops") if owner is ring else nullcontext():
             call(model, cache, ids[:, 20:40])  # longer than the ring: nothing of the list before it is left there
     start = 20 if owner is ring else 40
     assert cache.seen_tokens == [start] * 2
     assert cache.retained_tokens == [retained_after(start, **rule.arguments)] * 2
     assert worst(stream(model, cache, ids[:, start:], [1] * (60 - start)) - expected[:, start:]) < EXACT
-
-
-def _raise_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _fail(*_: object) -> None:
-    raise RuntimeError("the machine stops")
 
 
 def test_a_failed_call_is_not_taken_for_a_plain_call_in_its_place() -> None:
