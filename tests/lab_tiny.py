@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,9 +19,10 @@ from sinkwindow_lab.inputs.models import LoadedModel, describe
 from sinkwindow_lab.reports.tables.bench import Bench
 from sinkwindow_lab.reports.tables.plan import Experiment, Plan, Readings, sink_ways, size_ways
 from sinkwindow_lab.store import Store
+from sinkwindow_lab.ways.sessions import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 WORDS = ("<s>", "<unk>", *(f"w{number}" for number in range(30)))
@@ -66,6 +68,17 @@ def save_tiny(folder: Path) -> Path:
     return folder
 
 
+def save_with_code(folder: Path, code: str, *classes: str) -> Path:
+    """Save the tiny model as one of another type, with code of its own for these classes; return the folder."""
+    tiny_model(torch.float32).save_pretrained(folder)
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {name: ["own.A", "own.A"] if "Tokenizer" in name else "own.A" for name in classes}
+    config["model_type"] = "own"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
 # Every message begins with a word that says whose it is.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ {'system': 'w27', 'user': 'w28', 'assistant': 'w29'}[m.role] }} {{ m.content }} "
@@ -105,6 +118,17 @@ def loaded_tiny() -> LoadedModel:
 def tiny_bench(store: Store | None = None) -> Bench:
     """Return a bench with the tiny model and one text."""
     return Bench(loaded_tiny(), [Corpus("words", (text_of_lines(60),), "test")], store=store or Store())
+
+
+def listen(monkeypatch: pytest.MonkeyPatch, tell: Callable[..., object]) -> None:
+    """Let a function know of every call of a session before it: the session, its tokens, and `last_only`."""
+    feed = Session.feed
+
+    def told(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
+        tell(self, ids, last_only=last_only)
+        return feed(self, ids, last_only=last_only)
+
+    monkeypatch.setattr(Session, "feed", told)
 
 
 TINY = Plan(

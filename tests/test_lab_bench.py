@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from lab_tiny import TINY, loaded_tiny, tiny_bench, tiny_model
+from lab_tiny import TINY, listen, loaded_tiny, tiny_bench, tiny_model
 from sinkwindow_lab import store
 from sinkwindow_lab.inputs import models
 from sinkwindow_lab.records import Measurement, measured
 from sinkwindow_lab.reports.tables import collect
 from sinkwindow_lab.reports.tables.bench import Bench, model_digest
 from sinkwindow_lab.ways.configurations import parse
-from sinkwindow_lab.ways.sessions import Session
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,13 +100,7 @@ def test_models_are_distinguished_by_their_weights() -> None:
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that collects the number of tokens of every call of a session."""
     counts: list[int] = []
-    feed = Session.feed
-
-    def counted(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
-        counts.append(ids.shape[1])
-        return feed(self, ids, last_only=last_only)
-
-    monkeypatch.setattr(Session, "feed", counted)
+    listen(monkeypatch, lambda _, ids, **__: counts.append(ids.shape[1]))
     return counts
 
 

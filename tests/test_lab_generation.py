@@ -10,15 +10,16 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lab_tiny import random_ids, tiny_model
+from lab_tiny import listen, random_ids, tiny_model
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure import generation, memory, steps
 from sinkwindow_lab.measure.clock import HostClock, Side, interleave, spread
 from sinkwindow_lab.ways.configurations import open_session, parse
-from sinkwindow_lab.ways.sessions import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sinkwindow_lab.ways.sessions import Session
 
 CPU = torch.device("cpu")
 
@@ -110,14 +111,12 @@ def test_spread_keeps_quartiles() -> None:
 def test_generations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the warm-up, prompts alternate, then tokens; a run that needs no more tokens is left out."""
     fed: list[tuple[str, int]] = []
-    feed = Session.feed
 
-    def noted(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
+    def noted(session: Session, ids: torch.Tensor, *, last_only: bool) -> None:
         assert last_only
-        fed.append((type(self).__name__[0], ids.shape[1]))
-        return feed(self, ids, last_only=last_only)
+        fed.append((type(session).__name__[0], ids.shape[1]))
 
-    monkeypatch.setattr(Session, "feed", noted)
+    listen(monkeypatch, noted)
     monkeypatch.setattr(generation, "generation_peaks", lambda *arguments: [None] * len(arguments[-1]))
     told: list[str] = []
     rows = [parse("baseline"), parse("streaming_2_6_3")]
@@ -241,13 +240,12 @@ def test_times_of_parts_count_by_their_steps(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(generation, "TURN", 4)
     monkeypatch.setattr(generation, "generation_peaks", lambda *arguments: [None] * len(arguments[-1]))
     monkeypatch.setattr(generation, "PROMPTS", 1)
-    time, feed = FakeTime(), Session.feed
+    time = FakeTime()
 
-    def slower(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
-        time.now += self.kept_tokens / 1e3  # a step takes as many milliseconds as there are tokens
-        return feed(self, ids, last_only=last_only)
+    def slower(session: Session, *_: object, **__: object) -> None:
+        time.now += session.kept_tokens / 1e3  # a step takes as many milliseconds as there are tokens
 
-    monkeypatch.setattr(Session, "feed", slower)
+    listen(monkeypatch, slower)
     stages = [(9, 201), (9,)]
     rows = [parse("baseline"), parse("streaming_2_6_3")]
     found, _ = generation.generate(rows, tiny_model(), random_ids(7), stages, places=3, clock=time.clock())

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lab_tiny import save_tiny, tiny_model
+from lab_tiny import save_tiny, save_with_code, tiny_model
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs import corpora, hub, models
 from sinkwindow_lab.inputs.corpora import load_corpus
@@ -285,13 +285,7 @@ def test_code_of_a_model_is_refused(
     classes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder with code of its own is an error of one line: it is not run, and nobody is asked whether to."""
-    folder = tmp_path / "model"
-    tiny_model(torch.float32).save_pretrained(folder)
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {name: ["own.A", "own.A"] if "Tokenizer" in name else "own.A" for name in classes}
-    config["model_type"] = "own"
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = save_with_code(tmp_path / "model", f"open({str(tmp_path / 'ran')!r}, 'w')", *classes)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
     with pytest.raises(LabError, match="cannot be loaded") as caught:
         models.load_model(str(folder))
@@ -319,5 +313,5 @@ def test_seeds_are_weights(shape: str) -> None:
 
 def test_unknown_shapes_list_the_known_ones() -> None:
     """The error shows names that work."""
-    with pytest.raises(LabError, match=r"'huge'.*tiny, medium"):
+    with pytest.raises(LabError, match=r"'huge'.*choose from tiny, medium"):
         random_model("huge")

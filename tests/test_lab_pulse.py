@@ -44,16 +44,39 @@ def told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     made[0].close()
 
 
-def test_a_rank_that_is_silent_is_named(told: Callable[..., str]) -> None:
-    """By host, process and unit."""
-    words = told(patience=1.0)
-    assert "error: rank 1 (host far, pid 7), at 'PPL x', was not heard for 1 s" in words
-    assert words.endswith("; the same command continues")
+GONE = "was not heard for 1 s: it is dead or stopped; the same command continues"
 
 
-def test_a_rank_that_was_terminated_alone_is_named(told: Callable[..., str]) -> None:
-    """With its machine, whose launcher is gone, too."""
-    assert "error: rank 1 (host far, pid 7), at 'PPL x', was not heard for 1 s" in told(end="terminated", patience=1.0)
+@pytest.mark.parametrize(
+    ("beat", "words"),
+    [
+        ({"patience": 1.0}, GONE),
+        ({"patience": 1.0, "end": "terminated"}, GONE),  # with its machine, whose launcher is gone, too
+        # It beats, since its thread lives, but its work does nothing.
+        ({"idle": 31.0}, "hangs: it has done nothing for 31 s; the same command continues"),
+        ({"end": "no space left"}, "failed: no space left"),
+    ],
+    ids=["silent", "terminated alone", "idle", "failed"],
+)
+def test_a_rank_that_ends_a_run_is_named(beat: dict[str, Any], words: str, told: Callable[..., str]) -> None:
+    """By host, process and unit, once, with what it did or said last."""
+    assert told(**beat) == f"error: rank 1 (host far, pid 7), at 'PPL x', {words}"
+
+
+@pytest.mark.parametrize(
+    ("beat", "words"),
+    [
+        # It may wait for a download.
+        ({"doing": "starting", "idle": 31.0, "total": 0}, "at 'starting', has done nothing for 31 s"),
+        # A call may take longer than a minute, which nobody can tell from one that never ends.
+        ({"stuck": 31.0}, "at 'PPL x', computes, but made no step for 31 s"),
+    ],
+    ids=["waits while it loads", "slow"],
+)
+def test_a_rank_that_may_go_on_is_named(beat: dict[str, Any], words: str, told: Callable[..., str]) -> None:
+    """In a warning: the run does not end."""
+    ends = time.monotonic() + 1.0
+    assert told(**beat, until=lambda: time.monotonic() > ends) == f"warning: rank 1 (host far, pid 7), {words}"
 
 
 def test_a_rank_that_never_starts_is_named(told: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,13 +85,6 @@ def test_a_rank_that_never_starts_is_named(told: Callable[..., str], monkeypatch
     begun = time.monotonic()
     assert "error: rank 1 did not start within 1 s" in told(beat=0, patience=0.2)
     assert time.monotonic() - begun > 1.0
-
-
-def test_a_rank_that_waits_while_it_loads_is_named(told: Callable[..., str]) -> None:
-    """It may wait for a download, so that it goes on."""
-    ends = time.monotonic() + 1.0
-    words = told(doing="starting", idle=31.0, total=0, until=lambda: time.monotonic() > ends)
-    assert words == "warning: rank 1 (host far, pid 7), at 'starting', has done nothing for 31 s"
 
 
 def test_a_rank_that_is_idle_while_it_loads_tells_so() -> None:
@@ -131,21 +147,3 @@ def test_an_interrupted_rank_tells_no_more(rank: str, monkeypatch: pytest.Monkey
     assert one is not None
     assert not one.pulse._thread.is_alive()
     assert json.loads(one._board.get(f"beat/{rank}"))["end"] == "terminated"
-
-
-def test_a_rank_that_is_idle_is_named(told: Callable[..., str]) -> None:
-    """It beats, since its thread lives, but its work does nothing."""
-    assert "error: rank 1 (host far, pid 7), at 'PPL x', hangs: it has done nothing for 31 s" in told(idle=31.0)
-
-
-def test_a_rank_that_fails_is_quoted(told: Callable[..., str]) -> None:
-    """Its own words are printed by rank 0, once."""
-    words = told(end="no space left")
-    assert words == "error: rank 1 (host far, pid 7), at 'PPL x', failed: no space left"
-
-
-def test_a_slow_rank_is_named_and_goes_on(told: Callable[..., str]) -> None:
-    """A call may take longer than a minute, which nobody can tell from one that never ends."""
-    ends = time.monotonic() + 1.0
-    words = told(stuck=31.0, until=lambda: time.monotonic() > ends)
-    assert words == "warning: rank 1 (host far, pid 7), at 'PPL x', computes, but made no step for 31 s"

@@ -183,11 +183,8 @@ def test_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank of a machine takes another one, unless one is named."""
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert ranks.own_device("cuda") == "cuda"
-    token = ranks._CURRENT.set(group(HashStore(), 3, 4))
-    try:
-        assert [ranks.own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
-    finally:
-        ranks._CURRENT.reset(token)
+    monkeypatch.setattr(ranks, "_CURRENT", SimpleNamespace(get=lambda: group(HashStore(), 3, 4)))
+    assert [ranks.own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
 
 
 def test_no_rank_computes_on_the_gpu_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,13 +196,10 @@ def test_no_rank_computes_on_the_gpu_of_another_one(monkeypatch: pytest.MonkeyPa
         raise NotImplementedError(place)
 
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
-    token = ranks._CURRENT.set(group(HashStore(), 3, 4))
-    try:
-        assert models.check_place("cuda", "float32")[0] == torch.device("cuda:3")
-        with pytest.raises(NotImplementedError, match="cuda:3"):
-            models.load_model("none", device="cuda")
-    finally:
-        ranks._CURRENT.reset(token)
+    monkeypatch.setattr(ranks, "_CURRENT", SimpleNamespace(get=lambda: group(HashStore(), 3, 4)))
+    assert models.check_place("cuda", "float32")[0] == torch.device("cuda:3")
+    with pytest.raises(NotImplementedError, match="cuda:3"):
+        models.load_model("none", device="cuda")
 
 
 def test_ranks_compare_whole_texts() -> None:
@@ -262,12 +256,9 @@ def test_what_a_group_cannot_do_is_refused(
         assert (status, bool(re.fullmatch(reason, err.strip()))) == (2, True), err
         patched.setenv("WORLD_SIZE", "two")
         assert "WORLD_SIZE=two must be" in refused(capsys, *command(inputs, "--keep", inputs / "kept"))
-    token = ranks._CURRENT.set(group(HashStore(), 0, 2))
-    try:
-        status, _, err = run(capsys, *command(inputs))
-        assert (status, "--keep: 2 processes need a folder" in err) == (2, True)
-    finally:
-        ranks._CURRENT.reset(token)
+    monkeypatch.setattr(ranks, "_CURRENT", SimpleNamespace(get=lambda: group(HashStore(), 0, 2)))
+    status, _, err = run(capsys, *command(inputs))
+    assert (status, "--keep: 2 processes need a folder" in err) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["x", "nan seconds", "nan", "inf", "4"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from lab_tiny import TINY, loaded_tiny, refused, save_tiny, succeeded, text_of_lines, tiny_bench, tiny_tokenizer
+from lab_tiny import TINY, listen, loaded_tiny, refused, save_tiny, succeeded, text_of_lines, tiny_bench, tiny_tokenizer
 from sinkwindow_lab import store
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.corpora import Corpus
@@ -19,15 +19,15 @@ from sinkwindow_lab.reports.tables import collect, plan, recall, where
 from sinkwindow_lab.reports.tables.collect import jobs
 from sinkwindow_lab.reports.tables.page import page
 from sinkwindow_lab.ways.configurations import parse, parse_list
-from sinkwindow_lab.ways.sessions import Session
+from test_lab_tables import PICTURES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sinkwindow_lab.records import Report
+    from sinkwindow_lab.ways.sessions import Session
 
 ROWS = "baseline,streaming_2_6_3,window_0_8,recompute_8,stale_ranks_2_6_3"
-PICTURES = ("mistakes", "sinks", "sizes", "along", "step-time", "step-memory", "step-sizes", "where", "recall")
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +113,14 @@ def test_an_ablation_alone_is_scored_and_not_timed() -> None:
 
 def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished before Ctrl-C is not measured again."""
-    feed, calls = Session.feed, list[object]()
+    calls = list[object]()
 
-    def interrupted(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
-        calls.append(self)
+    def interrupted(*call: object, **_: object) -> None:
+        calls.append(call)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return feed(self, ids, last_only=last_only)
 
-    monkeypatch.setattr(Session, "feed", interrupted)
+    listen(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         collected(parts=("sinks",), keeper=store.Store(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
@@ -249,14 +248,12 @@ def test_steps_are_timed_where_they_say() -> None:
 def test_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """At each place all configurations decode a token, then all another one, so that all see the same machine."""
     fed: list[str] = []
-    feed = Session.feed
 
-    def noted(self: Session, ids: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
+    def noted(session: Session, ids: torch.Tensor, **_: object) -> None:
         if ids.shape[1] == 1:
-            fed.append(type(self).__name__[0])
-        return feed(self, ids, last_only=last_only)
+            fed.append(type(session).__name__[0])
 
-    monkeypatch.setattr(Session, "feed", noted)
+    listen(monkeypatch, noted)
     one, names = tiny_bench(), ("baseline", *plan.step_pair(8))
     rows: list[steps.Row] = [(parse(name), (10, 30), 1 if "recompute" in name else 3) for name in names]
     steps.measure("steps", "tiny", rows, one.loaded.model, one.text(one.corpora[0], 40).ids)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
 
-from lab_tiny import exit_status, tiny_model
+from lab_tiny import exit_status, save_with_code, tiny_model
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs import models
 
@@ -135,12 +134,8 @@ def test_code_of_a_model_runs_if_asked_for(
 ) -> None:
     """`--trust-remote-code` runs the code that a folder brings; without it, the error names the option."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = tmp_path / "model"
-    tiny_model(torch.float32).save_pretrained(folder)
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n", encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.A", "AutoModelForCausalLM": "own.B"}}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    folder = save_with_code(tmp_path / "model", code, "AutoConfig", "AutoModelForCausalLM")
     (tmp_path / "text.txt").write_text("one two three", encoding="utf-8")
     command = ["perplexity", "--corpus", str(tmp_path / "text.txt"), "--model", str(folder)]
     assert exit_status(*command, *(["--trust-remote-code"] if asked else [])) == 2  # own.py has no class A
