@@ -20,8 +20,10 @@ from sinkwindow import Chat
 from sinkwindow_lab.chatting import HELP, Printer, Terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    Piped = Callable[..., tuple[int, str, str]]
 
 ANSWER: Final = r"\n((?:w\d+ ?)+)\r\n"
 SIZES: Final = ("--window", 48, "--buffer", 8)
@@ -186,12 +188,15 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(folder: Path) -> None:
 # -- a pipe -----------------------------------------------------------------------------------------------------------
 
 
-def piped(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *arguments: object
-) -> tuple[int, str, str]:
-    """Run the command with lines from a pipe; return its status, standard output and standard error."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    return run(capsys, "chat", *arguments)
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Piped:
+    """Return a function that runs the command with lines from a pipe; it returns status, standard output and error."""
+
+    def run_piped(lines: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        return run(capsys, "chat", *arguments)
+
+    return run_piped
 
 
 @pytest.fixture
@@ -200,12 +205,10 @@ def chat() -> Chat:
     return Chat(tiny_model(), tiny_tokenizer(CHAT_TEMPLATE), window=48, buffer=8)
 
 
-def test_lines_from_a_pipe_are_answered(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lines_from_a_pipe_are_answered(folder: Path, piped: Piped) -> None:
     """Standard output has the answers of `Chat` and nothing else; a line that ends the chat is not needed."""
     options = ("--model", folder, *SIZES, "--max-new-tokens", 5, "--system", "w9")
-    status, out, err = piped(monkeypatch, capsys, "w3 w4\n\n  w5  \n", *options)
+    status, out, err = piped("w3 w4\n\n  w5  \n", *options)
     model = AutoModelForCausalLM.from_pretrained(folder)
     twin = Chat(model, AutoTokenizer.from_pretrained(folder), "w9", window=48, buffer=8)
     expected = [twin.ask(message, max_new_tokens=5, do_sample=False) for message in ("w3 w4", "w5")]
@@ -213,23 +216,18 @@ def test_lines_from_a_pipe_are_answered(
     assert err.splitlines()[-1].endswith("Ctrl-D ends")
 
 
-def test_sampling_needs_a_temperature(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sampling_needs_a_temperature(folder: Path, piped: Piped) -> None:
     """At a high one two answers differ; at 0, the default, they are the same."""
     options = ("--model", folder, *SIZES, "--max-new-tokens", 20)
     lines = "w3\n/reset\nw3\n/quit\nw3\n"
     answers = [
-        piped(monkeypatch, capsys, lines, *options, *more)[1].splitlines()
-        for more in ((), ("--temperature", 0), ("--temperature", 50.0))
+        piped(lines, *options, *more)[1].splitlines() for more in ((), ("--temperature", 0), ("--temperature", 50.0))
     ]
     assert answers[0] == answers[1] == [answers[0][0], "a new conversation", answers[0][0]]
     assert answers[2][0] != answers[2][2]
 
 
-def test_errors_of_commands_are_lines_and_the_chat_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_of_commands_are_lines_and_the_chat_goes_on(folder: Path, tmp_path: Path, piped: Piped) -> None:
     """Each is one line on standard error; afterwards a message is answered."""
     (tmp_path / "other").write_bytes(b"nothing of ours")
     lines = [
@@ -241,7 +239,7 @@ def test_errors_of_commands_are_lines_and_the_chat_goes_on(
         f"/load {tmp_path}/other",
     ]
     options = ("--model", folder, *SIZES, "--max-new-tokens", 3)
-    status, out, err = piped(monkeypatch, capsys, "\n".join([*lines, "/help", "w3"]), *options)
+    status, out, err = piped("\n".join([*lines, "/help", "w3"]), *options)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     words = ("no command /nonsense", "/save needs", "cannot be saved", "/load needs", "is no file", "is no file that")
     assert status == 0
@@ -281,11 +279,11 @@ def test_a_stop_before_the_answer_says_so(chat: Chat, capsys: pytest.CaptureFixt
 
 
 def test_an_answer_does_not_act_on_the_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, piped: Piped, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Escapes are shown as escapes; line ends stay."""
     save_chatty(tmp_path, words=tuple(f"\x1b[2J{word}" if word > "w" else word for word in WORDS))
-    _, out, _ = piped(monkeypatch, capsys, "w3\n", "--model", tmp_path, *SIZES, "--max-new-tokens", 4)
+    _, out, _ = piped("w3\n", "--model", tmp_path, *SIZES, "--max-new-tokens", 4)
     assert out.count("\\x1b[2J") == out.count("w") == 4
     assert "\x1b" not in out
     Printer(tiny_tokenizer()).on_finalized_text("a\r\n\x07\tb\n")
@@ -306,36 +304,28 @@ REFUSED: Final[list[tuple[tuple[object, ...], str]]] = [
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED)
 def test_options_that_make_no_chat_are_refused(
-    arguments: tuple[object, ...],
-    words: str,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[object, ...], words: str, folder: Path, piped: Piped
 ) -> None:
     """In one line, with status 2."""
-    status, out, err = piped(monkeypatch, capsys, "w3\n", "--model", folder, *arguments)
+    status, out, err = piped("w3\n", "--model", folder, *arguments)
     assert (status, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"error: {words}")
 
 
-def test_a_base_model_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_base_model_is_refused(tmp_path: Path, piped: Piped) -> None:
     """With its name, and what there is to do."""
     save_chatty(tmp_path, None)
-    status, _, err = piped(monkeypatch, capsys, "w3\n", "--model", tmp_path)
+    status, _, err = piped("w3\n", "--model", tmp_path)
     assert status == 2
     assert re.search(r"error: model .* cannot chat: The tokenizer has no chat template", err)
 
 
-def test_what_a_chat_warns_of_is_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_chat_warns_of_is_shown(tmp_path: Path, piped: Piped) -> None:
     """That a template has no system prompt, that the sizes exceed what the model was trained on."""
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     save_chatty(tmp_path, refuses + CHAT_TEMPLATE)
     options = ("--model", tmp_path, "--system", "w1", "--window", 600, "--max-new-tokens", 3)
-    status, out, err = piped(monkeypatch, capsys, "w3\n", *options)
+    status, out, err = piped("w3\n", *options)
     assert (status, len(out.split())) == (0, 3)
     assert re.findall("^warning: .*(takes no system prompt|positions)", err, re.MULTILINE) == [
         "takes no system prompt",
