@@ -16,14 +16,12 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch.distributed import HashStore  # type: ignore[attr-defined] # as torch documents it
-from transformers import PreTrainedTokenizerFast
 
-from lab_tiny import random_text, refused, run, tiny_bench, tiny_tokenizer
+from lab_tiny import refused, run, tiny_bench
 from ranks_inputs import LENGTHS, ROWS, UNITS, command, save_inputs
 from sinkwindow_lab import ranks
 from sinkwindow_lab.errors import LabError
-from sinkwindow_lab.inputs import models, tokens
-from sinkwindow_lab.inputs.corpora import Corpus
+from sinkwindow_lab.inputs import models
 from sinkwindow_lab.ranks import Group, Unit
 from sinkwindow_lab.store import Store
 from sinkwindow_lab.ways.sessions import Session
@@ -267,26 +265,3 @@ def test_patience_is_a_number(name: str, monkeypatch: pytest.MonkeyPatch, capsys
     for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2"), (ranks.PATIENCE, name)):
         monkeypatch.setenv(variable, value)
     assert f"{ranks.PATIENCE}={name} must be" in refused(capsys, "perplexity")
-
-
-# -- long texts -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("first", ["w1 ", "w1" + " " * 30, "x" * 300 + " "])
-def test_long_texts_are_tokenized_by_a_guess_from_their_start(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little more than what is needed, if the start is like the rest; if it is not, the same tokens."""
-    monkeypatch.setattr(tokens, "SAMPLE", 1_000)
-    tokenizer, lengths = tiny_tokenizer(), list[int]()
-
-    class Watched(PreTrainedTokenizerFast):
-        def __call__(self, text: Any, *arguments: Any, **options: Any) -> Any:
-            lengths.append(len(text))
-            return super().__call__(text, *arguments, **options)
-
-    text = first * (3_000 // len(first)) + random_text(60_000)
-    whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    tokenizer.__class__ = Watched
-    found = tokens.encode(Corpus("words", (text,), "test"), tokenizer, tokens=30_000)
-    assert found.ids[0].tolist() == whole[:30_000]
-    needed = len(" ".join(text.split(" ")[:30_000]))
-    assert max(lengths) < (1.2 if first == "w1 " else 2.5) * needed

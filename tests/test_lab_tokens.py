@@ -158,17 +158,38 @@ def test_prefixes_give_the_ids_of_the_whole(name: str, guess: int, monkeypatch: 
             assert found.text_bytes == len(text[ends[0] : ends[:wanted][-1]].encode())
 
 
-def test_only_what_is_needed_of_a_long_text_is_tokenized() -> None:
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that collects the lengths of all texts that are tokenized."""
+    found, tokenize = list[int](), PreTrainedTokenizerFast.__call__
+
+    def watched(self: PreTrainedTokenizerFast, text: Any, *arguments: Any, **options: Any) -> Any:
+        found.append(len(text))
+        return tokenize(self, text, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watched)
+    return found
+
+
+def test_only_what_is_needed_of_a_long_text_is_tokenized(lengths: list[int]) -> None:
     """The longest text that the tokenizer gets is a small multiple of what is wanted, also with long tokens."""
-    tokenizer, longest = tiny_tokenizer(), []
-
-    class Watched(PreTrainedTokenizerFast):
-        def __call__(self, text: Any, *arguments: Any, **options: Any) -> Any:
-            longest.append(len(text))
-            return super().__call__(text, *arguments, **options)
-
-    tokenizer.__class__ = Watched
+    tokenizer = tiny_tokenizer()
     for word, bound in (("w1 ", 15_000), ("w1" + " " * 60, 300_000)):
-        longest.clear()
+        lengths.clear()
         assert tokens.encode(words(word * (10_000_000 // len(word))), tokenizer, tokens=2_000).ids.shape == (1, 2_000)
-        assert max(longest) < bound
+        assert max(lengths) < bound
+
+
+@pytest.mark.parametrize("first", ["w1 ", "w1" + " " * 30, "x" * 300 + " "])
+def test_long_texts_are_tokenized_by_a_guess_from_their_start(
+    first: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Little more than what is needed, if the start is like the rest; if it is not, the same tokens."""
+    monkeypatch.setattr(tokens, "SAMPLE", 1_000)
+    text, tokenizer = first * (3_000 // len(first)) + random_text(60_000), tiny_tokenizer()
+    whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    lengths.clear()
+    found = tokens.encode(words(text), tokenizer, tokens=30_000)
+    assert found.ids[0].tolist() == whole[:30_000]
+    needed = len(" ".join(text.split(" ")[:30_000]))
+    assert max(lengths) < (1.2 if first == "w1 " else 2.5) * needed
