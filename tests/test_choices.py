@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -85,26 +84,14 @@ def test_overflow_can_be_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("choice", "error", "message"),
     [
-        ({"positions": "absolute"}, 'positions must be "rank" or "original", got \'absolute\''),
-        ({"on_overflow": "raise"}, 'on_overflow must be "evict" or "error", got \'raise\''),
+        ({"positions": "absolute"}, ValueError, 'positions must be "rank" or "original", got \'absolute\''),
+        ({"on_overflow": "raise"}, ValueError, 'on_overflow must be "evict" or "error", got \'raise\''),
+        ({"on_evict": 3}, TypeError, "on_evict must be callable or None, got 3"),
     ],
 )
-def test_unknown_choices_are_refused(choice: dict[str, Any], message: str) -> None:
+def test_unknown_choices_are_refused(choice: dict[str, Any], error: type[Exception], message: str) -> None:
     """The error names the argument, its value and the valid values."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         RULE.cache(SPEC.model(), **choice)
-
-
-def test_a_callback_must_be_callable() -> None:
-    """The error names the argument and the value."""
-    with pytest.raises(TypeError, match="on_evict must be callable or None, got 3"):
-        RULE.cache(SPEC.model(), on_evict=3)
-
-
-def test_ranks_do_not_warn() -> None:
-    """The default, positions by rank, does not warn."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        RULE.cache(SPEC.model())

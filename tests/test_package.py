@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import email
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ import pytest
 import yaml
 from hatch_build import absolute
 
-from test_project import PYPROJECT, ROOT, _tracked
+from test_project import PYPROJECT, ROOT, _build, _tracked
 
 if TYPE_CHECKING:
     from email.message import Message
@@ -22,14 +20,6 @@ if TYPE_CHECKING:
 
 PLACE = "https://example.org/owner/name"
 VERSION = PYPROJECT["project"]["version"]
-
-
-def _build(target: str, folder: Path) -> Path:
-    """Build an archive of this checkout; return its path."""
-    build = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (made,) = folder.iterdir()
-    return made
 
 
 def _metadata(wheel: Path) -> Message:

@@ -188,7 +188,7 @@ def test_a_list_beyond_the_trained_length_warns_with_both_numbers(surplus: int) 
 
 
 def test_a_list_that_fits_does_not_warn() -> None:
-    """S + W + B + 1 may be as large as the number of trained positions."""
+    """S + W + B + 1 may be as large as the number of trained positions, and positions by rank are the default."""
     rule = Rule(4, 12, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

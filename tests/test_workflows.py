@@ -10,7 +10,8 @@ import pytest
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 WORKFLOWS: Final = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-DOCUMENTS: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *WORKFLOWS]
+PAGES: Final = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run")]
+DOCUMENTS: Final = [*PAGES, *sorted((ROOT / "docs").glob("*.md")), *WORKFLOWS]
 # The only ways in which workflows install something: by hashes, or from Go's database of checksums.
 PINNED: Final = (
     re.compile(r"(?:\.venv/bin/)?pip install --require-hashes --requirement requirements/[\w.-]+\.txt"),
