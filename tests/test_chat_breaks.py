@@ -280,9 +280,9 @@ def test_sampling_is_that_of_generate(model: PreTrainedModel) -> None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _go_on(path: Path, model: PreTrainedModel, tokenizer: Any) -> list[list[int]]:
-    """Load a chat and say three more things; return the answers."""
-    chat, words = Chat.load(path, model, tokenizer), Words()
+def _go_on(chat: Chat) -> list[list[int]]:
+    """Say three more things; return the answers."""
+    words = Words()
     for message in ("d", "e" * 40, "g"):
         chat.ask(message, words, **GREEDY)
     return words.answers
@@ -298,13 +298,8 @@ def test_a_saved_chat_goes_on_bit_for_bit(answer: str, model: PreTrainedModel, t
     chat.save(path)
     twin = Chat.load(path, model, tokenizer)
     assert (twin.system, twin.cache.retention) == ("see", chat.cache.retention)
-    words = Words()
-    for message in ("d", "e" * 40, "g"):
-        chat.ask(message, words, **GREEDY)
-    assert _go_on(path, model, tokenizer) == words.answers
+    assert _go_on(twin) == _go_on(chat)
     probe = torch.tensor([[9, 10, 11]])
-    for message in ("d", "e" * 40, "g"):
-        twin.ask(message, **GREEDY)
     assert torch.equal(call(model, twin.cache, probe), call(model, chat.cache, probe))
 
 
@@ -315,7 +310,7 @@ def test_a_saved_chat_goes_on_in_another_process(model: PreTrainedModel, tmp_pat
     chat.ask("c" * 30, **GREEDY)
     chat.save(path)
     run = subprocess.run([sys.executable, __file__, str(path)], check=True, capture_output=True, text=True)
-    assert json.loads(run.stdout) == _go_on(path, model, tokenizer)
+    assert json.loads(run.stdout) == _go_on(Chat.load(path, model, tokenizer))
 
 
 def test_an_interrupted_chat_can_be_saved(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -373,4 +368,4 @@ def test_reset_keeps_the_system_prompt(model: PreTrainedModel) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    json.dump(_go_on(Path(sys.argv[1]), SPEC.model(), tokenizer_with(None)), sys.stdout)
+    json.dump(_go_on(Chat.load(Path(sys.argv[1]), SPEC.model(), tokenizer_with(None))), sys.stdout)
