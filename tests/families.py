@@ -113,7 +113,8 @@ def _llama(rope_type: str, **rope: Any) -> Family:
 
 
 WINDOWS: Final = "RoPE; window in some layers"
-ONLY_WINDOWS: Final = "RoPE, only in the layers with a window"
+ONLY_WITH_WINDOW: Final = "only in the layers with a window"
+ONLY_WINDOWS: Final = f"RoPE, {ONLY_WITH_WINDOW}"
 SHARED: Final = "RoPE of two kinds; window in some layers; layers that share keys"
 PAIRS: Final = "RoPE, interleaved"
 PARTIAL: Final = "RoPE, partial"
@@ -138,20 +139,11 @@ FAMILIES: Final[dict[str, Family]] = {
         "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
     ),
     "mistral": _family("mistral", "Mistral", {**GQA, "sliding_window": TRAINED}),
-    "mixtral": _family("mixtral", "Mixtral", {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2, **EXPERTS}),
+    "mixtral": _family("mixtral", "Mixtral", {**GQA, **LOCAL}),
     "qwen2": _family("qwen2", "Qwen2, Qwen2.5", GQA),
-    "qwen2_windows": _family(
-        "qwen2",
-        "Qwen2 with windows",
-        {k: v for k, v in {**MIXED, "use_sliding_window": True}.items() if k != "head_dim"},
-        "RoPE; window in some layers",
-    ),
+    "qwen2_windows": _family("qwen2", "Qwen2 with windows", {**NO_HEAD_DIM, "use_sliding_window": True}, WINDOWS),
     "qwen3": _family("qwen3", "Qwen3", HEAD_DIM),
-    "qwen3_moe": _family(
-        "qwen3_moe",
-        "Qwen3-MoE",
-        {**HEAD_DIM, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **EXPERTS},
-    ),
+    "qwen3_moe": _family("qwen3_moe", "Qwen3-MoE", {**HEAD_DIM, **MOE}),
     "gpt_neox": _family("gpt_neox", "GPT-NeoX, Pythia", BASE, PARTIAL),
     "gptj": _family("gptj", "GPT-J", {**GPT, "rotary_dim": 4}, "RoPE, interleaved, partial"),
     "codegen": _family("codegen", "CodeGen", {**GPT, "rotary_dim": 4}, "RoPE, interleaved, partial"),
@@ -192,7 +184,7 @@ FAMILIES: Final[dict[str, Family]] = {
         "gemma2",
         "Gemma 2",
         {**MIXED, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
-        "RoPE; window in some layers",
+        WINDOWS,
         **NO_SDPA,
     ),
     "gemma3_text": _family(
@@ -201,23 +193,14 @@ FAMILIES: Final[dict[str, Family]] = {
     "gpt_oss": _family(
         "gpt_oss",
         "GPT-OSS",
-        {
-            **MIXED,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            **EXPERTS,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        },
-        "RoPE; window in some layers; learned sinks",
+        {**MIXED, **LOCAL, "rope_parameters": DEFAULT_ROPE},
+        f"{WINDOWS}; learned sinks",
         **EAGER_WITH_SINKS,
     ),
     "olmo2": _family("olmo2", "OLMo 2", GQA),
     "cohere": _family("cohere", "Cohere (Command R)", {**GQA, "logit_scale": 1.0}, PAIRS),
     "cohere2": _family(
-        "cohere2",
-        "Cohere 2 (Command R7B)",
-        {k: v for k, v in {**MIXED, "logit_scale": 1.0}.items() if k != "head_dim"},
-        "RoPE, interleaved, only in the layers with a window",
+        "cohere2", "Cohere 2 (Command R7B)", {**NO_HEAD_DIM, "logit_scale": 1.0}, f"{PAIRS}, {ONLY_WITH_WINDOW}"
     ),
     "granite": _family("granite", "Granite", GQA),
     "starcoder2": _family("starcoder2", "StarCoder2", {**GQA, "sliding_window": None}),
@@ -231,9 +214,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "afmoe": _family("afmoe", "AFMoE (Trinity)", {**MIXED, **MOE, "num_experts_per_tok": 4}, ONLY_WINDOWS, **ISLAND),
     "apertus": _family("apertus", "Apertus", {**GQA, "rope_parameters": DEFAULT_ROPE}),
     "arcee": _family("arcee", "Arcee", GQA),
-    "cohere2_moe": _family(
-        "cohere2_moe", "Cohere 2 MoE", {**MIXED, **MOE}, f"{PAIRS}, only in the layers with a window"
-    ),
+    "cohere2_moe": _family("cohere2_moe", "Cohere 2 MoE", {**MIXED, **MOE}, f"{PAIRS}, {ONLY_WITH_WINDOW}"),
     "cwm": _family("cwm", "CWM", {**MIXED, "rope_parameters": DEFAULT_ROPE, **IDS}, WINDOWS),
     "dots1": _family("dots1", "dots.llm1", {**GQA, **ROUTED}, **ISLAND),
     "exaone4": _family("exaone4", "EXAONE 4", NO_HEAD_DIM, ONLY_WINDOWS),

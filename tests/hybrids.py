@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from families import EXPERTS, HEAD_DIM, OWN_WINDOW, WEIGHT_STD
+from families import BASE, EXPERTS, HEAD_DIM, LOCAL, MOE, OWN_WINDOW, WEIGHT_STD
 from sinkwindow_lab.inputs.wide import decoder_layers, keep_norms_wide, keep_wide
 
 DELTA: Final = {
@@ -22,10 +22,11 @@ DELTA: Final = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 5,
 }
-MOE: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **EXPERTS}
 SHARED: Final = {**MOE, "shared_expert_intermediate_size": 16}
 MAMBA: Final = {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_d_conv": 4, "mamba_chunk_size": 8, "mamba_expand": 2}
 LINEAR: Final = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3}
+ZAMBA: Final = {**BASE, "num_key_value_heads": 4, "mamba_d_state": 6}
+ZAMBA2: Final = {**ZAMBA, "n_mamba_heads": 4, "chunk_size": 8, "adapter_rank": 4}
 CONV: Final = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 8}
 
 HYBRIDS: Final[dict[str, dict[str, Any]]] = {
@@ -66,10 +67,8 @@ HYBRIDS: Final[dict[str, dict[str, Any]]] = {
         **HEAD_DIM,
         **MAMBA,
         **LINEAR,
-        **EXPERTS,
+        **LOCAL,
         "position_embedding_type": "rope",
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
         "shared_intermediate_size": 16,
     },
     "granitemoehybrid_nope": {
@@ -96,24 +95,14 @@ HYBRIDS: Final[dict[str, dict[str, Any]]] = {
     },
     "falcon_h1": {**HEAD_DIM, **MAMBA, "mamba_d_ssm": 32},
     "zamba2": {
-        **{name: value for name, value in HEAD_DIM.items() if name != "head_dim"},
-        "num_key_value_heads": 4,
+        **ZAMBA2,
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-        "mamba_d_state": 6,
-        "n_mamba_heads": 4,
-        "chunk_size": 8,
-        "adapter_rank": 4,
     },
     "zamba2_rope": {
-        **{name: value for name, value in HEAD_DIM.items() if name != "head_dim"},
-        "num_key_value_heads": 4,
+        **ZAMBA2,
         "num_hidden_layers": 3,
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-        "mamba_d_state": 6,
-        "n_mamba_heads": 4,
-        "chunk_size": 8,
-        "adapter_rank": 4,
         "use_mem_rope": True,
     },
     "zaya": {
@@ -138,11 +127,9 @@ REFUSED: Final[dict[str, dict[str, Any]]] = {
         **EXPERTS,
     },
     "zamba": {
-        **{name: value for name, value in HEAD_DIM.items() if name != "head_dim"},
-        "num_key_value_heads": 4,
+        **ZAMBA,
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-        "mamba_d_state": 6,
         "mamba_dt_rank": 4,
     },
     "minimax": {**HEAD_DIM, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
