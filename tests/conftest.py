@@ -82,6 +82,13 @@ def fresh_graphs() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def meta_by_default() -> Iterator[None]:
+    """Make the default device one that holds no values: a tensor without a device of its own cannot be read."""
+    with torch.device("meta"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Poison the uninitialized memory that our code requests.

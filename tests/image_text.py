@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from families import WEIGHT_STD
+from families import GQA, WEIGHT_STD
 from sinkwindow_reference import reference_logits
 from wide_norms import keep_norms_wide
 
@@ -27,13 +27,8 @@ if TYPE_CHECKING:
 WORDS: Final = 50  # tokens that stand for words; the ones above are special
 IMAGE: Final = 59
 TEXT: Final[dict[str, Any]] = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **GQA,
     "vocab_size": 60,
-    "max_position_embeddings": 64,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
 }
 HEAD: Final = {**TEXT, "head_dim": 8}

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny model and some texts."""
-    path = tmp_path_factory.mktemp("tiny")
-    save_tiny(path)
+    path = save_tiny(tmp_path_factory.mktemp("tiny"))
     (path / "long.txt").write_text(random_text(300), encoding="utf-8")
     (path / "other.txt").write_text(random_text(290), encoding="utf-8")
     (path / "one.txt").write_text("w1", encoding="utf-8")

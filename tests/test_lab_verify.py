@@ -31,8 +31,7 @@ OPTIONS = ("--sinks", 2, "--window", 6, "--buffer", 1, "--tokens", 60)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny model and a text."""
-    path = tmp_path_factory.mktemp("tiny")
-    save_tiny(path)
+    path = save_tiny(tmp_path_factory.mktemp("tiny"))
     (path / "text.txt").write_text(random_text(100), encoding="utf-8")
     return path
 

@@ -5,8 +5,6 @@ With S=1, W=2, B=1 token 4 attends to [0, 1, 2, 3, 4], tokens 5 and 6 to [0, 3, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 
@@ -14,19 +12,10 @@ from sinkwindow import Retention
 from sinkwindow.attention.mask import additive, columns_with_tokens, epochs_begun, visible
 from sinkwindow.lanes import Lane, LaneCall
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+pytestmark = pytest.mark.usefixtures("meta_by_default")
 CPU = torch.device("cpu")
 RULE, BY_CALL = Retention(1, 2, 1), Retention(1, 2, 1, "call")
 UNEVEN = [LaneCall(Lane(5), Lane(6), 2, [1]), LaneCall(Lane(2), Lane(4), 2, [0, 1])]
-
-
-@pytest.fixture(autouse=True)
-def _another_default_device() -> Iterator[None]:
-    """Make the default device one that holds no values: a tensor without a device of its own cannot be read."""
-    with torch.device("meta"):
-        yield
 
 
 def _lane(before: int, after: int) -> LaneCall:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,17 +9,8 @@ from torch import Tensor
 from sinkwindow.lanes import Lane
 from sinkwindow.storage import ring
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+pytestmark = pytest.mark.usefixtures("meta_by_default")
 S, SIZE = 2, 8
-
-
-@pytest.fixture(autouse=True)
-def _another_default_device() -> Iterator[None]:
-    """Make the default device one that holds no values: a tensor without a device of its own cannot be read."""
-    with torch.device("meta"):
-        yield
 
 
 def _cpu(*values: int) -> Tensor:
