@@ -12,8 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from calling import RULE
 from families import build
-from sinkwindow.attention.step import STEP_NAME, step_attention
-from sinkwindow.model.hooks import uncompiled
+from sinkwindow.attention.step import STEP_NAME, step_attention, uncompiled
 from sinkwindow_reference import reference_logits
 from strategies import EXACT, ModelSpec, call, fresh_model, observe, tokens, worst
 

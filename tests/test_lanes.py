@@ -28,7 +28,7 @@ def test_columns_that_hold_tokens_are_counted() -> None:
     """All columns where nothing is padded, else each row's own."""
     assert Inputs(3, 4, CPU, None).counts(1) == [4]
     assert Inputs(3, 4, CPU, None).counts(3) == [4, 4, 4]
-    assert Inputs(3, 4, CPU, [None, [1, 3], []]).counts(3) == [4, 2, 0]
+    assert Inputs(3, 4, CPU, [[0, 1, 2, 3], [1, 3], []]).counts(3) == [4, 2, 0]
 
 
 def test_a_call_is_padded_where_a_column_holds_no_token() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from calling import CPU, POOL, begun, stream_of
 from sinkwindow import Retention, StreamingCache
-from sinkwindow.lanes import Inputs, Lane, LaneCall
+from sinkwindow.lanes import Inputs, Lane
 from sinkwindow.storage.slots import PoolLane
 from sinkwindow.stream.steps import Steps
 from sinkwindow.stream.stream import Stream
@@ -72,17 +72,19 @@ def test_a_call_has_room_where_its_tokens_and_the_list_fit_the_slots() -> None:
 
 def test_positions_of_a_call_reach_to_both_sides() -> None:
     """From the first one, if it is below 0, to the one behind the last."""
-    one = begun(stream_of(3), 4)
-    assert one.reach() == 7
+    assert begun(stream_of(3), 4).reach == 7
     for lanes, reach in (
-        ([(0, 0, 0)], 0),
         ([(3, 7, 2)], 5),
         ([(0, 4, 9)], 9),
         ([(0, 4, 9), (5, 9, 2)], 9),
         ([(5, 12, 2), (0, 4, 9)], 10),
     ):
-        one.lanes = [LaneCall(Lane(a, offset), Lane(b, offset), b - a, None) for a, b, offset in lanes]
-        assert one.reach() == reach
+        columns, stream = max(after - before for before, after, _ in lanes), stream_of(0)
+        real = [[*range(columns - (after - before), columns)] for before, after, _ in lanes]
+        slots = replace(stream.state.pools[0], lanes=(PoolLane(),) * len(lanes))
+        own = tuple(Lane(before, offset) for before, _, offset in lanes)
+        stream.state = replace(stream.state, lanes=own, pools=(slots,))
+        assert stream.begin(Inputs(len(lanes), columns, CPU, real)).reach == reach
 
 
 def test_what_a_call_would_do_is_known_before_it() -> None:
@@ -101,8 +103,8 @@ def test_a_call_may_be_as_long_as_the_table_of_positions() -> None:
     aside = stream.begin(Inputs(1, 4, CPU, None), aside=True)
     aside.parts[0].update(0, torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"brings 5 columns and .* ends at 10"):
-        begun(stream.fork(aside)[0], 5)
-    for one in (stream, stream.copy()):
+        begun(stream.fork(stream.after(aside)[0]), 5)
+    for one in (stream, stream.fork(stream.state.cloned())):
         begun(one, 4)
         with pytest.raises(ValueError, match=r"brings 5 columns and 6 are cached, .* ends at 10"):
             begun(one, 5)

@@ -205,13 +205,13 @@ class Twin:
                 self.rows = [[list(call) for call in self.rows[row]] for row in chosen]
                 self.counts = self.rules[0].evict == "token"
             case "k":
-                self.stream = self.stream.copy()
+                self.stream = self.stream.fork(self.stream.state.cloned())
                 self.steps = Steps(self.stream, ["full_attention", "sliding_attention"])
             case "d":
                 self.stream.reset()
                 self.rows, self.counts = [[] for _ in range(self.random.randint(1, 3))], True
             case "o" if fed and self.rules[0].evict == "token":
-                fork, _ = self.stream.fork(self.feed(self.stream, 3, aside=True))
+                fork = self.stream.fork(self.stream.after(self.feed(self.stream, 3, aside=True))[0])
                 fork.commit(self.feed(fork, 7))
                 self.stream.adopt(fork.state)
 
@@ -235,11 +235,11 @@ class Twin:
         rules = self.programs([_without(row, fed + columns) for row in self.rows])
         counts = _counts_at(self.stream.pools, state, state.columns - columns)
         assert counts is not None
-        assert counts.seen == [one.seen for one in rules[0]][: len(state.lanes)]
-        gone = [[one.seen - len(one.kept) for one in programs][: len(state.lanes)] for programs in rules]
+        assert counts.seen == tuple(one.seen for one in rules[0])[: len(state.lanes)]
+        gone = tuple(tuple(one.seen - len(one.kept) for one in programs)[: len(state.lanes)] for programs in rules)
         assert counts.evicted == gone
         if not fed and not columns:
-            assert [[row.evicted for row in slots.lanes] for slots in state.pools] == gone
+            assert tuple(tuple(row.evicted for row in slots.lanes) for slots in state.pools) == gone
             assert not self.counts or state.num_evictions == sum(one.evictions for one in rules[0])
         assert not self.counts or counts.num_evictions == sum(one.evictions for one in rules[0])
 

@@ -138,7 +138,7 @@ def test_no_eviction_is_lost_or_told_twice_wherever_a_call_is_interrupted(length
         told = list["Eviction"]()
         cache = RULE.cache(model, on_evict=told.append)
         call(model, cache, ids[:, :20])
-        with _interrupting_line(fatal, ("_commit", "adopt", "_collect_news", "_tell")) as interrupted:
+        with _interrupting_line(fatal, ("_end", "adopt", "_collect_news", "_tell")) as interrupted:
             call(model, cache, ids[:, 20 : 20 + length])
         if not interrupted:
             break

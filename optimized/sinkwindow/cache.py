@@ -1,8 +1,6 @@
-"""``StreamingCache``: the cache that people use, a stream fitted to transformers.
+"""``StreamingCache``: the cache that people use, all that transformers and users call.
 
-This module is all that transformers and users call. Below it: what a call is (``model/``), what a stream of tokens
-holds (``stream/``), where its tensors are (``storage/``), and who attends to what (``attention/``). docs/design.md
-describes the life of a call in order.
+docs/design.md has the rooms below it, and the life of a call in order.
 """
 
 from __future__ import annotations
@@ -15,16 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import Cache
 
 from sinkwindow.arguments import read_int, read_rows
-from sinkwindow.attention.step import is_tracing
+from sinkwindow.attention.step import is_tracing, uncompiled
 from sinkwindow.copies import Copies
 from sinkwindow.fit import OnOverflow, Positions, check_fit, pools_of, position_bound
 from sinkwindow.model.calls import News
-from sinkwindow.model.families import Family, inspect_model
-from sinkwindow.model.hooks import attach, uncompiled
+from sinkwindow.model.families import Family, decoder_of, inspect_model
+from sinkwindow.model.hooks import attach
 from sinkwindow.model.inputs import CallChecks
 from sinkwindow.model.layer_stub import stubs_of
-from sinkwindow.model.open_call import AttentionFacts
-from sinkwindow.model.rope import frequencies_of, length_for, rotary_modules
+from sinkwindow.model.rope import frequencies_of, length_for
 from sinkwindow.model.state_layers import StateLayers
 from sinkwindow.model.versions import ASKS_QUERY_OFFSET
 from sinkwindow.retention import EvictMode, Retention
@@ -110,26 +107,24 @@ class StreamingCache(Cache, Copies):
         retention = Retention(num_sinks, window, buffer, evict)
         options: dict[str, Any] = {"positions": positions, "on_overflow": on_overflow}
         facts = inspect_model(model, family)
-        check_fit(facts, retention, {"on_evict": on_evict, **options}, static=static)
+        decoder = decoder_of(model)
+        check_fit(decoder, facts, retention, {"on_evict": on_evict, **options}, static=static)
         self._settings: dict[str, Any] = {**asdict(retention), **options, "static": static, **facts.given}
         pools = pools_of(facts, retention, ranked=positions == "rank", static=static)
         super().__init__(layers=stubs_of(facts, is_compileable=static))
         self.retention = retention
-        types = [kind.layer_type for kind in facts.kinds]
-        own, states = facts.own_attention, bool(facts.states)
-        self._attention = AttentionFacts(types, own, facts.has_table, retention.capacity, states, *facts.special)
+        self._facts = facts
         self._states = StateLayers({layer: self.layers[layer] for layer in facts.states})
         self._pool_of = {layer: index for index, pool in enumerate(pools) for layer in pool.layers}
         self._stream = Stream(pools, position_bound(retention, facts, static=static), longest=facts.longest)
-        self._steps = Steps(self._stream, types) if static else None
+        self._steps = Steps(self._stream, [kind.layer_type for kind in facts.kinds]) if static else None
         self._on_evict = on_evict
         self._serve()
         last = facts.trained_length if positions == "original" else None
-        by_kind = any(hasattr(module, "mrope_section") for module in rotary_modules(facts.decoder))
-        limits = facts.counts_columns, facts.native_window, on_overflow == "evict", last, by_kind
-        self._checks = CallChecks(weakref.ref(facts.decoder), frequencies_of(facts.decoder), *limits)
+        may_evict = on_overflow == "evict"
+        self._checks = CallChecks(weakref.ref(decoder), frequencies_of(decoder), facts, may_evict, last)
         self._model = weakref.ref(model)  # what the user calls, if not the decoder alone
-        self._finalizer = attach(model, facts.decoder, self)
+        self._finalizer = attach(model, decoder, self)
 
     # -- what can be observed -----------------------------------------------------------------------------------------
 
@@ -199,7 +194,7 @@ class StreamingCache(Cache, Copies):
         """Return how many columns were fed, padding included: ``generate`` slices its inputs by it."""
         if not ASKS_QUERY_OFFSET and self._steps is None and (front := self._front(0)) is not None:
             return front
-        return length_for(self._state.columns, self._attention.switch)
+        return length_for(self._state.columns, self._facts.switch)
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Return the number of keys that a call returns, and the column of the first one.

@@ -11,17 +11,22 @@ from sinkwindow.retention import Retention
 from sinkwindow.storage.slots import Pool
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sinkwindow.model.families import LayerKind, ModelFacts
 
 Positions = Literal["rank", "original"]
 OnOverflow = Literal["evict", "error"]
 
 
-def check_fit(facts: ModelFacts, rule: Retention, options: dict[str, object], *, static: bool) -> None:
+def check_fit(
+    decoder: PreTrainedModel, facts: ModelFacts, rule: Retention, options: dict[str, object], *, static: bool
+) -> None:
     """Check everything that the constructor of ``StreamingCache`` is given, before anything changes.
 
     Args:
-        facts: What is known of the model.
+        decoder: The model.
+        facts: What is known of it.
         rule: The rule.
         options: ``on_evict``, ``positions`` and ``on_overflow`` by name.
         static: Whether calls of one token have fixed shapes.
@@ -33,11 +38,15 @@ def check_fit(facts: ModelFacts, rule: Retention, options: dict[str, object], *,
     Warns:
         UserWarning: The list is longer than the model's trained length, or positions are original.
     """
-    _check_options(**options)
+    on_evict = options["on_evict"]
+    if on_evict is not None and not callable(on_evict):
+        raise TypeError(f"on_evict must be callable or None, got {on_evict!r}.")
+    read_choice("positions", options["positions"], ("rank", "original"))
+    read_choice("on_overflow", options["on_overflow"], ("evict", "error"))
     read_choice("static", static, (True, False))
     _check_lengths(rule, facts)
     if static:
-        _check_static(facts, {"evict": rule.evict, **options})
+        _check_static(decoder, facts, {"evict": rule.evict, **options})
     if options["positions"] == "original":
         _check_original_positions(facts)
 
@@ -70,13 +79,6 @@ def _rule_of(kind: LayerKind, rule: Retention) -> Retention:
     if kind.window < 2:  # noqa: PLR2004
         raise ValueError(f"The model's own sliding window of {kind.window} tokens is too short to be cached.")
     return Retention(0, kind.window - 1)  # a window counts the query's own token
-
-
-def _check_options(on_evict: object, positions: object, on_overflow: object) -> None:
-    if on_evict is not None and not callable(on_evict):
-        raise TypeError(f"on_evict must be callable or None, got {on_evict!r}.")
-    read_choice("positions", positions, ("rank", "original"))
-    read_choice("on_overflow", on_overflow, ("evict", "error"))
 
 
 def _check_lengths(rule: Retention, facts: ModelFacts) -> None:
@@ -116,9 +118,9 @@ def _check_original_positions(facts: ModelFacts) -> None:
     )
 
 
-def _check_static(facts: ModelFacts, options: dict[str, object]) -> None:
+def _check_static(decoder: PreTrainedModel, facts: ModelFacts, options: dict[str, object]) -> None:
     """Refuse what no step at fixed shapes can do."""
-    name = type(facts.decoder).__name__
+    name = type(decoder).__name__
     only: dict[str, object] = {"evict": "token", "on_evict": None, "positions": "rank", "on_overflow": "evict"}
     for argument, value in options.items():
         if value != only[argument]:
@@ -138,5 +140,5 @@ def _check_static(facts: ModelFacts, options: dict[str, object]) -> None:
             f"static=True lets positions grow indefinitely, and {name}'s rotary frequencies or tables depend on the "
             "largest one: use static=False."
         )
-    if facts.decoder.device.type == "mps":
+    if decoder.device.type == "mps":
         raise ValueError("static=True needs float64 for its angles, which MPS does not support: use static=False.")

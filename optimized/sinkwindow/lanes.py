@@ -21,19 +21,17 @@ class Inputs:
         batch: Rows.
         columns: Columns of the call, padding included.
         device: Where positions and masks are wanted.
-        real: Columns of each row that hold real tokens, ascending; ``None`` when all columns do.
+        real: Columns of each row that hold real tokens, ascending; ``None`` when all columns of all rows do.
     """
 
     batch: int
     columns: int
     device: torch.device
-    real: list[list[int] | None] | None
+    real: list[list[int]] | None
 
     def counts(self, lanes: int) -> list[int]:
         """Return how many tokens each lane gets."""
-        if self.real is None:
-            return [self.columns] * lanes
-        return [self.columns if row is None else len(row) for row in self.real]
+        return [self.columns] * lanes if self.real is None else [len(row) for row in self.real]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +74,18 @@ class LaneCall:
         ahead = natural - self.before.seen
         return held + (ahead if ahead < 0 or self.real is None else self.real[ahead])
 
-    def naturals(self, device: torch.device) -> Tensor:
-        """Return the natural index of each column, ``[columns]`` int64, -1 for padding."""
+    def naturals(self, device: torch.device, offset: int = 0, padding: int = -1) -> Tensor:
+        """Return the natural index of each column, minus an offset, ``[columns]`` int64."""
+        first, last = self.before.seen - offset, self.after.seen - offset
         if self.real is None:
-            return torch.arange(self.before.seen, self.after.seen, device=device)
-        naturals = torch.full((self.columns,), -1, device="cpu")
-        naturals[self.real] = torch.arange(self.before.seen, self.after.seen, device="cpu")
+            return torch.arange(first, last, device=device)
+        naturals = torch.full((self.columns,), padding, device="cpu")
+        naturals[self.real] = torch.arange(first, last, device="cpu")
         return naturals.to(device)
 
     def positions(self, device: torch.device) -> Tensor:
         """Return the position of each column, ``[columns]`` int64, 0 for padding."""
-        if self.real is None:
-            return torch.arange(
-                self.before.seen - self.after.offset, self.after.seen - self.after.offset, device=device
-            )
-        naturals = self.naturals(device)
-        return torch.where(naturals >= 0, naturals - self.after.offset, 0)
+        return self.naturals(device, self.after.offset, padding=0)
 
 
 def batch_slice(index: int, lanes: int) -> slice:

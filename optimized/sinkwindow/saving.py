@@ -91,11 +91,8 @@ def rank_file(path: str | os.PathLike[str], rank: int, world: int) -> Path:
     """Return the file of a rank: all ranks are given one path, and none overwrites another's file."""
     plain = read_path("path", path)
     mark = f".rank{rank}of{world}"
-    return (
-        plain
-        if mark in (plain.suffix, Path(plain.stem).suffix)
-        else plain.with_name(f"{plain.stem}{mark}{plain.suffix}")
-    )
+    has_mark = mark in (plain.suffix, Path(plain.stem).suffix)
+    return plain if has_mark else plain.with_name(f"{plain.stem}{mark}{plain.suffix}")
 
 
 def _found(path: Path) -> Path:
@@ -364,9 +361,8 @@ def _pool_fits(pool: Pool, slots: Slots, state: State) -> bool:
         front = (len(bank.layers), state.batch, bank.slots.keys.shape[2])
         shapes = [(*front, tokens, pair.shape[4]) for tokens in (size, rule.num_sinks) for pair in bank.slots]
         kinds = [(tensor.shape, tensor.dtype) for tensor in bank.tensors]
-        if kinds != list(zip(shapes, [tensor.dtype for tensor in bank.slots] * 2, strict=True)):
+        in_order = list(bank.layers.values()) == list(range(len(bank.layers)))
+        if not in_order or kinds != list(zip(shapes, [tensor.dtype for tensor in bank.slots] * 2, strict=True)):
             return False
-    if any(list(bank.layers.values()) != list(range(len(bank.layers))) for bank in slots.banks):
-        return False
     layers = [layer for bank in slots.banks for layer in bank.layers]
     return sorted(layers) == sorted(pool.layers) and (not pool.static or len(slots.banks) == len(layers))

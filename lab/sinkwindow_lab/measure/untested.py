@@ -18,7 +18,7 @@ from transformers import PretrainedConfig as PreTrainedConfig  # its name before
 from transformers import PreTrainedModel
 
 from sinkwindow import Family, StreamingCache, UnsupportedModelError
-from sinkwindow.model.families import FAMILIES, ModelFacts, inspect_model
+from sinkwindow.model.families import FAMILIES, ModelFacts, decoder_of, inspect_model
 from sinkwindow.model.versions import CACHE_ARGUMENT
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure.tiny import VOCABULARY, tiny_copy
@@ -78,7 +78,8 @@ def check_untested(model: PreTrainedModel, config: PreTrainedConfig | None = Non
     decoder, tiny, refusal, worst = None, None, "", None
     for family in dict.fromkeys([Family(), *FAMILIES.values()]):
         try:
-            decoder = decoder or inspect_model(model, family).decoder
+            inspect_model(model, family)
+            decoder = decoder or decoder_of(model)
             tiny = tiny or _tiny(model, decoder, config)
             facts = inspect_model(tiny, family)
         except UnsupportedModelError as error:

@@ -63,8 +63,8 @@ def visible(
         ``[lanes, 1, columns, epochs * num_sinks + held + columns]`` bool.
     """
     sinks = rule.num_sinks
-    queries = torch.stack([lane.naturals(device) for lane in lanes])  # [lanes, columns]
-    keys = torch.cat((_cached(lanes, evicted, rule, held, device), queries), dim=1)  # [lanes, held + columns]
+    keys = _naturals(lanes, evicted, rule, held, device)
+    queries = keys[:, held:]  # [lanes, columns]
     now = torch.tensor(evicted, device=device)[:, None]
     gone = rule.evicted_before(queries) if rule.evict == "token" else now.expand_as(queries)
     query, key, first = queries[:, :, None], keys[:, None, :], (sinks + gone)[:, :, None]
@@ -84,8 +84,7 @@ def columns_with_tokens(
     lanes: Sequence[LaneCall], evicted: Sequence[int], rule: Retention, held: int, device: torch.device
 ) -> Tensor:
     """Return the 2D mask for a model that makes its own 4D mask of it, ``[lanes, held + columns]`` int64."""
-    naturals = torch.stack([lane.naturals(device) for lane in lanes])
-    return (torch.cat((_cached(lanes, evicted, rule, held, device), naturals), dim=1) >= 0).long()
+    return (_naturals(lanes, evicted, rule, held, device) >= 0).long()
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,11 +92,12 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _cached(
+def _naturals(
     lanes: Sequence[LaneCall], evicted: Sequence[int], rule: Retention, held: int, device: torch.device
 ) -> Tensor:
-    """Return the natural index in each cached column, ``[lanes, held]``, negative where a row has none."""
+    """Return the natural index in each column, ``[lanes, held + columns]``, negative where a row has none."""
     seen = torch.tensor([lane.before.seen for lane in lanes], device=device)[:, None]
     gone = torch.tensor(evicted, device=device)[:, None]
-    naturals = seen - held + torch.arange(held, device=device)
-    return torch.where(naturals >= rule.num_sinks + gone, naturals, naturals - gone)  # sinks are in front of the window
+    cached = seen - held + torch.arange(held, device=device)
+    cached = torch.where(cached >= rule.num_sinks + gone, cached, cached - gone)  # sinks are in front of the window
+    return torch.cat((cached, torch.stack([lane.naturals(device) for lane in lanes])), dim=1)

@@ -46,9 +46,12 @@ class Rotary:
             sin: Likewise.
         """
         width = 2 * self.inv_freq.shape[0]
-        first, second = self._split(states[..., :width])  # products are as wide as the cosines
-        ahead, behind = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-        turned = self._join(ahead, behind).to(states.dtype)
+        paired = states[..., :width]
+        first, second = (paired[..., 0::2], paired[..., 1::2]) if self.interleaved else paired.chunk(2, dim=-1)
+        # Products are as wide as the cosines.
+        pair = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        joined = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
+        turned = joined.to(states.dtype)
         return turned if width == states.shape[-1] else torch.cat((turned, states[..., width:]), dim=-1)
 
     def cos_sin(self, distance: int | Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -62,14 +65,3 @@ class Rotary:
         inv_freq = self.inv_freq.to(device=device, dtype=exact)
         angles = distance * inv_freq if isinstance(distance, int) else distance.to(device)[..., None] * inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-    def _split(self, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        if self.interleaved:
-            return rotary[..., 0::2], rotary[..., 1::2]
-        first, second = rotary.chunk(2, dim=-1)
-        return first, second
-
-    def _join(self, first: Tensor, second: Tensor) -> Tensor:
-        if self.interleaved:
-            return torch.stack((first, second), dim=-1).flatten(-2)
-        return torch.cat((first, second), dim=-1)

@@ -10,7 +10,7 @@ last cache is detached. So for every other call it is ``sdpa``, mask included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 STEP_NAME = "sinkwindow_step"
 # Whether this code is traced, in this thread. `torch.compiler.is_compiling` is also true beside a thread that compiles.
 is_tracing = torch.compiler.is_dynamo_compiling
+Function = TypeVar("Function", bound="Callable[..., Any]")
+uncompiled: Callable[[Function], Function] = torch.compiler.disable  # typed
 
 
 def step_attention(

@@ -11,6 +11,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from sinkwindow.arguments import MOST_TOKENS, read_int
 from sinkwindow.continuous.allocator import ring_of
+from sinkwindow.model.families import decoder_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,16 +67,16 @@ def check_model(model: PreTrainedModel, facts: ModelFacts) -> None:
     Raises:
         ValueError: It is one; the message says why, and what to use.
     """
-    attention = model.config._attn_implementation  # noqa: SLF001 - it has no public name
+    attention, decoder = model.config._attn_implementation, decoder_of(model)  # noqa: SLF001 - it has no public name
     reasons = {
-        "has no head that gives logits": model is facts.decoder,
+        "has no head that gives logits": model is decoder,
         "has layers with a sliding window": len(facts.kinds) > 1 or facts.native_window is not None,
         "has layers that keep a state": bool(facts.states),
         "bypasses AttentionInterface": facts.own_attention,
         "has frequencies or a table that depend on the largest position": facts.length_dependent or facts.has_table,
         "has no rotary positions": not facts.kinds[0].rotary.inv_freq.numel(),
-        "reads images too": model.config is not facts.decoder.config,
-        "has layers that attend to the keys of another": bool(facts.special[0]),
+        "reads images too": model.config is not decoder.config,
+        "has layers that attend to the keys of another": bool(facts.borrowers),
         "attends eagerly": attention == "eager",  # paged, it makes weights in float32
         "is in training mode": model.training,
     }

@@ -21,7 +21,7 @@ from sinkwindow.cache import StreamingCache
 from sinkwindow.continuous.allocator import SinkWindowAllocator, SinkWindowScheduler
 from sinkwindow.continuous.checks import check_generation, check_model, fill_config
 from sinkwindow.model.exact_rope import marked
-from sinkwindow.model.families import inspect_model
+from sinkwindow.model.families import decoder_of, inspect_model
 from sinkwindow.model.versions import INSTALLED, NEWEST_TESTED
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1  # none, in the words of transformers
         super().__init__(cast("Any", model), generation_config, config, workload_hints)
-        handle = self._facts.decoder.register_forward_pre_hook(_mark_positions, with_kwargs=True)
+        handle = decoder_of(model).register_forward_pre_hook(_mark_positions, with_kwargs=True)
         weakref.finalize(self, handle.remove)
 
     @contextmanager

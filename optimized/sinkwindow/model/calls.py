@@ -1,8 +1,4 @@
-"""The life of a call: one at a time on one stream, whoever else calls the model.
-
-The hooks (``hooks.py``) open a call, begin it and end it. It counts when the module that the user called has returned;
-until then every reader sees what was before it. docs/design.md describes it in order.
-"""
+"""The life of a call: one at a time on one stream, whoever else calls the model. The hooks (``hooks.py``) drive it."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from sinkwindow.model.hooks import Hooked, uncompiled
+from sinkwindow.attention.step import uncompiled
 from sinkwindow.model.inputs import ANOTHER_MODEL, CallChecks
-from sinkwindow.model.open_call import AttentionFacts, OpenCall, module_frame
+from sinkwindow.model.open_call import OpenCall, module_frame
 from sinkwindow.model.versions import CROP_REMOVES, TAKES_CACHE_POSITION
 
 if TYPE_CHECKING:
@@ -24,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from sinkwindow.model.families import ModelFacts
     from sinkwindow.model.state_layers import StateLayers
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.state import State
@@ -46,10 +43,11 @@ class News:
     due: Sequence[Eviction] = ()
 
 
-class Calls(Hooked):
+class Calls:
     """Serve the calls of one cache; the base of ``StreamingCache``, which has the public methods.
 
     Attributes:
+        _model: The module that the cache was made for: its call is the call, not that of other modules around it.
         _stream: What the calls that count have left.
         _steps: Steps at fixed shapes, if the cache is static.
         _states: The layers that keep a state.
@@ -59,10 +57,11 @@ class Calls(Hooked):
         _forwarded: Columns that calls before the last one have run.
     """
 
+    _model: weakref.ref[nn.Module]
     _stream: Stream
     _steps: Steps | None
     _states: StateLayers
-    _attention: AttentionFacts
+    _facts: ModelFacts
     _checks: CallChecks
     _pool_of: dict[int, int]
     _finalizer: weakref.finalize[Any, Any]
@@ -80,10 +79,6 @@ class Calls(Hooked):
         """What the calls that count have left."""
         return self._stream.state if self._steps is None else self._steps.state()
 
-    @property
-    def _in_call(self) -> bool:
-        return self._call is not None
-
     @uncompiled
     def _front(self, index: int) -> int | None:
         """Return the columns that a pool's layers get in front of those of the call that is running.
@@ -96,6 +91,7 @@ class Calls(Hooked):
         return call.plan.parts[index].front
 
     def _open(self, module: nn.Module) -> None:
+        """Open a call of a module, or join the one that the module around it has opened."""
         frame = module_frame()
         above = None if frame is None else frame.f_back  # an interrupted call's frame may have had this one's address
         with self._lock:
@@ -104,9 +100,10 @@ class Calls(Hooked):
                 if call.stream is None and call.thread == threading.get_ident() and id(module) != call.module:
                     return  # a part of that module, called for the first time in this call
                 raise RuntimeError(_in_use(call, "be called"))
-            self._call = OpenCall(id(self), id(module), 0 if frame is None else id(frame))
+            self._call = OpenCall(self._facts, id(self), id(module), 0 if frame is None else id(frame))
 
     def _begin(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Begin the open call; return the decoder's arguments, rewritten."""
         call = self._call
         assert call is not None  # noqa: S101 - `_open` was here
         try:
@@ -117,19 +114,20 @@ class Calls(Hooked):
                 self._states.open(self._stream.state.states, recording=self._stream.state.recording)
             if self._steps is not None and self._steps.ready and inputs.columns == 1 and inputs.real is None:
                 return call.begin_step(self._steps, decoder, kwargs)
-            return call.begin(self._stream, self._attention, decoder, kwargs, inputs)
+            return call.begin(self._stream, decoder, kwargs, inputs)
         except BaseException:
             self._call = None
             raise
 
     def _complete(self, output: Any) -> Any:
+        """Return the decoder's output with what earlier pieces have given."""
         call = self._call
         if call is None or call.plan is None or not (call.outputs or call.as_tuple or call.plan.has_copies):
             return output
-        return call.completed(output, self._pool_of, self._attention)
+        return call.completed(output, self._pool_of)
 
     def _end(self, module: nn.Module) -> None:
-        """Count the call: one assignment, in ``Stream.adopt`` or ``Steps.commit``, makes it part of the past.
+        """Count the call if it is of this module: one assignment, in ``Stream.adopt`` or ``Steps.commit``, does it.
 
         Raises:
             RuntimeError: Some layer never handed over its keys; the call does not count.
@@ -191,6 +189,7 @@ class Calls(Hooked):
             raise errors[0]
 
     def _begin_traced(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Begin a step while ``torch.compile`` traces it: no call is open then."""
         if self._steps is None:
             raise ValueError(
                 "Only a StreamingCache(..., static=True) can be compiled, and only calls of one token with it."

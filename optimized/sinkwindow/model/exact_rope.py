@@ -52,8 +52,7 @@ def marked(
         table: Whether positions index a table of the model.
     """
     dtype = decoder.dtype
-    exact = dtype == torch.float64 or (dtype == torch.float32 and reach > float32_from)
-    exact = exact or changes
+    exact = changes or dtype == torch.float64 or (dtype == torch.float32 and reach > float32_from)
     if not exact or positions.device.type == "mps":  # mps has no float64
         return positions
     return positions.int() if table else positions.double()

@@ -120,7 +120,6 @@ class Support:
     reason: str = ""
 
     def __bool__(self) -> bool:
-        """Read as the answer itself."""
         return self.ok
 
 
@@ -129,7 +128,6 @@ class ModelFacts:
     """What the cache reads off a model once.
 
     Attributes:
-        decoder: The module whose forward receives the cache: hooks go here.
         num_layers: Decoder layers.
         kinds: The layers by kind; the first one follows the stream's rule.
         own_attention: See ``Family``.
@@ -139,12 +137,13 @@ class ModelFacts:
         has_table: Whether positions, or columns where they are counted, index a table of that length.
         scales_queries: Whether queries are scaled by position beyond that length.
         native_window: The sliding window that all layers share [tokens], or ``None``.
-        borrowers: The types of the last layers, those that have no keys of their own.
+        borrowers: The types of the last layers, which attend to the keys of an earlier one of their type.
+        switch: Where stock code changes over to other frequencies, if anywhere.
+        changes: Whether frequencies depend on the largest position of a call, of other callers too.
         given: The family by name, for the settings of the cache, if the caller gave it.
         states: How many states each layer keeps that keeps any.
     """
 
-    decoder: PreTrainedModel
     num_layers: int
     kinds: list[LayerKind]
     own_attention: bool
@@ -155,6 +154,8 @@ class ModelFacts:
     scales_queries: bool
     native_window: int | None
     borrowers: list[str]
+    switch: Switch | None
+    changes: bool
     states: dict[int, int]
     given: dict[str, dict[str, bool]]
 
@@ -162,13 +163,6 @@ class ModelFacts:
     def longest(self) -> int | None:
         """The length that no list may exceed [tokens], ``None`` where there is none."""
         return self.trained_length if self.has_table or self.scales_queries else None
-
-    @property
-    def special(self) -> tuple[list[str], Switch | None, bool]:
-        """What few families have: see ``AttentionFacts``, whose last arguments they are."""
-        length = getattr(self.decoder.config, "original_max_position_embeddings", None)
-        switch = None if length is None else Switch(type(self.decoder).__module__, length)
-        return self.borrowers, switch, bool(rope_types(self.decoder) & LENGTH_DEPENDENT_ROPE)
 
 
 def supports(model: nn.Module, family: Family | None = None) -> Support:
@@ -205,7 +199,7 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
     if not isinstance(model, PreTrainedModel):
         name = type(model).__name__
         raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {name}.{_inner(model)}")
-    decoder = _decoder_of(model)
+    decoder = decoder_of(model)
     config = decoder.config
     given = Family(**family) if isinstance(family, dict) else family
     known = FAMILIES.get(config.model_type)
@@ -236,26 +230,27 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
         )
     kinds = _kinds(decoder, family, windows)
     native = None if None in windows.values() else next(iter(windows.values()))
+    length = getattr(config, "original_max_position_embeddings", None)
+    changes = bool(rope_types(decoder) & LENGTH_DEPENDENT_ROPE)
     return ModelFacts(
-        decoder=decoder,
         num_layers=config.num_hidden_layers,
         kinds=kinds,
         own_attention=family.own_attention,
         counts_columns=family.counts_columns or bool(states),
         trained_length=trained_length(config),
-        length_dependent=bool(rope_types(decoder) & LENGTH_DEPENDENT_ROPE)
-        or has_table(decoder)
-        or scales_queries(config),
+        length_dependent=changes or has_table(decoder) or scales_queries(config),
         has_table=family.counts_columns or has_table(decoder),
         scales_queries=scales_queries(config),
         native_window=native,
         borrowers=_borrowers(config),
+        switch=None if length is None else Switch(type(decoder).__module__, length),
+        changes=changes,
         states=states,
         given={} if given is None else {"family": asdict(given)},
     )
 
 
-def _decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+def decoder_of(model: nn.Module) -> PreTrainedModel:
     """Return the module whose forward receives the cache: in an image-text model that of its text model."""
     decoder = cast("PreTrainedModel", model.base_model)
     if isinstance(getattr(decoder.config, "text_config", None), transformers.PretrainedConfig):

@@ -42,7 +42,6 @@ def fingerprint(decoder: PreTrainedModel, frequencies: Iterable[Tensor]) -> dict
         "number of layers": str(decoder.config.num_hidden_layers),
         "rotation": _digest(tensor.detach().to("cpu", torch.float64) for tensor in frequencies),
         "configuration": hashlib.sha256(_chosen(decoder).encode()).hexdigest(),
-        # Off-loaded weights are nowhere to be seen between calls, and those of FSDP on all ranks.
         "weights": UNKNOWN if _is_elsewhere(decoder) else _digest(_samples(decoder)),
     }
 
@@ -131,14 +130,10 @@ def _gathered(decoder: nn.Module) -> set[str]:
     return found
 
 
-def _gathers(decoder: nn.Module) -> bool:
-    """Return whether FSDP gathers weights."""
-    return any(hasattr(module, "set_reshard_after_backward") for module in decoder.modules())
-
-
 def _is_elsewhere(decoder: nn.Module) -> bool:
-    """Return whether there are weights of which this process has no values between calls."""
-    return _gathers(decoder) or any(one.is_meta for one in decoder.parameters())
+    """Return whether there are weights of which this process has no values between calls: off-loaded, or of FSDP."""
+    gathers = any(hasattr(module, "set_reshard_after_backward") for module in decoder.modules())
+    return gathers or any(one.is_meta for one in decoder.parameters())
 
 
 def _chosen(decoder: PreTrainedModel) -> str:

@@ -16,14 +16,14 @@ import functools
 import inspect
 import threading
 import weakref
-from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from sinkwindow.attention.step import STEP_NAME, is_tracing
+from sinkwindow.attention.step import STEP_NAME, is_tracing, uncompiled
+from sinkwindow.model.calls import Calls
 from sinkwindow.model.exact_rope import hooked, recompute_tables
 from sinkwindow.model.rope import rotary_modules
 
@@ -33,50 +33,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-Function = TypeVar("Function", bound="Callable[..., Any]")
-uncompiled: Callable[[Function], Function] = torch.compiler.disable  # typed
 CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
 # Methods in which a cache spends its time during a call: to measure that time, wrap them on one cache.
 CACHE_WORK = ("_begin", "update", "_end")
-
-
-class Hooked(ABC):
-    """What the hooks ask of a cache.
-
-    Attributes:
-        _model: The module that the cache was made for: its call is the call, not that of other modules around it.
-    """
-
-    _model: weakref.ref[nn.Module]
-
-    @property
-    @abstractmethod
-    def _in_call(self) -> bool:
-        """Whether a call is open; a step that is traced opens none."""
-
-    @abstractmethod
-    def _open(self, module: nn.Module) -> None:
-        """Open a call of a module, or join the one that the module around it has opened."""
-
-    @abstractmethod
-    def _begin(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Begin the open call; return the decoder's arguments, rewritten."""
-
-    @abstractmethod
-    def _complete(self, output: Any) -> Any:
-        """Return the decoder's output with what earlier pieces have given."""
-
-    @abstractmethod
-    def _end(self, module: nn.Module) -> None:
-        """Commit the call if it is the module that the user called."""
-
-    @abstractmethod
-    def _begin_traced(self, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Begin a step while ``torch.compile`` traces it; return the decoder's arguments, rewritten."""
-
-    @abstractmethod
-    def _commit_traced(self) -> None:
-        """Count a step while ``torch.compile`` traces it."""
 
 
 @dataclass(slots=True)
@@ -96,11 +55,9 @@ class _Attachment:
 
 _attachments: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # a cache may be collected, and so detached, while another one is attached
-Modules: TypeAlias = "tuple[weakref.ref[nn.Module], ...]"
-Finalizer: TypeAlias = "weakref.finalize[[Modules, int], Hooked]"
 
 
-def attach(model: nn.Module, decoder: PreTrainedModel, cache: Hooked) -> Finalizer:
+def attach(model: nn.Module, decoder: PreTrainedModel, cache: Calls) -> weakref.finalize[Any, Any]:
     """Hook a model and its decoder for a cache.
 
     Returns:
@@ -144,7 +101,7 @@ def _strip_hooks(module: nn.Module, attachment: _Attachment) -> None:
                 del hooks[key]
 
 
-def _detach(modules: Modules, user: int) -> None:
+def _detach(modules: tuple[weakref.ref[nn.Module], ...], user: int) -> None:
     with _lock:
         for reference in modules:
             module = reference()
@@ -159,7 +116,7 @@ def _detach(modules: Modules, user: int) -> None:
 
 
 @contextmanager
-def call_by_hand(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def call_by_hand(cache: Calls, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Do what the hooks do around a call, with the block in the place of the layers: to measure a cache alone.
 
     Args:
@@ -200,14 +157,16 @@ def _after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     cache = _cache_of(kwargs)
     if cache is None:
         return None
-    if is_tracing() and not cache._in_call:
-        return _commit_traced(cache, cast("PreTrainedModel", module))
+    if is_tracing() and cache._call is None:
+        _restore_attention(module)
+        cache._commit_traced()
+        return None
     return _complete(cache, output)
 
 
 def _after_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
     cache = _cache_of(_named(module, args, kwargs) if args else kwargs)
-    if cache is not None and (not is_tracing() or cache._in_call):
+    if cache is not None and (not is_tracing() or cache._call is not None):
         _end(cache, module)
 
 
@@ -216,10 +175,11 @@ def _after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 # A call that is no step runs uncompiled, in the middle of a compiled model too.
+_complete = uncompiled(Calls._complete)
 
 
 @uncompiled
-def _open(cache: Hooked, module: nn.Module) -> None:
+def _open(cache: Calls, module: nn.Module) -> None:
     attachment, hooks = _attachments.get(module), module._forward_hooks
     if attachment is not None and attachment.last in hooks and next(reversed(hooks)) != attachment.last:
         # The user has registered hooks since: a call counts when all of them have returned.
@@ -228,23 +188,18 @@ def _open(cache: Hooked, module: nn.Module) -> None:
 
 
 @uncompiled
-def _begin(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _begin(cache: Calls, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     _restore_attention(decoder)  # a step whose graph was broken has failed
     _open(cache, decoder)
     return cache._begin(decoder, kwargs)
 
 
 @uncompiled
-def _complete(cache: Hooked, output: Any) -> Any:
-    return cache._complete(output)
-
-
-@uncompiled
-def _end(cache: Hooked, module: nn.Module) -> None:
+def _end(cache: Calls, module: nn.Module) -> None:
     cache._end(module)
 
 
-def _begin_traced(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _begin_traced(cache: Calls, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Begin a step; where ``sdpa`` would copy grouped keys, trace the attention that does not.
 
     The assignment is the tracer's: it is undone before the graph ends. Where a model breaks the graph, others see it in
@@ -257,31 +212,25 @@ def _begin_traced(cache: Hooked, decoder: PreTrainedModel, kwargs: dict[str, Any
     return arguments
 
 
-def _commit_traced(cache: Hooked, decoder: PreTrainedModel) -> None:
-    _restore_attention(decoder)
-    cache._commit_traced()
-
-
 def _restore_attention(module: nn.Module) -> None:
     config = getattr(module, "config", None)
     if getattr(config, "_attn_implementation", None) == STEP_NAME:
         config._attn_implementation = "sdpa"  # type: ignore[union-attr]
 
 
-def _cache_of(kwargs: dict[str, Any]) -> Hooked | None:
+def _cache_of(kwargs: dict[str, Any]) -> Calls | None:
     """Return the cache of a call if it is ours; without a loop, since this runs in each hook of each token."""
     given, other = kwargs.get(CACHE_NAMES[0]), kwargs.get(CACHE_NAMES[1])
     if given is None:
         given = other
-    elif other is not None and other is not given and (isinstance(given, Hooked) or isinstance(other, Hooked)):
+    elif other is not None and other is not given and (isinstance(given, Calls) or isinstance(other, Calls)):
         raise ValueError(f"{' and '.join(CACHE_NAMES)} are two names of one argument, and got two caches: pass one.")
-    return given if isinstance(given, Hooked) else None
+    return given if isinstance(given, Calls) else None
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name."""
-    names = _parameters(id(module))[: len(args)]
-    return {**dict(zip(names, args[: len(names)], strict=True)), **kwargs}
+    return {**dict(zip(_parameters(id(module)), args, strict=False)), **kwargs}
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

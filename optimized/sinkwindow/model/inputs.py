@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkwindow.lanes import Inputs
-from sinkwindow.model.families import FULL, config_refusal
+from sinkwindow.model.families import FULL, ModelFacts, config_refusal
 from sinkwindow.model.pieces import tokens_of
 from sinkwindow.model.versions import RECOMPUTES_FOR_GRADIENTS_ONLY
 
@@ -39,26 +39,24 @@ class CallChecks:
     Attributes:
         decoder: The module that the cache serves.
         frequencies: The angles of its rotary modules, as they were when the cache was made.
-        counts_columns: Whether its ALiBi counts columns, padding included.
-        native_window: The sliding window that all layers share [tokens], or ``None``.
+        facts: What is known of it.
         may_evict: Whether tokens may be evicted.
         last_position: The last one that original positions allow; ``None`` where ranks are the positions.
-        by_kind: Whether the model has positions by time, height and width (M-RoPE).
     """
 
     decoder: weakref.ref[PreTrainedModel]
     frequencies: Sequence[Frequencies]
-    counts_columns: bool
-    native_window: int | None
+    facts: ModelFacts
     may_evict: bool
     last_position: int | None
-    by_kind: bool
 
     def read(self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], *, attached: bool) -> Inputs:
         """Read a call, before anything changes.
 
         Raises:
-            ValueError: The decoder is another one or has changed, or its arguments do not fit the stream.
+            ValueError: The decoder is another one or has changed; no tokens, another batch size than before, a mask
+                that is not a left-padding 2D mask over all columns (or over the new ones) or contradicts what was fed,
+                or positions that are not those of the tokens.
             OverflowError: The call goes beyond what the cache may evict, or the positions it may use.
         """
         if decoder is not self.decoder() or not attached:
@@ -70,8 +68,20 @@ class CallChecks:
                     "model.to(torch.bfloat16) rounds them. Make the cache after the cast."
                 )
         _check_flags(decoder, kwargs)
-        inputs = read_inputs(kwargs, stream, self.native_window, by_kind=self.by_kind)
-        if self.counts_columns:
+        rows, columns, device = _read_tokens(kwargs, stream.state.batch)
+        mask, real = kwargs.get("attention_mask"), None
+        if isinstance(mask, dict):  # made by `generate`, or by a model around the decoder
+            _check_is_causal(mask, columns)
+        if stream.static or isinstance(mask, dict):  # for a static cache, `generate` makes 4D masks of its own
+            mask = _padding_behind(mask, columns, self.facts.native_window, stream)
+        if mask is not None and not _has_no_data(mask):
+            real = _read_mask(mask, rows, columns, stream)
+        inputs = Inputs(rows, columns, device, real)
+        positions = kwargs.get("position_ids")
+        if positions is not None and not _has_no_data(positions):
+            by_kind = any(hasattr(one.module(), "mrope_section") for one in self.frequencies)  # M-RoPE
+            _check_positions(positions, inputs, stream.state, by_kind=by_kind)
+        if self.facts.counts_columns:
             _check_padding_is_leading(inputs, [lane.seen for lane in stream.state.lanes])
         if not self.may_evict or self.last_position is not None:
             self._check_room(stream, inputs)
@@ -120,36 +130,6 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             )
 
 
-def read_inputs(
-    kwargs: dict[str, Any], stream: Stream, native_window: int | None = None, *, by_kind: bool = False
-) -> Inputs:
-    """Read and check the arguments of a decoder's forward.
-
-    Args:
-        kwargs: The arguments by name.
-        stream: What the cache holds. If it is static, ``generate`` makes 4D masks of its own.
-        native_window: The sliding window that all layers share [tokens], or ``None``.
-        by_kind: Whether the model has positions by time, height and width (M-RoPE).
-
-    Raises:
-        ValueError: No tokens, another batch size than before, a mask that is not a left-padding 2D mask over all
-            columns (or over the new ones) or contradicts what was fed, or positions that are not those of the tokens.
-    """
-    rows, columns, device = _read_tokens(kwargs, stream.state.batch)
-    mask, real = kwargs.get("attention_mask"), None
-    if isinstance(mask, dict):  # made by `generate`, or by a model around the decoder
-        _check_is_causal(mask, columns)
-    if stream.static or isinstance(mask, dict):
-        mask = _padding_behind(mask, columns, native_window, stream)
-    if mask is not None and not _has_no_data(mask):
-        real = _read_mask(mask, rows, columns, stream)
-    inputs = Inputs(rows, columns, device, real)
-    positions = kwargs.get("position_ids")
-    if positions is not None and not _has_no_data(positions):
-        _check_positions(positions, inputs, stream.state, by_kind=by_kind)
-    return inputs
-
-
 def _has_no_data(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_meta
 
@@ -181,16 +161,10 @@ def _read_tokens(kwargs: dict[str, Any], batch: int | None) -> tuple[int, int, t
 
 
 def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
-    """Refuse padding between a row's tokens, for models that count it.
-
-    Raises:
-        ValueError: A row has padding after its first token.
-    """
+    """Refuse padding after a row's first token, for models that count it."""
     for index, real in enumerate(inputs.real or []):
         before = seen[index if len(seen) > 1 else 0]
-        if real is None or len(real) == inputs.columns:
-            continue
-        if before or real != list(range(inputs.columns - len(real), inputs.columns)):
+        if len(real) < inputs.columns and (before or real != list(range(inputs.columns - len(real), inputs.columns))):
             raise ValueError(
                 f"attention_mask pads row {index} after its first token, and this model counts padding there: as a "
                 "distance with ALiBi, as a step of a layer's state; pad on the left of the first call only."
@@ -198,11 +172,7 @@ def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
 
 
 def _check_is_causal(masks: dict[str, object], columns: int) -> None:
-    """Refuse 4D masks, one for each type of layers, in which a token attends to a later one.
-
-    Raises:
-        ValueError: One of them does, or cannot be read.
-    """
+    """Refuse 4D masks, one for each type of layers, in which a token attends to a later one, or that are no tensors."""
     for mask in masks.values():
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):  # noqa: PLR2004
             continue
@@ -255,7 +225,7 @@ def _padding_behind(mask: object, columns: int, native_window: int | None, strea
     return real
 
 
-def _read_mask(mask: object, rows: int, columns: int, stream: Stream) -> list[list[int] | None] | None:
+def _read_mask(mask: object, rows: int, columns: int, stream: Stream) -> list[list[int]] | None:
     """Return each row's new columns with tokens, ``None`` where all columns are.
 
     Raises:
@@ -287,15 +257,12 @@ def _read_mask(mask: object, rows: int, columns: int, stream: Stream) -> list[li
 
 
 def _check_cached_columns(is_token: Tensor, counts: list[int], stream: Stream) -> None:
-    """Compare what a mask says of cached columns with what was fed.
+    """Refuse a mask that says other things of cached columns than what was fed.
 
     Args:
         is_token: ``[batch, cached columns]`` bool.
         counts: How many are tokens, row by row.
         stream: What the cache holds.
-
-    Raises:
-        ValueError: The two differ.
     """
     state = stream.state
     seen = [lane.seen for lane in state.lanes] * (len(counts) // len(state.lanes))
@@ -312,13 +279,13 @@ def _check_cached_columns(is_token: Tensor, counts: list[int], stream: Stream) -
         )
 
 
-def _real_columns(mask: Tensor) -> list[list[int] | None]:
+def _real_columns(mask: Tensor) -> list[list[int]]:
     """Return each row's columns with tokens.
 
     Raises:
         ValueError: A row has padding on the right.
     """
-    rows: list[list[int] | None] = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
+    rows = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
     for index, real in enumerate(rows):
         if real and real[-1] != mask.shape[1] - 1:
             raise ValueError(
@@ -336,9 +303,8 @@ def _positions_of_text(positions: Tensor, inputs: Inputs) -> Tensor:
     """
     differs = (positions != positions[:1]).any(dim=0)
     for row in range(inputs.batch):
-        own = None if inputs.real is None else inputs.real[row]
         found = differs[row if len(differs) > 1 else 0]
-        if (found if own is None else found[own]).any():
+        if (found if inputs.real is None else found[inputs.real[row]]).any():
             raise ValueError(
                 "position_ids have several components that differ, as for the tokens of an image (M-RoPE), and a "
                 "StreamingCache counts tokens in one: use a DynamicCache for this prompt, or leave its images out."
@@ -347,12 +313,9 @@ def _positions_of_text(positions: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _check_positions(positions: object, inputs: Inputs, state: State, *, by_kind: bool) -> None:
-    """Compare the caller's positions with those of the tokens: the cache makes its own.
+    """Refuse positions that are not those of the tokens: the cache makes its own.
 
     Tokens are numbered by natural index, as ``generate`` does, by column, or by rank in the retained list.
-
-    Raises:
-        ValueError: They are numbered otherwise.
     """
     wanted = ((1, inputs.columns), (inputs.batch, inputs.columns))
     kinds = ((), (1,), (3,), (4,)) if by_kind else ((),)  # also behind positions by token (Qwen-VL)
@@ -367,8 +330,7 @@ def _check_positions(positions: object, inputs: Inputs, state: State, *, by_kind
     given, lanes, rows = positions.tolist(), state.lanes, state.pools[0].lanes
     for row in range(inputs.batch):
         lane, gone = (lanes[row], rows[row].evicted) if len(lanes) > 1 else (lanes[0], rows[0].evicted)
-        own = None if inputs.real is None else inputs.real[row]
-        real: Sequence[int] = range(inputs.columns) if own is None else own
+        real: Sequence[int] = range(inputs.columns) if inputs.real is None else inputs.real[row]
         found = [given[row if len(given) > 1 else 0][column] for column in real]
         naturals = list(range(lane.seen, lane.seen + len(found)))
         columns, ranks = [state.columns + column for column in real], [natural - gone for natural in naturals]

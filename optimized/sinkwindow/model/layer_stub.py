@@ -63,9 +63,7 @@ class LayerStub(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transforme
         """Return -1: there is no maximum."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """Return -1, as ``get_max_length``, which is called so from transformers 5.13 on."""
-        return -1
+    get_max_cache_shape = get_max_length  # as it is called before transformers 5.13
 
 
 class HybridStub(StateLayer, LayerStub):  # type: ignore[misc, no-untyped-call]  # as in stock layers of both kinds

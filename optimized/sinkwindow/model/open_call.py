@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkwindow.lanes import Inputs
-    from sinkwindow.model.rope import Switch
+    from sinkwindow.model.families import ModelFacts
     from sinkwindow.stream.call import PoolCall, StreamCall
     from sinkwindow.stream.events import Eviction
     from sinkwindow.stream.steps import Steps
@@ -37,31 +37,6 @@ MASKED = ("sdpa", "eager", "flex_attention")  # attention implementations that t
 _CALL = nn.Module._call_impl.__code__  # noqa: SLF001 - the function that runs a module's forward and its hooks
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionFacts:
-    """What a call must know of the model's attention.
-
-    Attributes:
-        layer_types: For each pool what models with mixed layers call them.
-        own: Whether the model bypasses ``AttentionInterface``: it makes its masks itself, of a 2D one.
-        table: Whether positions index a table of the model.
-        float32_from: Positions from which the model's float32 angles are not good enough.
-        keeps_states: Whether some layers keep a state: they are given a mask of padding.
-        borrowers: The types of the last layers, which attend to the keys of an earlier one of their type.
-        switch: Where stock code changes over to other frequencies, if anywhere.
-        changes: Whether the model's frequencies depend on the largest position of a call, of other callers too.
-    """
-
-    layer_types: list[str]
-    own: bool
-    table: bool
-    float32_from: int
-    keeps_states: bool = False
-    borrowers: Sequence[str] = ()
-    switch: Switch | None = None
-    changes: bool = False
-
-
 @dataclass(slots=True, eq=False)
 class OpenCall:
     """A call under way.
@@ -71,6 +46,7 @@ class OpenCall:
     of an interrupted call alive.
 
     Attributes:
+        facts: What is known of the model.
         cache: The address of the cache.
         module: The address of the module that the user called.
         frame: The address of the frame in which torch calls it; 0 for a call made by hand.
@@ -80,10 +56,12 @@ class OpenCall:
         targets: For each pool what takes a layer's keys and values.
         todo: Layers that have not updated the cache yet.
         outputs: Hidden states of the pieces that have run.
+        masked: Whether the model's attention takes 4D masks.
         as_tuple: Whether the decoder's output is to be a tuple.
         evictions: Of the pieces that have run.
     """
 
+    facts: ModelFacts
     cache: int
     module: int
     frame: int
@@ -93,6 +71,7 @@ class OpenCall:
     targets: Sequence[PoolCall | Steps] = ()
     todo: set[int] = field(default_factory=set)
     outputs: list[dict[str, Any]] = field(default_factory=list)
+    masked: bool = True
     as_tuple: bool = False
     evictions: list[Eviction] = field(default_factory=list)
 
@@ -124,14 +103,11 @@ class OpenCall:
         self.stream, self.targets = steps.stream, [steps] * len(steps.stream.pools)
         return kwargs | steps.begin(kwargs, decoder.config._attn_implementation)  # noqa: SLF001
 
-    def begin(
-        self, stream: Stream, facts: AttentionFacts, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs
-    ) -> dict[str, Any]:
+    def begin(self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
         """Run all pieces of a call but the last, on a fork of the stream, and begin that one.
 
         Args:
             stream: The cache's stream; what it holds does not change.
-            facts: Of the model's attention.
             decoder: The model.
             kwargs: Its arguments by name.
             inputs: What they bring.
@@ -142,21 +118,19 @@ class OpenCall:
         Raises:
             ValueError: The call must run in pieces, and is asked for what pieces do not add up to.
         """
-        masked = decoder.config._attn_implementation in MASKED and not facts.own  # noqa: SLF001
+        self.masked = decoder.config._attn_implementation in MASKED and not self.facts.own_attention  # noqa: SLF001
         self.stream = stream
         if inputs.columns > 1 and self.frame:  # by hand, there is nothing to run pieces with
-            columns = self._first_piece(stream, decoder, kwargs, inputs, masked=masked)
+            columns = self._first_piece(stream, decoder, kwargs, inputs)
             if kwargs.get("return_dict", decoder.config.return_dict) is False:
                 kwargs, self.as_tuple = kwargs | {"return_dict": True}, True  # the items of a tuple have no names
             if columns < inputs.columns:
-                kwargs, inputs = self._run_pieces(stream, columns, facts, decoder, kwargs, inputs, masked=masked)
-        return self._plan(facts, decoder, kwargs, inputs, masked=masked)
+                kwargs, inputs = self._run_pieces(stream, columns, decoder, kwargs, inputs)
+        return self._plan(decoder, kwargs, inputs)
 
-    def _first_piece(
-        self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs, *, masked: bool
-    ) -> int:
+    def _first_piece(self, stream: Stream, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs) -> int:
         """Return how many columns of a call to run at once."""
-        length = stream.piece_length(inputs, masked=masked)
+        length = stream.piece_length(inputs, masked=self.masked)
         if length == inputs.columns:
             return length
         whole = [f"{name}=True" for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
@@ -164,8 +138,8 @@ class OpenCall:
         if not whole:
             return length
         held = stream.pools[0].held(stream.state.pools[0], stream.state.lanes)
-        if not masked or (stream.longest is not None and held + inputs.columns > stream.longest):
-            why = "takes no 4D mask" if not masked else "has a table of positions"
+        if not self.masked or (stream.longest is not None and held + inputs.columns > stream.longest):
+            why = "takes no 4D mask" if not self.masked else "has a table of positions"
             raise ValueError(
                 f"{whole[0]} needs a call in one piece, and this one must run in pieces, since the attention of "
                 f"{type(decoder).__name__} {why}: feed at most {length} columns, or call under torch.no_grad()."
@@ -173,24 +147,16 @@ class OpenCall:
         return inputs.columns
 
     def _run_pieces(
-        self,
-        stream: Stream,
-        length: int,
-        facts: AttentionFacts,
-        decoder: PreTrainedModel,
-        kwargs: dict[str, Any],
-        inputs: Inputs,
-        *,
-        masked: bool,
+        self, stream: Stream, length: int, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs
     ) -> tuple[dict[str, Any], Inputs]:
         """Run all pieces but the last; return the arguments of that one, and what they bring."""
         start, end, todo = 0, inputs.columns, set(self.todo)
         in_slots = stream.has_room(inputs)
         if in_slots:  # evicted tokens stay where a roll-back finds them
-            self.stream = stream = stream.copy()
+            self.stream = stream = stream.fork(stream.state.cloned())
         while start + length < end:
             run, piece = piece_of(inputs, start, start + length), arguments_of(kwargs, start, start + length)
-            arguments = self._plan(facts, decoder, piece, run, masked=masked, aside=not start and not in_slots)
+            arguments = self._plan(decoder, piece, run, aside=not start and not in_slots)
             output = decoder.forward(**arguments)
             if output["last_hidden_state"].requires_grad:  # by a tensor of a user's hook
                 raise ValueError(
@@ -204,24 +170,18 @@ class OpenCall:
             if start or in_slots:
                 self.evictions += stream.commit(plan)
             else:
-                self.stream, self.evictions = stream.fork(plan)
-                stream = self.stream
+                state, self.evictions = stream.after(plan)
+                self.stream = stream = stream.fork(state)
             start += length
-            length = stream.piece_length(piece_of(inputs, start, end), masked=masked)
+            length = stream.piece_length(piece_of(inputs, start, end), masked=self.masked)
         return arguments_of(kwargs, start, end), piece_of(inputs, start, end)
 
     def _plan(
-        self,
-        facts: AttentionFacts,
-        decoder: PreTrainedModel,
-        kwargs: dict[str, Any],
-        inputs: Inputs,
-        *,
-        masked: bool,
-        aside: bool = False,
+        self, decoder: PreTrainedModel, kwargs: dict[str, Any], inputs: Inputs, *, aside: bool = False
     ) -> dict[str, Any]:
         """Plan a piece and return the decoder's arguments for it; ``aside`` leaves the slots alone."""
-        plan = cast("Stream", self.stream).begin(inputs, aside=aside)
+        facts, stream = self.facts, cast("Stream", self.stream)
+        plan = stream.begin(inputs, aside=aside)
         self.plan, self.targets = plan, plan.parts
         positions = plan.positions(inputs.device)
         if kwargs.get("cache_position") is not None:  # of transformers before 5.4: masks count columns from it
@@ -230,30 +190,60 @@ class OpenCall:
             kwargs = kwargs | {"cache_position": columns}
         return kwargs | {
             "position_ids": marked(
-                positions, decoder, plan.reach, facts.float32_from, changes=facts.changes, table=facts.table
+                positions, decoder, plan.reach, stream.capacity, changes=facts.changes, table=facts.has_table
             ),
-            "attention_mask": _mask(plan, facts, decoder, inputs, masked=masked),
+            "attention_mask": self._mask(plan, decoder, inputs),
         }
 
-    def check_layers(self) -> None:
-        """Refuse a call in which some layer never handed over its keys.
+    def _mask(
+        self, plan: StreamCall, decoder: PreTrainedModel, inputs: Inputs
+    ) -> Tensor | Mapping[str, Tensor | None] | None:
+        """Return the mask that the model is given: 4D where it takes one, 2D where it makes its own of it.
 
         Raises:
-            RuntimeError: There is one; the call does not count.
+            ValueError: It needs a 4D mask for each kind of layer, and takes none.
         """
+        kinds = self.facts.kinds
+        if self.facts.own_attention:
+            return plan.columns_with_tokens(inputs.device)
+        implementation = decoder.config._attn_implementation  # noqa: SLF001
+        if not self.masked:  # nothing crosses an eviction in a piece, and the model knows its own windows
+            if plan.is_even():
+                return None
+            if len({kind.layer_type for kind in kinds}) > 1:
+                raise ValueError(
+                    f"attn_implementation={implementation!r} takes no 4D mask, which padded rows of a model with "
+                    'layers of several kinds need: use "sdpa", or rows without padding.'
+                )
+            return plan.columns_with_tokens(inputs.device)
+        masks = plan.masks(inputs.device)
+        if masks is None:
+            return None
+        if implementation != "sdpa":
+            masks = [additive(mask, decoder.dtype).expand(inputs.batch, -1, -1, -1) for mask in masks]
+        by_type = {kind.layer_type: mask for kind, mask in zip(kinds, masks, strict=True)}
+        if self.facts.states:  # by which names they ask for them depends on the family
+            own = {ATTENDING_PART.get(kind, kind): mask for kind, mask in by_type.items()}
+            padding = None if plan.plain else plan.columns_with_tokens(inputs.device)[:, -inputs.columns :]
+            return {**by_type, **own, **dict.fromkeys(STATE_ONLY, padding)}
+        return masks[0] if len(by_type) == 1 else by_type
+
+    def check_layers(self) -> None:
+        """Refuse a call in which some layer never handed over its keys; it does not count."""
         if self.todo:
             raise RuntimeError(f"Layers {sorted(self.todo)} did not update the cache in this call; it is undone.")
 
     # -- what the decoder returns -------------------------------------------------------------------------------------
 
-    def completed(self, output: Any, pool_of: Mapping[int, int], facts: AttentionFacts) -> Any:
+    def completed(self, output: Any, pool_of: Mapping[int, int]) -> Any:
         """Return the output with those of earlier pieces, and weights of copied sinks in their own columns."""
         if self.outputs:
             output = joined([*self.outputs, output])
         weights = output.get("attentions") if isinstance(output, dict) else None
         if weights is not None and self.plan is not None:
             pools = [pool_of[layer] for layer in sorted(pool_of)]
-            pools += [facts.layer_types.index(kind) for kind in facts.borrowers]
+            types = [kind.layer_type for kind in self.facts.kinds]
+            pools += [types.index(kind) for kind in self.facts.borrowers]
             parts = [self.plan.parts[pool] for pool in pools]
             output["attentions"] = tuple(
                 weight if weight is None else part.fold(weight) for part, weight in zip(parts, weights, strict=True)
@@ -265,39 +255,6 @@ def _has_gradient(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Return whether a backward pass may follow: cached keys are constants, so pieces would cut it."""
     tensors = (*decoder.parameters(), kwargs.get("inputs_embeds"))
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _mask(
-    plan: StreamCall, facts: AttentionFacts, decoder: PreTrainedModel, inputs: Inputs, *, masked: bool
-) -> Tensor | Mapping[str, Tensor | None] | None:
-    """Return the mask that the model is given: 4D where it takes one, 2D where it makes its own of it.
-
-    Raises:
-        ValueError: It needs a 4D mask for each kind of layer, and takes none.
-    """
-    if facts.own:
-        return plan.columns_with_tokens(inputs.device)
-    implementation = decoder.config._attn_implementation  # noqa: SLF001
-    if not masked:  # nothing crosses an eviction in a piece, and the model knows its own windows
-        if plan.is_even():
-            return None
-        if len(set(facts.layer_types)) > 1:
-            raise ValueError(
-                f"attn_implementation={implementation!r} takes no 4D mask, which padded rows of a model with layers of "
-                'several kinds need: use "sdpa", or rows without padding.'
-            )
-        return plan.columns_with_tokens(inputs.device)
-    masks = plan.masks(inputs.device)
-    if masks is None:
-        return None
-    if implementation != "sdpa":
-        masks = [additive(mask, decoder.dtype).expand(inputs.batch, -1, -1, -1) for mask in masks]
-    by_type = dict(zip(facts.layer_types, masks, strict=True))
-    if facts.keeps_states:  # by which names they ask for them depends on the family
-        own = {ATTENDING_PART.get(kind, kind): mask for kind, mask in by_type.items()}
-        padding = None if plan.plain else plan.columns_with_tokens(inputs.device)[:, -inputs.columns :]
-        return {**by_type, **own, **dict.fromkeys(STATE_ONLY, padding)}
-    return masks[0] if len(by_type) == 1 else by_type
 
 
 def module_frame() -> FrameType | None:

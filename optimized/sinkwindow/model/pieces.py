@@ -46,11 +46,8 @@ def piece_of(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Return a run of a call's columns as a call of its own."""
     if inputs.real is None:
         return Inputs(inputs.batch, stop - start, inputs.device, None)
-    real = [
-        [column - start for column in (range(inputs.columns) if row is None else row) if start <= column < stop]
-        for row in inputs.real
-    ]
-    return Inputs(inputs.batch, stop - start, inputs.device, list(real))
+    real = [[column - start for column in row if start <= column < stop] for row in inputs.real]
+    return Inputs(inputs.batch, stop - start, inputs.device, real)
 
 
 def joined(outputs: Sequence[dict[str, Any]]) -> Any:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 from sinkwindow.model.state_layers import OWN_STATE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -40,58 +42,38 @@ def refusal(decoder: PreTrainedModel) -> str:
     Args:
         decoder: The module whose forward receives the cache.
     """
+    return next(_reasons(decoder), "")
+
+
+def _reasons(decoder: PreTrainedModel) -> Iterator[str]:  # noqa: C901 - a list, the most telling ones first
     config = decoder.config
     types = list(getattr(config, "layer_types", None) or ())
     names = [name for name, _ in (*decoder.named_modules(), *decoder.named_buffers())]
     text = [name for name in names if not OTHER_INPUTS.search(name)]
-    cases = (  # the first that is true
-        (
-            getattr(config, "is_encoder_decoder", False),
-            "is an encoder-decoder: its decoder attends to an encoder, and a stream of tokens has none.",
-        ),
-        (config.model_type in NAMED, NAMED.get(config.model_type, "")),
-        (
-            _some(decoder, "kv_lora_rank"),
-            f"caches latent keys and values (MLA), whose sinks cannot be moved by rotating keys: {INSTEAD}",
-        ),
-        (
-            any(map(POSITIONS.search, text)) or hasattr(decoder, "pos_encoding"),
-            f"has absolute position embeddings in its inputs: cached tokens cannot move to new ranks; {INSTEAD}",
-        ),
-        (
-            any(map(INDEXES.search, types)) or any(hasattr(config, name) for name in INDEX_SIZES),
-            f"chooses the tokens to attend to by an index (sparse attention), which cannot evict: {INSTEAD}",
-        ),
-        (
-            "chunked_attention" in types,
-            f"attends within chunks of the text (chunked_attention), and a stream evicts inside of them: {INSTEAD}",
-        ),
-        (
-            any(map(RELATIVE.search, text)) or hasattr(config, "rel_extent"),
-            f"has a bias by relative position in its scores, which a stream would have to make: {INSTEAD}",
-        ),
-        (
-            any(hasattr(config, name) for name in LOOPS),
-            f"runs its layers several times for each token, with keys of their own each time: {INSTEAD}",
-        ),
-        (
-            _some(decoder, "cross_attn", "crossattention", "encoder_attn"),
-            f"has layers that attend to something other than its own tokens (cross-attention): {INSTEAD}",
-        ),
-        (
-            getattr(config, "prefix_lm", False),
-            f"lets the tokens of a prompt attend to each other (prefix_lm), which a stream never does: {INSTEAD}",
-        ),
-        (
-            len(text) < len(names),
-            f"takes images or sound in the same call as its tokens, which a stream cannot place: {INSTEAD}",
-        ),
-        (
-            getattr(decoder, "_is_stateful", False),
-            "keeps a state of fixed size instead of keys and values: it streams without a cache like this.",
-        ),
-    )
-    return next((reason for holds, reason in cases if holds), "")
+    if getattr(config, "is_encoder_decoder", False):
+        yield "is an encoder-decoder: its decoder attends to an encoder, and a stream of tokens has none."
+    if config.model_type in NAMED:
+        yield NAMED[config.model_type]
+    if _some(decoder, "kv_lora_rank"):
+        yield f"caches latent keys and values (MLA), whose sinks cannot be moved by rotating keys: {INSTEAD}"
+    if any(map(POSITIONS.search, text)) or hasattr(decoder, "pos_encoding"):
+        yield f"has absolute position embeddings in its inputs: cached tokens cannot move to new ranks; {INSTEAD}"
+    if any(map(INDEXES.search, types)) or any(hasattr(config, name) for name in INDEX_SIZES):
+        yield f"chooses the tokens to attend to by an index (sparse attention), which cannot evict: {INSTEAD}"
+    if "chunked_attention" in types:
+        yield f"attends within chunks of the text (chunked_attention), and a stream evicts inside of them: {INSTEAD}"
+    if any(map(RELATIVE.search, text)) or hasattr(config, "rel_extent"):
+        yield f"has a bias by relative position in its scores, which a stream would have to make: {INSTEAD}"
+    if any(hasattr(config, name) for name in LOOPS):
+        yield f"runs its layers several times for each token, with keys of their own each time: {INSTEAD}"
+    if _some(decoder, "cross_attn", "crossattention", "encoder_attn"):
+        yield f"has layers that attend to something other than its own tokens (cross-attention): {INSTEAD}"
+    if getattr(config, "prefix_lm", False):
+        yield f"lets the tokens of a prompt attend to each other (prefix_lm), which a stream never does: {INSTEAD}"
+    if len(text) < len(names):
+        yield f"takes images or sound in the same call as its tokens, which a stream cannot place: {INSTEAD}"
+    if getattr(decoder, "_is_stateful", False):
+        yield "keeps a state of fixed size instead of keys and values: it streams without a cache like this."
 
 
 def parallel_refusal(model: PreTrainedModel) -> str:

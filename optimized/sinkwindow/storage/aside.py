@@ -6,7 +6,7 @@ time, and these take the place of the old ones when it commits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -87,9 +87,9 @@ class Aside:
         """Return what the pool holds after the call."""
         if not self._banks:
             windows = {layer: window for layer, (window, _) in self._first.items()}
-            sizes = self._size, self._pool.retention.num_sinks
-            more: dict[str, Any] = {"apart": self._pool.static, "spare": self._spare}
-            self._banks = tuple(allocate(self._pool.layers, windows, *sizes, **more))
+            pool, num_sinks = self._pool, self._pool.retention.num_sinks
+            banks = allocate(pool.layers, windows, self._size, num_sinks, apart=pool.static, spare=self._spare)
+            self._banks = tuple(banks)
             for bank in self._banks:
                 for layer, place in bank.layers.items():
                     window, sinks = self._first.pop(layer)

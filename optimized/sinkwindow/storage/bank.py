@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 class KeyValue(NamedTuple):
@@ -103,9 +103,13 @@ def allocate(
     Raises:
         MemoryError: There is no memory for them; ``torch.OutOfMemoryError`` where a device says so.
     """
-    groups = [[layer] for layer in layers] if apart else _alike(layers, like)
+    groups: dict[object, list[int]] = {}
+    for layer in layers:
+        keys, values = like[layer]
+        alike = keys.device, keys.dtype, keys.shape[:2], keys.shape[3], values.shape[3]
+        groups.setdefault(layer if apart else alike, []).append(layer)
     banks = []
-    for group in groups:
+    for group in groups.values():
         places, pair = {layer: place for place, layer in enumerate(group)}, like[group[0]]
         wanted = [(tensor, (len(group), *tensor.shape[:2]), tokens) for tokens in (size, num_sinks) for tensor in pair]
         kept = next((bank for bank in spare if bank.layers == places and bank.has(wanted)), None)
@@ -114,16 +118,6 @@ def allocate(
             kept = Bank(places, KeyValue(keys, values), KeyValue(sink_keys, sink_values))
         banks.append(kept)
     return banks
-
-
-def _alike(layers: Iterable[int], like: Mapping[int, KeyValue]) -> Iterator[list[int]]:
-    """Group layers whose keys and values fit into one tensor."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for layer in layers:
-        keys, values = like[layer]
-        kind = (keys.device, keys.dtype, keys.shape[:2], keys.shape[3], values.shape[3])
-        groups.setdefault(kind, []).append(layer)
-    yield from groups.values()
 
 
 def _allocate(like: Tensor, front: Sequence[int], tokens: int) -> Tensor:

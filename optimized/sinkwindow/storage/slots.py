@@ -80,11 +80,6 @@ class Slots:
     end: int = 0
     spare: tuple[Bank, ...] = ()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors in use, not of spare ones."""
-        return sum(tensor.nbytes for bank in self.banks for tensor in bank.tensors)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:

@@ -20,8 +20,6 @@ from sinkwindow.storage.bank import KeyValue, unlike
 from sinkwindow.storage.slots import Slots
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sinkwindow.lanes import LaneCall
     from sinkwindow.storage.slots import Pool
     from sinkwindow.stream.state import State
@@ -58,7 +56,8 @@ class PoolCall:
     epochs: int = 0
     evicted: list[int] = field(default_factory=list)
     front: int = 0
-    _views: dict[int, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    _cached: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # views of each layer's cached columns,
+    _targets: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # and of where its new ones go
     _whole: bool = False  # what a layer returns is one view of the slots
     _needs_sinks: bool = False
     _begun: bool = False  # some layer has handed over its keys
@@ -93,13 +92,11 @@ class PoolCall:
         width = self.held + (columns if self._whole else 0)
         for index, bank in enumerate(slots.banks):
             keys, values = copies[index] if self.copied else bank.slots.narrowed(slots.end - self.held, width)
-            to_keys: tuple[Tensor | None, ...] = (None,) * len(bank.layers)
-            to_values = to_keys
+            self._cached |= zip(bank.layers, zip(keys.unbind(), values.unbind(), strict=True), strict=True)
             if self.in_slots:
                 fresh = bank.slots.narrowed(slots.end, columns)
-                to_keys, to_values = fresh.keys.unbind(), fresh.values.unbind()
-            views = zip(to_keys, to_values, keys.unbind(), values.unbind(), strict=True)
-            self._views |= zip(bank.layers, views, strict=True)
+                targets = zip(fresh.keys.unbind(), fresh.values.unbind(), strict=True)
+                self._targets |= zip(bank.layers, targets, strict=True)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, and return all that its queries may attend to.
@@ -116,34 +113,29 @@ class PoolCall:
         Raises:
             ValueError: Their dtype or device does not go with that of the cached ones.
         """
-        to_keys, to_values, keys, values = self._views.get(layer, (None,) * 4)
-        if (
-            keys is not None
-            and values is not None
-            and (
-                key.dtype != keys.dtype
-                or value.dtype != values.dtype
-                or key.device != keys.device
-                or key.shape[1] != keys.shape[1]
-            )
-        ):
-            self._adapt(layer, key, value)
-            to_keys, to_values, keys, values = self._views[layer]
+        cached = self._cached.get(layer)
+        if cached is not None:
+            keys, values = cached
+            kinds = key.dtype, value.dtype, key.device, key.shape[1]
+            if kinds != (keys.dtype, values.dtype, keys.device, keys.shape[1]):
+                self._adapt(layer, key, value)
+                cached = self._cached[layer]
         self._begun = True
         differentiable = key.requires_grad or value.requires_grad
-        if to_keys is not None and to_values is not None:
+        if self.in_slots:
+            to_keys, to_values = self._targets[layer]
             to_keys.copy_(key.detach() if differentiable else key)  # the check is ten times cheaper than detach()
             to_values.copy_(value.detach() if differentiable else value)
-        whole = self._whole and not differentiable
-        if whole and not self._needs_sinks and keys is not None and values is not None:
-            return keys, values
+        whole = cached if self._whole and not differentiable else None
+        if whole is not None and not self._needs_sinks:
+            return whole
         fresh = KeyValue(key, value)
         sinks = self._collect_sinks(layer, fresh) if self._needs_sinks else fresh
-        if whole and keys is not None and values is not None:
-            return keys, values
+        if whole is not None:
+            return whole
         states = [fresh]
-        if keys is not None and values is not None:
-            states = [KeyValue(keys[:, :, : self.held], values[:, :, : self.held]), fresh]
+        if cached is not None:
+            states = [KeyValue(*(tensor[:, :, : self.held] for tensor in cached)), fresh]
         if self.epochs:
             states = [self._rotated(sinks), *states]
         result = fresh
@@ -158,13 +150,11 @@ class PoolCall:
 
         As with ``torch.cat`` the wider dtype holds from now on: a prompt was run under autocast, and steps are not.
         """
-        _, _, keys, values = self._views[layer]
-        assert keys is not None and values is not None  # noqa: S101, PT018 - they differ
-        fresh, cached = KeyValue(key, value), KeyValue(keys, values)
+        fresh, cached = KeyValue(key, value), KeyValue(*self._cached[layer])
         own, new = ([tensor.dtype for tensor in pair] for pair in (cached, fresh))
         wider = [torch.promote_types(*pair) for pair in zip(own, new, strict=True)]
         narrower = wider != new and not torch.is_autocast_enabled(key.device.type)
-        moved = key.device != keys.device or key.shape[1] != keys.shape[1]
+        moved = key.device != cached.keys.device or key.shape[1] != cached.keys.shape[1]
         if moved or narrower or (wider != own and (self.pool.static or self._begun)):
             raise ValueError(unlike(fresh, cached))
         if wider != own:
@@ -244,22 +234,20 @@ class PoolCall:
         targets = [sinks]
         if self.epochs and any(tensor.requires_grad for tensor in fresh):
             targets = [sinks, KeyValue(*map(torch.clone, sinks))]
-        for index, lane, where, columns in self._new_sinks():  # rotated to their natural index, whatever the offset
+        for r, lane in enumerate(self.lanes):
+            first, last = lane.before.seen, self.pool.retention.sinks(lane.after.seen)
+            if first >= last:
+                continue
+            index, where = batch_slice(r, len(self.lanes)), slice(first, last)
+            columns = slice(0, last - first) if lane.real is None else lane.real[: last - first]
             keys, values = (tensor[index][:, :, columns] for tensor in fresh)
+            # To their natural index, whatever the offset.
             keys = self.pool.rotary.rotate_by(keys, lane.after.offset) if lane.after.offset else keys
             for (to_keys, to_values), source in zip(
                 targets, ((keys.detach(), values.detach()), (keys, values)), strict=False
             ):
                 to_keys[index, :, where], to_values[index, :, where] = source
         return targets[-1]
-
-    def _new_sinks(self) -> Iterator[tuple[slice, LaneCall, slice, list[int] | slice]]:
-        """Yield the sinks that the call brings: batch slice, lane, sink indices, columns of the call."""
-        for r, lane in enumerate(self.lanes):
-            first, last = lane.before.seen, self.pool.retention.sinks(lane.after.seen)
-            if first < last:
-                columns = slice(0, last - first) if lane.real is None else lane.real[: last - first]
-                yield batch_slice(r, len(self.lanes)), lane, slice(first, last), columns
 
 
 @dataclass(slots=True, eq=False)

@@ -6,10 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sinkwindow.lanes import LaneCall
-    from sinkwindow.retention import Retention
     from sinkwindow.stream.call import StreamCall
 
 
@@ -32,20 +28,16 @@ class Eviction:
 
 def evictions_of(call: StreamCall) -> list[Eviction]:
     """Return the evictions of a call, row by row, in the order in which they happened."""
-    part = call.parts[0]
-    events: list[Eviction] = []
+    part, events = call.parts[0], list[Eviction]()
+    rule = part.pool.retention
     for r, (lane, row, after) in enumerate(zip(call.lanes, part.slots.lanes, part.evicted, strict=True)):
-        if row.evicted != after:
-            rows = range(r, r + 1) if len(call.lanes) > 1 else range(call.batch)
-            events += _evictions(part.pool.retention, lane, row.evicted, after, rows)
+        if row.evicted == after:
+            continue
+        step, length = after - row.evicted, lane.after.seen - row.evicted
+        if rule.evict == "token":
+            step, length = rule.buffer + 1, rule.capacity
+        rows = range(r, r + 1) if len(call.lanes) > 1 else range(call.batch)
+        for gone in range(row.evicted, after, step):
+            tokens = range(rule.first(gone), rule.first(gone + step))
+            events += [Eviction(index, tokens, length, length - step) for index in rows]
     return events
-
-
-def _evictions(rule: Retention, lane: LaneCall, before: int, after: int, rows: range) -> Iterator[Eviction]:
-    by_token = rule.evict == "token"
-    step = rule.buffer + 1 if by_token else after - before
-    length = rule.capacity if by_token else lane.after.seen - before
-    for gone in range(before, after, step):
-        tokens = range(rule.first(gone), rule.first(gone + step))
-        for row in rows:
-            yield Eviction(row, tokens, length, length - step)

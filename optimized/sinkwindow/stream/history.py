@@ -6,7 +6,7 @@ commit, and counting starts from the last record before the column.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,15 +27,6 @@ if TYPE_CHECKING:
 
 
 MOST = 4096  # records kept, of calls that counting alone cannot undo; a roll-back further back is refused
-
-
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """What every lane had seen, and evicted in every pool, at a column; and the evictions of all rows together."""
-
-    seen: list[int]
-    evicted: list[list[int]]
-    num_evictions: int
 
 
 def recorded(state: State, call: StreamCall) -> tuple[CallRecord, ...]:
@@ -89,10 +80,9 @@ def select_past(past: Sequence[CallRecord], rows: Sequence[int]) -> tuple[CallRe
 
 
 def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, State] | None:
-    """Return what to write, and the state then, to take the newest columns back; ``None`` where that is impossible."""
+    """Return what to write, and the state then, to take columns back, at least one; ``None`` if that is impossible."""
     column = state.columns - columns
-    counts = _counts_at(pools, state, column) if columns else _counts_now(state)
-    states = states_before(state.states, columns) if columns else state.states
+    counts, states = _counts_at(pools, state, column), states_before(state.states, columns)
     if counts is None or states is None or not _reachable(pools, state, counts):
         return None
     lanes = tuple(
@@ -105,14 +95,13 @@ def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, 
         change = _cut(pool, slots, lanes, evicted, removed, recording=state.recording)
         writes += change[0].parts
         after.append(change[1])
-    past = _shortened(state.past, column)
     return Writes(writes), replace(
         state,
         pools=tuple(after),
         lanes=lanes,
         columns=column,
         num_evictions=counts.num_evictions,
-        past=past,
+        past=_shortened(state.past, column),
         states=states,
     )
 
@@ -123,13 +112,11 @@ def count_evictions(pools: Sequence[Pool], evicted: Sequence[int], batch: int) -
     return None if rule.evict == "call" else sum(evicted) // (rule.buffer + 1) * (batch // len(evicted))
 
 
-def _counts_now(state: State) -> _Counts:
-    evicted = [[row.evicted for row in slots.lanes] for slots in state.pools]
-    return _Counts([lane.seen for lane in state.lanes], evicted, state.num_evictions)
+def _counts_at(pools: Sequence[Pool], state: State, column: int) -> CallRecord | None:
+    """Return the record of a call of no columns at a column, ``None`` if what was before is forgotten.
 
-
-def _counts_at(pools: Sequence[Pool], state: State, column: int) -> _Counts | None:
-    """Count forward from the last record that starts at or before a column; ``None`` if it is forgotten."""
+    It is counted forward from the last record that starts at or before the column.
+    """
     lanes, batch = len(state.lanes), state.batch or 1
     record = next((record for record in reversed(state.past) if record.start <= column), None)
     if record is None:
@@ -152,10 +139,10 @@ def _counts_at(pools: Sequence[Pool], state: State, column: int) -> _Counts | No
         before = record.evicted[0] if several else record.evicted[0] * lanes
         changed = sum(was != now for was, now in zip(before, evicted[0], strict=True))
         number = record.num_evictions + batch // lanes * changed
-    return _Counts(seen, evicted, number)
+    return CallRecord(column, 0, (None,) * lanes, tuple(seen), tuple(map(tuple, evicted)), number)
 
 
-def _reachable(pools: Sequence[Pool], state: State, counts: _Counts) -> bool:
+def _reachable(pools: Sequence[Pool], state: State, counts: CallRecord) -> bool:
     """Return whether every row's tokens of that time are still in their slots."""
     return all(
         pool.reachable(row, seen, gone)

@@ -15,6 +15,8 @@ from sinkwindow.lanes import Lane
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from sinkwindow.storage.bank import Bank
     from sinkwindow.storage.slots import Slots
     from sinkwindow.storage.states import States
@@ -70,9 +72,14 @@ class State:
     states: States = field(default_factory=dict)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All keys and values in use, always in the same order."""
+        return [tensor for slots in self.pools for bank in slots.banks for tensor in bank.tensors]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors in use."""
-        return sum(slots.nbytes for slots in self.pools) + sum(tensor.nbytes for tensor in self.states.values())
+        return sum(tensor.nbytes for tensor in (*self.tensors, *self.states.values()))
 
     def by_row(self, batch: int) -> State:
         """Return the same with a lane for every row."""

@@ -1,11 +1,6 @@
-"""A stream of tokens through pools of slots. Its calls have four verbs.
+"""A stream of tokens through pools of slots, independent of any model; ``cache.py`` fits it to transformers.
 
-* ``begin`` plans a call and puts the slots in order for it; what the stream holds does not change.
-* ``commit`` counts it, by one assignment of a new ``State``.
-* abort: drop the ``StreamCall``.
-* ``repair`` finishes, or undoes, a change of tensors that was interrupted.
-
-Everything here is independent of any model; ``cache.py`` fits it to transformers.
+Its calls have four verbs: ``begin``, ``commit`` and ``repair``; to abort one is to drop its ``StreamCall``.
 """
 
 from __future__ import annotations
@@ -49,6 +44,7 @@ class Stream:
 
     Attributes:
         rule: The first pool's.
+        capacity: Of the rule.
         static: Whether the slots are rings.
         state: What the stream holds.
     """
@@ -58,6 +54,7 @@ class Stream:
     ) -> None:
         self.pools = pools
         self.rule = pools[0].retention
+        self.capacity = self.rule.capacity  # read in every call
         self.bound = bound
         self.static = pools[0].static
         self._is_fork = state is not None
@@ -114,10 +111,10 @@ class Stream:
             return min(inputs.columns, most, longest, max(1, int(copies / max(1, copies_per_token))))
         ends = [inputs.columns, most]
         for r, (lane, row) in enumerate(zip(state.lanes, state.pools[0].lanes, strict=True)):
-            room = self.rule.capacity - (lane.seen - row.evicted)
-            real = inputs.real[r] if inputs.real else None
-            if (inputs.columns if real is None else len(real)) > room:
-                ends.append(room if real is None else real[room - 1] + 1)
+            room = self.capacity - (lane.seen - row.evicted)
+            real: Sequence[int] = inputs.real[r] if inputs.real else range(inputs.columns)
+            if len(real) > room:
+                ends.append(real[room - 1] + 1)
         return min(ends)
 
     def begin(self, inputs: Inputs, *, aside: bool = False) -> StreamCall:
@@ -132,7 +129,12 @@ class Stream:
         """
         state = self.state if inputs.real is None else self.state.by_row(inputs.batch)
         if self.longest is not None:
-            self._check_longest(state, inputs.columns)
+            held = self.pools[0].held(state.pools[0], state.lanes)
+            if held + inputs.columns > self.longest:
+                raise ValueError(
+                    f"The call brings {inputs.columns} columns and {held} are cached, but this model's range of "
+                    f'positions ends at {self.longest}; feed shorter calls, or use evict="token", which splits them.'
+                )
         fresh = [inputs.columns] * len(state.lanes) if inputs.real is None else inputs.counts(len(state.lanes))
         reach = 0
         for lane, count in zip(state.lanes, fresh, strict=True):
@@ -153,14 +155,6 @@ class Stream:
             has_copies = has_copies or parts[-1].epochs > 0
         state = state if state.batch is None else self.state
         return StreamCall(state, lanes, inputs.batch, parts, reach, plain, has_copies)
-
-    def _check_longest(self, state: State, columns: int) -> None:
-        held = self.pools[0].held(state.pools[0], state.lanes)
-        if self.longest is not None and held + columns > self.longest:
-            raise ValueError(
-                f"The call brings {columns} columns and {held} are cached, but this model's range of positions "
-                f'ends at {self.longest}; feed shorter calls, or use evict="token", which splits them.'
-            )
 
     def _rebased(self, state: State, fresh: Sequence[int]) -> State:
         """Return the state with the next tokens back at their ranks, since their positions would reach the bound.
@@ -204,7 +198,7 @@ class Stream:
         return self._set_pool(index, replace(slots, lanes=placed))
 
     def commit(self, call: StreamCall) -> list[Eviction]:
-        """Count a call that has succeeded, and return what it evicted."""
+        """Count a call that has succeeded, by one assignment of a new ``State``, and return what it evicted."""
         state, events = self.after(call)
         self.adopt(state)
         return events
@@ -222,17 +216,12 @@ class Stream:
             )
         )
 
-    def copy(self) -> Stream:
-        """Return a stream that goes on from the same tokens in tensors of its own."""
-        return Stream(self.pools, self.bound, longest=self.longest, state=self.state.cloned())
+    def fork(self, state: State) -> Stream:
+        """Return a stream that goes on from another state, whose tensors it may write: of a copy, or a call ``aside``.
 
-    def fork(self, call: StreamCall) -> tuple[Stream, list[Eviction]]:
-        """Return a stream that goes on from a call that was begun ``aside``, and what the call evicted.
-
-        This stream stays before the call, until ``adopt`` takes the state of the other one over.
+        This stream stays as it is, until ``adopt`` takes the state of the other one over.
         """
-        state, events = self.after(call)
-        return Stream(self.pools, self.bound, longest=self.longest, state=state), events
+        return Stream(self.pools, self.bound, longest=self.longest, state=state)
 
     def after(self, call: StreamCall) -> tuple[State, list[Eviction]]:
         """Return what the stream holds once a call counts, and what the call evicted."""
@@ -276,10 +265,7 @@ class Stream:
         self._unfinished = None
 
     def _in_place(self, state: State) -> State:
-        olds, news = (
-            [tensor for slots in one.pools for bank in slots.banks for tensor in bank.tensors]
-            for one in (self.state, state)
-        )
+        olds, news = self.state.tensors, state.tensors
         if [(old.shape, old.dtype, old.device) for old in olds] != [(new.shape, new.dtype, new.device) for new in news]:
             return state
         pairs = [(old, new) for old, new in zip(olds, news, strict=True) if old is not new]  # sinks are shared
@@ -342,10 +328,10 @@ class Stream:
 
     def can_crop(self, columns: int) -> bool:
         """Return whether the newest columns can be taken back exactly."""
-        return 0 <= columns <= self.state.columns and cropped(self.pools, self.state, columns) is not None
+        return not columns or (columns <= self.state.columns and cropped(self.pools, self.state, columns) is not None)
 
     def crop(self, columns: int) -> None:
-        """Take the newest columns back.
+        """Take the newest columns back, at least one.
 
         Raises:
             ValueError: The tokens that they evicted are gone; nothing has changed then.
