@@ -61,20 +61,17 @@ class Score:
 
     def figures(self) -> dict[str, tuple[str, list[float]]]:
         """Return every number as a sample with its unit."""
-        figures: dict[str, tuple[str, list[float]]] = {
+        return {
             "PPL": ("", [self.perplexity]),
             "NLL": ("nat", [self.mean_nll]),
             "standard error": ("nat", [self.standard_error]),
             "bits per byte": ("bit", [self.bits_per_byte]),
             "targets": ("tokens", [len(self.nll)]),
-            "seconds": ("s", [self.facts.get("seconds", math.nan)]),
+            **({"seconds": ("s", [self.facts["seconds"]])} if "seconds" in self.facts else {}),
             "evictions": ("", [self.facts["evictions"]]),
             "kept": ("tokens", [self.facts["kept_tokens"]]),
             "cache": ("bytes", [self.facts["cache_bytes"]]),
         }
-        if "seconds" not in self.facts:
-            del figures["seconds"]
-        return figures
 
     def figures_by_name(self) -> dict[str, Any]:
         """Return the configuration, the tokens per call and every number by name, for JSON."""
@@ -161,24 +158,16 @@ def measure_stages(
     finds, as soon as the reading is there.
     """
     _check_starts(way, texts)
-    found = _read(way, model, [text.ids for text in texts], block, on_block)
-    for text, (nll, facts) in zip(texts, found, strict=True):
-        yield Score(way.name, text, block, nll, facts)
-
-
-def _read(
-    way: Configuration, model: PreTrainedModel, texts: Sequence[torch.Tensor], block: int, on_block: OnBlock
-) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
-    """Read starts of one text, [1, tokens] each; yield the losses and the facts of each as soon as they are there."""
     clock, nll, seconds = clock_for(model.device), torch.empty(0, dtype=torch.float64), 0.0
     with open_session(way, model) as session:
-        for ids in texts:
+        for text in texts:
             begin = clock.mark()
-            further = ids[:, len(nll) :].to(model.device)
+            further = text.ids[:, len(nll) :].to(model.device)
             nll = torch.cat((nll, token_losses(session, further, block=block, on_block=on_block)))
             seconds += clock.seconds(begin, clock.mark())
             facts = {"seconds": seconds, "evictions": float(session.evictions)}
-            yield nll, facts | {"kept_tokens": float(session.kept_tokens), "cache_bytes": float(session.cache_bytes)}
+            facts |= {"kept_tokens": float(session.kept_tokens), "cache_bytes": float(session.cache_bytes)}
+            yield Score(way.name, text, block, nll, facts)
 
 
 def _check_starts(configuration: Configuration, texts: Sequence[TokenText]) -> None:
