@@ -147,21 +147,16 @@ def verify(
     check.session(model).close()  # refuse a model before anything slow
     twin = wide_copy(model)
     exact = check.reference(twin)
-    runs = [check.stream(twin, exact, None)]
+    double, found = check.stream(twin, exact, None)
     del twin  # the larger of the two models
+    own: Comparison | None = None
+    differ = [found["lists_differ_after"]]
     if model.dtype != torch.float64:
-        plain = exact.errors(check.reference(model))
-        runs.append(check.stream(model, exact, plain))
-    return Verdict(
-        configuration=rule.name,
-        calls=calls,
-        evictions=runs[-1].evictions,
-        lists_differ_after=min((one.differs_after for one in runs if one.differs_after is not None), default=None),
-        largest_logit=float(exact.logits.abs().max()),
-        double=runs[0].comparison,
-        own=runs[1].comparison if len(runs) > 1 else None,
-        ms_per_token=runs[-1].ms_per_token,
-    )
+        own, found = check.stream(model, exact, exact.errors(check.reference(model)))
+        differ.append(found["lists_differ_after"])
+    found["lists_differ_after"] = min(filter(None, differ), default=None)
+    largest = float(exact.logits.abs().max())
+    return Verdict(configuration=rule.name, calls=calls, largest_logit=largest, double=double, own=own, **found)
 
 
 @dataclass(frozen=True)
@@ -181,16 +176,6 @@ class _States:
     def errors(self, found: _States) -> tuple[float, list[float]]:
         """Return the largest error of a logit, and those after each layer, if these are exact."""
         return largest_error(found.logits, self.logits), self.layer_errors(found.layers)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the cache found; the fields are those of `Verdict`."""
-
-    comparison: Comparison
-    differs_after: int | None
-    evictions: int
-    ms_per_token: list[float]
 
 
 @dataclass(frozen=True)
@@ -221,8 +206,10 @@ class _Check:
                 raise LabError(f"the reference cannot run this model in {_name(model.dtype)}: {error}") from error
         return _States(logits, [torch.cat(parts, dim=1) for parts in layers])
 
-    def stream(self, model: PreTrainedModel, exact: _States, plain: tuple[float, list[float]] | None) -> _Run:
-        """Feed the cache call by call, and compare it; `plain` are the errors of the reference in this dtype."""
+    def stream(
+        self, model: PreTrainedModel, exact: _States, plain: tuple[float, list[float]] | None
+    ) -> tuple[Comparison, dict[str, Any]]:
+        """Compare the cache, call by call; `plain` are the errors of the reference. Return fields of a `Verdict` too."""
         from sinkwindow_reference import RetainedList
 
         session, clock = self.session(model), clock_for(model.device)
@@ -252,7 +239,8 @@ class _Check:
             plain_layers=[] if plain is None else plain[1],
         )
         spent = [1e3 * clock.seconds(begin, end) / usual for length, begin, end in times if length == usual]
-        return _Run(comparison, differs_after, session.evictions, spent)
+        found = {"evictions": session.evictions, "lists_differ_after": differs_after, "ms_per_token": spent}
+        return comparison, found
 
     @contextmanager
     def _watch(self, model: PreTrainedModel, what: str) -> Iterator[list[list[torch.Tensor]]]:
