@@ -48,3 +48,9 @@ def random_model(
     model.requires_grad_(requires_grad=False)
     model.train(mode=False)
     return model
+
+
+def token_ids(model: PreTrainedModel, columns: int, rows: int = 1) -> torch.Tensor:
+    """Return random token ids [rows, columns] on a model's device: speed does not depend on the text."""
+    random = torch.Generator().manual_seed(columns)
+    return torch.randint(0, int(model.config.vocab_size), (rows, columns), generator=random).to(model.device)

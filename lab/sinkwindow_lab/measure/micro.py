@@ -27,6 +27,7 @@ from sinkwindow.retention import Retention
 from sinkwindow.storage.bank import KeyValue, allocate
 from sinkwindow.storage.slots import Slots
 from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.inputs.shapes import token_ids
 from sinkwindow_lab.records import Configuration
 from sinkwindow_lab.ways.configurations import open_session
 from sinkwindow_lab.ways.sessions import Session
@@ -208,8 +209,7 @@ def check_logits(configuration: Configuration, model: PreTrainedModel, tokens: i
 
     Returns the largest difference of a logit, relative to the largest one.
     """
-    random = torch.Generator().manual_seed(tokens)
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=random).to(model.device)
+    ids = token_ids(model, tokens)
     with open_session(configuration, model) as session:
         pieces = torch.split(ids, [tokens - 3, 1, 1, 1], dim=1)
         logits = torch.cat([session.feed(piece) for piece in pieces], dim=1)

@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from sinkwindow import StreamingCache
 from sinkwindow.retention import Retention
+from sinkwindow_lab.inputs.shapes import token_ids
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ def one_batch(model: PreTrainedModel, rule: Retention, streams: int) -> Way:
     """Return one cache with a row for each stream, past its first eviction."""
     cache = StreamingCache(model, rule.num_sinks, rule.window, rule.buffer)
     with torch.no_grad():
-        model(_tokens(model, streams, rule.capacity + 1), cache=cache, logits_to_keep=1)
-    token = _tokens(model, streams, 1)
+        model(token_ids(model, rule.capacity + 1, streams), cache=cache, logits_to_keep=1)
+    token = token_ids(model, 1, streams)
 
     @torch.no_grad()
     def step() -> torch.Tensor:
@@ -61,7 +62,7 @@ def continuous(model: PreTrainedModel, rule: Retention, streams: int) -> Way:
         continuous_batching_config=ContinuousBatchingConfig(max_requests_per_batch=streams),
     )
     processor = manager._create_batch_processor()  # noqa: SLF001 - the loop of its thread, step by step
-    for prompt in _tokens(model, streams, rule.capacity + 1).tolist():
+    for prompt in token_ids(model, rule.capacity + 1, streams).tolist():
         manager.add_request(prompt)
 
     def step() -> None:
@@ -75,12 +76,6 @@ def continuous(model: PreTrainedModel, rule: Retention, streams: int) -> Way:
     while len(batch.requests_in_batch) < streams or not all(one.has_new_token for one in batch.requests_in_batch):
         step()
     return Way(step, processor.cache.num_sectors * processor.cache.bytes_per_sector)
-
-
-def _tokens(model: PreTrainedModel, rows: int, columns: int) -> torch.Tensor:
-    """Return random tokens, [rows, columns]."""
-    ids = torch.randint(1, model.config.vocab_size, (rows, columns), generator=torch.Generator().manual_seed(rows))
-    return ids.to(model.device)
 
 
 SEPARATE, CONTINUOUS = "separate caches", "continuous batching"

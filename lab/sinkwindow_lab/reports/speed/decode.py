@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from sinkwindow import StreamingCache
 from sinkwindow.stream.state import DebugState
+from sinkwindow_lab.inputs.shapes import token_ids
 from sinkwindow_lab.measure.clock import Side, interleave, repeated
 from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.measure.micro import AttentionSteps, bare_attention
@@ -29,7 +30,6 @@ from sinkwindow_lab.reports.speed.plan import (
     mean_length,
     static,
 )
-from sinkwindow_lab.reports.speed.texts import token_ids
 from sinkwindow_lab.ways.configurations import open_session, parse
 from sinkwindow_lab.ways.sessions import StaticSession, cache_keyword
 

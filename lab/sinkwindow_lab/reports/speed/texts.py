@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
+from sinkwindow_lab.inputs.shapes import token_ids
 from sinkwindow_lab.measure.clock import Side, interleave
 from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.measure.memory import tensor_peak, weight_bytes
@@ -17,12 +18,6 @@ from sinkwindow_lab.reports.speed.floors import KERNELS, Place, profiled
 from sinkwindow_lab.reports.speed.plan import ALONE, DENSE, INEXACT, LONG, SAME_CHUNKS, SHORTER, Plan, lazy
 from sinkwindow_lab.ways.configurations import open_session
 from sinkwindow_lab.ways.sessions import Session
-
-
-def token_ids(model: PreTrainedModel, count: int) -> torch.Tensor:
-    """Return random token ids [1, count] on the model's device: speed does not depend on the text."""
-    random = torch.Generator().manual_seed(count)
-    return torch.randint(0, int(model.config.vocab_size), (1, count), generator=random).to(model.device)
 
 
 def prefill(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
