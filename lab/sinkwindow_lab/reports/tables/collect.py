@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.corpora import Corpus
@@ -187,7 +188,7 @@ def _timings(
     total = generation.timed_steps(stages, plan.speed_places)
     fed = generation.fed_tokens(prompt_tokens, longest)
     yield Job("speed, interleaved", lambda: total, rows, fed, generate)
-    yield Job("attention, interleaved", lambda: _timed(probes), rows, prompt_tokens + longest, attend)
+    yield Job("attention, interleaved", partial(_timed, probes), rows, prompt_tokens + longest, attend)
 
 
 def _timed(rows: Sequence[steps.Row]) -> int:
@@ -218,26 +219,21 @@ def _steps(bench: Bench, plan: Plan) -> Iterator[Job]:
         "step sizes": [row(name) for size in plan.step_sizes for name in step_pair(size)],
     }
     for part, own in rows.items():
-        longest = steps.longest(own)
-
-        def run(part: str = part, own: list[steps.Row] = own, longest: int = longest) -> list[Measurement]:
-            return _at_places(bench, part, own, longest)
-
-        ways = [way for way, _, _ in own]
-        yield Job(f"{part}, interleaved", lambda own=own: _timed(own), ways, longest, run)  # type: ignore[misc]
+        ways, longest = [way for way, _, _ in own], steps.longest(own)
+        run = partial(_at_places, bench, part, own, longest)
+        yield Job(f"{part}, interleaved", partial(_timed, own), ways, longest, run)
 
 
 def _recall(bench: Bench, plan: Plan) -> Iterator[Job]:
     pages = recall.pages(bench, plan.recall_seeds, plan.recall_lines)
     lengths = [page.ids.shape[1] for page in pages]
     asked = [(page.ids.tolist(), [(one.lines_back, one.tokens_back) for one in page.answers]) for page in pages]
+
+    def ask(way: Configuration) -> list[Measurement]:
+        key = bench.key(("reports.tables.recall", *TIMED), way=way, corpus=bench.corpora[0].name, block=BLOCK)
+        found = partial(recall.ask, bench, way, pages)
+        return bench.store.measurements(f"recall-{way.name}", key | {"asked": asked}, found)
+
     for way in map(parse, plan.recall):
-
-        def run(way: Configuration = way) -> list[Measurement]:
-            key = bench.key(("reports.tables.recall", *TIMED), way=way, corpus=bench.corpora[0].name, block=BLOCK)
-            return bench.store.measurements(
-                f"recall-{way.name}", key | {"asked": asked}, lambda: recall.ask(bench, way, pages)
-            )
-
-        unit = Unit(f"recall: {way.name}", sum(lengths), run)
-        yield Job(unit.name, lambda: sum(lengths), (way,), max(lengths), run, lambda unit=unit: [unit])  # type: ignore[misc]
+        unit, size = Unit(f"recall: {way.name}", sum(lengths), partial(ask, way)), partial(sum, lengths)
+        yield Job(unit.name, size, (way,), max(lengths), partial(ask, way), partial(list, [unit]))
