@@ -88,13 +88,6 @@ class Terminal:
         self._arguments = arguments  # of generate
         self._speed = "-"
         self._console = Console(highlight=False, markup=False)
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/stats": self._stats,
-            "/save": self._save,
-            "/load": self._load,
-            "/reset": self._reset,
-            "/help": self._help,
-        }
 
     def run(self) -> None:
         """Answer lines until there are no more."""
@@ -116,11 +109,12 @@ class Terminal:
 
     def _take(self, line: str) -> None:
         command, _, rest = line.partition(" ")
+        method: Callable[[str], None] | None = getattr(self, f"_do_{command[1:]}", None)
         try:
             if not command.startswith("/"):
                 self._answer(line)
-            elif command in self._commands:
-                self._commands[command](rest.strip())
+            elif method:
+                method(rest.strip())
             else:
                 say(f"error: there is no command {command}: /help lists them")
         except KeyboardInterrupt:
@@ -138,7 +132,7 @@ class Terminal:
             say("stopped: " + ("the answer counts as far as it was said" if said else "the message was not read"))
         self._speed = printer.speed()
 
-    def _stats(self, _: str) -> None:
+    def _do_stats(self, _: str) -> None:
         cache = self.chat.cache
         kept, table = len(cache.retained_tokens[0]), Table.grid(padding=(0, 2))
         table.add_row("kept", f"{kept:,} tokens, {min(kept, cache.retention.num_sinks):,} of them pinned")
@@ -148,21 +142,21 @@ class Terminal:
         table.add_row("speed", self._speed)
         self._console.print(table)
 
-    def _save(self, name: str) -> None:
+    def _do_save(self, name: str) -> None:
         self.chat.save(_path("/save", name))
         say(f"saved {name}", err=False)
 
-    def _load(self, name: str) -> None:
+    def _do_load(self, name: str) -> None:
         chat = Chat.load(_path("/load", name), self.chat.model, self.chat.tokenizer)
         self.chat.cache.detach()
         self.chat = chat
         say(f"loaded {name}, {chat.cache.seen_tokens[0]:,} tokens", err=False)
 
-    def _reset(self, _: str) -> None:
+    def _do_reset(self, _: str) -> None:
         self.chat.reset()
         say("a new conversation", err=False)
 
-    def _help(self, _: str) -> None:
+    def _do_help(self, _: str) -> None:
         table = Table.grid(padding=(0, 2))
         for command, meaning in HELP.items():
             table.add_row(command, meaning)
