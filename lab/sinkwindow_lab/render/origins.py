@@ -15,6 +15,9 @@ def head(report: Report, more: Sequence[tuple[str, str]] = ()) -> str:
     """Return the table of what ran, where and when, and below it what is doubtful about the numbers."""
     rows = [("Model", model_line(one)) for one in report.models]
     rows += [("Corpus", corpus_line(one)) for one in report.corpora]
+    if "bos" in report.notes:
+        prefix = next((f" (token {one.bos_id})" for one in report.texts if one.bos_id is not None), "")
+        rows.append(("BOS", f"added in front of each text{prefix}" if report.notes["bos"] == "add" else "none added"))
     found = doubts(report.models, report.texts, report.measurements)
     warnings = ["**Doubtful numbers:**", bullets([*map(name, found)])] if found else []
     return join([table(("", "value"), [*rows, *more, *machine_rows(report.machine)], words=True), *warnings]).rstrip()

@@ -136,7 +136,6 @@ def page(report: Report) -> Page:
             *first, last, learned = found
             rest = [1 - kept - own for kept, own in zip(last, learned, strict=True)]
             masses.append([name(model), name(text), title, *map(_share, (*first, last, rest, learned))])
-    bos = "added in front of each text" if report.notes["bos"] == "add" else "none added"
     blocks = [
         "# Do today's models need sinks?",
         "**A quick run**: few tokens, and a small cache." if report.quick else "",
@@ -144,7 +143,7 @@ def page(report: Report) -> Page:
         "## Findings",
         bullets([_finding(samples, model, report) for model in dict.fromkeys(model for model, _ in subjects)]),
         "## What ran",
-        head(report, [("BOS", bos)]),
+        head(report),
         f"## PPL by the number of sinks S, over {report.plan['tokens']:,} tokens",
         f"S + W is {size:,} and B is 0 in every column; without sinks it is a plain window.",
         table(("Model", "Text", "Dense", *counts, RATIO), scores, words=("Text",)),

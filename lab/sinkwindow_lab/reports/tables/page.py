@@ -51,8 +51,6 @@ def page(report: Report) -> Page:
     measured = frame(report.measurements)
     texts = [corpus.name for corpus in report.corpora]
     ways = {one.name: one for one in report.configurations}
-    prefix = next((f" (token {one.bos_id})" for one in report.texts if one.bos_id is not None), "")
-    bos = f"added in front of each text{prefix}" if report.notes["bos"] == "add" else "none added"
     gone = "Evicted text is gone: streaming bounds memory and keeps text fluent, but nothing evicted can be recalled."
     quick = "**A quick run**: the same questions over far fewer tokens, as each title says."
     found, along = findings(report, measured), studies_page.picture(report, measured)
@@ -63,7 +61,7 @@ def page(report: Report) -> Page:
         if found or along
         else []
     )
-    blocks += ["## What ran", head(report, [("BOS", bos)])]
+    blocks += ["## What ran", head(report)]
     behind, shown = ["## Behind the tables"], set[str]()
     for one in report.plan["experiments"]:
         own = measured[measured.part == one["name"]]
