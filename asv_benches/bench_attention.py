@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .common import DEVICES, LIMITS, STREAMED, TimedSuite, Work, filled, sample_tokens, shown_as, times
+from .common import DEVICES, LIMITS, STREAMED, TimedSuite, Work, clock, filled, sample_tokens, shown_as
 
 
 class Attention(TimedSuite):
@@ -26,8 +26,8 @@ class Attention(TimedSuite):
             steps.rewind(streamed * LIMITS[configuration])
             steps.hold()
 
-        runs = {"attention": times(tokens, steps.attention_alone), "attention_and_update": times(tokens, steps.step)}
-        return Work(tokens, runs, ready)
+        timed = {"attention": steps.attention_alone, "attention_and_update": steps.step}
+        return Work(tokens, {name: clock().repeated(run, tokens) for name, run in timed.items()}, ready)
 
     @shown_as("Attention alone, per token")
     def time_attention(self, *_: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .common import DEVICES, EVICTION_PERIOD, TimedSuite, Work, filled, shown_as, times
+from .common import DEVICES, EVICTION_PERIOD, TimedSuite, Work, clock, filled, shown_as
 
 NAMES = {"each token": "streaming_4_60_0", "each 65 tokens": "streaming_4_60"}
 
@@ -23,7 +23,7 @@ class CacheWork(TimedSuite):
     def work(self, an_eviction: str, device: str) -> Work:
         """Fill the cache to ten limits, its steady state."""
         steps = filled(NAMES[an_eviction], device, 10)
-        return Work(EVICTION_PERIOD, {"update": times(EVICTION_PERIOD, steps.update)}, lambda: None)
+        return Work(EVICTION_PERIOD, {"update": clock().repeated(steps.update, EVICTION_PERIOD)}, lambda: None)
 
     @shown_as("Cache work with evictions, per token")
     def time_update(self, *_: object) -> None:

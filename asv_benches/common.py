@@ -165,16 +165,6 @@ def sample_tokens(name: str) -> int:
     return DENSE_SAMPLE if name == "baseline" else EVICTION_PERIOD
 
 
-def times(count: int, function: Callable[[], object]) -> Callable[[], None]:
-    """Return a function that calls another one several times."""
-
-    def run() -> None:
-        for _ in range(count):
-            function()
-
-    return run
-
-
 class Work(NamedTuple):
     """What is timed of one combination.
 
