@@ -16,7 +16,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,7 +90,10 @@ class Group(Reporter):
             raise LabError("several processes need a folder for what they have finished")
         self.pulse.again = store.again
         todo = sorted(units, key=lambda unit: -unit.size)
-        with Together(len(todo), self.size) as shown, self._watched(shown):
+        with Together(len(todo), self.size) as shown, ExitStack() as stack:
+            if self.rank == 0:
+                stack.callback(setattr, self.pulse, "show", self.pulse.show)
+                self.pulse.show = lambda beats: shown.show(self._board.add("finished", 0), beats)
             self._agree({**facts, "units": [unit[:2] for unit in units]}, store.folder)
             while (place := self._board.add("taken", 1) - 1) < len(todo):
                 self.begin(todo[place].name, todo[place].size)
@@ -105,16 +108,6 @@ class Group(Reporter):
             self.pulse.wait(self.pulse.all_left)
         for rank in range(self.size):
             store.adopt(self._written(rank, store.folder))
-
-    @contextmanager
-    def _watched(self, shown: Together) -> Iterator[None]:
-        """Show in rank 0 what all ranks are doing within the block."""
-        if self.rank == 0:
-            self.pulse.show = lambda beats: shown.show(self._board.add("finished", 0), beats)
-        try:
-            yield
-        finally:
-            self.pulse.show = lambda _: None
 
     def _agree(self, facts: Mapping[str, Any], folder: Path) -> None:
         """Refuse ranks that would measure something else, or that store it elsewhere."""
@@ -216,14 +209,11 @@ def _heard(group: Group) -> Iterator[None]:
     """Let rank 0 do as a process alone does; if it fails, it says why, and the other ranks do not."""
     try:
         yield
-    except SystemExit as end:
-        if not end.code:
+    except BaseException as end:
+        if isinstance(end, SystemExit) and not end.code:
             group.pulse.close()
         else:
             group.pulse.first_to_explain()
-        raise
-    except BaseException:
-        group.pulse.first_to_explain()
         raise
 
 

@@ -209,7 +209,7 @@ class _Check:
     def stream(
         self, model: PreTrainedModel, exact: _States, plain: tuple[float, list[float]] | None
     ) -> tuple[Comparison, dict[str, Any]]:
-        """Compare the cache, call by call; `plain` are the errors of the reference. Return fields of a `Verdict` too."""
+        """Compare the cache with the reference, whose own errors are `plain`; return fields of a `Verdict`."""
         from sinkwindow_reference import RetainedList
 
         session, clock = self.session(model), clock_for(model.device)
