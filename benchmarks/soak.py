@@ -23,7 +23,6 @@ from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.corpora import load_corpus
 from sinkwindow_lab.inputs.models import load_model
 from sinkwindow_lab.inputs.shapes import random_model
-from sinkwindow_lab.inputs.tokens import encode
 from sinkwindow_lab.inputs.wide import wide_copy
 from sinkwindow_lab.progress import Bars, Reporter
 from sinkwindow_lab.records import MachineRecord
@@ -119,7 +118,7 @@ def tiny() -> Subject:
 def embedded() -> Subject:
     """Return the embedded model, and Shakespeare."""
     loaded = load_model()
-    ids = encode(load_corpus("shakespeare"), loaded.tokenizer, tokens=100_000).ids
+    ids = loaded.encode(load_corpus("shakespeare"), tokens=100_000).ids
     return Subject(loaded.record.name, loaded.model, wide_copy(loaded.model), ids)
 
 

@@ -83,15 +83,13 @@ def read(
 ) -> tuple[Corpus, LoadedModel, TokenText]:
     """Load a text and a model, and check that `ways` can read the text and `more` tokens; `how` is of `encode`."""
     from sinkwindow_lab.inputs import corpora, models
-    from sinkwindow_lab.inputs.tokens import encode
     from sinkwindow_lab.measure import requirements
 
     model, device, dtype, trust = place
     models.check_place(device, dtype)
     text = corpora.load_corpus(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust)
-    ids = encode(text, loaded.tokenizer, **how)
-    loaded.check_ids(ids)
+    ids = loaded.encode(text, **how)
     requirements.check(ways, loaded.model, max(one.shape[1] for one in ids.texts) + more, asked)
     return text, loaded, ids
 

@@ -25,8 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 from sinkwindow_lab.errors import LabError, printable, require
 from sinkwindow_lab.files import output_folder
+from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.hub import ask
-from sinkwindow_lab.inputs.tokens import TokenText
+from sinkwindow_lab.inputs.tokens import TokenText, encode
 from sinkwindow_lab.ranks import own_device
 from sinkwindow_lab.records import ModelRecord
 
@@ -46,14 +47,16 @@ class LoadedModel:
     tokenizer: Any
     record: ModelRecord
 
-    def check_ids(self, text: TokenText) -> None:
-        """Check that the model knows all tokens of a text."""
+    def encode(self, corpus: Corpus, **how: Any) -> TokenText:
+        """Tokenize a corpus as `tokens.encode` does, and check that the model knows all tokens."""
+        text = encode(corpus, self.tokenizer, **how)
         largest, known = int(text.ids.max()), len(cast("torch.Tensor", self.model.get_input_embeddings().weight))
         if largest >= known:
             raise LabError(
                 f"model {self.record.name!r}: its tokenizer gives token {largest} and it knows {known}: give a model "
                 "folder whose tokenizer belongs to it"
             )
+        return text
 
 
 def load_model(

@@ -12,7 +12,7 @@ from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.models import LoadedModel
-from sinkwindow_lab.inputs.tokens import TokenText, encode
+from sinkwindow_lab.inputs.tokens import TokenText
 from sinkwindow_lab.measure import attention, requirements
 from sinkwindow_lab.measure.attention import FIRST, LEARNED, SHARES
 from sinkwindow_lab.measure.perplexity import measure
@@ -94,8 +94,7 @@ def collect(
 
 def _text(loaded: LoadedModel, corpus: Corpus, ways: Sequence[Configuration], plan: Plan, bos: BosPolicy) -> TokenText:
     """Return the start of a text, checked before anything is measured."""
-    text, asked = encode(corpus, loaded.tokenizer, tokens=plan.tokens, bos=bos), f"--tokens {plan.tokens}"
-    loaded.check_ids(text)
+    text, asked = loaded.encode(corpus, tokens=plan.tokens, bos=bos), f"--tokens {plan.tokens}"
     if text.ids.shape[1] < plan.size + 2:
         raise LabError(
             f"{asked}: {text.ids.shape[1]} tokens of {corpus.name!r} never fill a cache of {plan.size}: "

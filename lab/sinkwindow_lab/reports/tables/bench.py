@@ -52,9 +52,7 @@ class Bench:
         """Return the first `count` tokens of a text, fewer if the text ends before."""
         known = (corpus.name, count)
         if known not in self.texts:
-            text = tokens.encode(corpus, self.loaded.tokenizer, tokens=count, bos=self.bos)
-            self.loaded.check_ids(text)
-            self.texts[known] = text
+            self.texts[known] = self.loaded.encode(corpus, tokens=count, bos=self.bos)
         return self.texts[known]
 
     def announce(self, configuration: Configuration, corpus: Corpus, count: int) -> None:
@@ -93,10 +91,8 @@ class Bench:
     def unit(self, configuration: Configuration, corpus: Corpus, count: int) -> Unit:
         """Return the unit of work that `score` needs: for all announced lengths the same, under the same name."""
         once = f", {count:,} tokens" if configuration.depends_on_calls else ""
-        name, targets = (
-            f"PPL {configuration.name}, {corpus.name}{once}",
-            self.targets_left(configuration, corpus, count),
-        )
+        name = f"PPL {configuration.name}, {corpus.name}{once}"
+        targets = self.targets_left(configuration, corpus, count)
         return _unit(name, configuration, targets, functools.partial(self.score, configuration, corpus, count))
 
     def shared_by(self, group: Group, units: Iterable[Unit], texts: Iterable[tokens.TokenText]) -> None:
