@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lab_tiny import listen, random_ids, tiny_model
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure import generation, memory, steps
-from sinkwindow_lab.measure.clock import HostClock, Side, interleave, spread
+from sinkwindow_lab.measure.clock import HostClock, Side, interleave, quartiles
 from sinkwindow_lab.ways.configurations import open_session, parse
 
 if TYPE_CHECKING:
@@ -97,12 +97,12 @@ def test_no_sample_is_an_error() -> None:
         interleave({"a": Side(lambda: None)}, 0, CPU)
 
 
-def test_spread_keeps_quartiles() -> None:
-    """A spread has median and quartiles; one sample is its own spread; no samples are an error."""
-    assert (spread([4.0, 1.0, 2.0, 3.0, 5.0]).median, spread([4.0, 1.0, 2.0, 3.0, 5.0]).upper) == (3.0, 4.0)
-    assert spread([2.0]).lower == 2.0
+def test_quartiles_are_those_of_all_samples() -> None:
+    """The median is between the others; one sample is all three; no samples are an error."""
+    assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == [2.0, 3.0, 4.0]
+    assert quartiles([2.0]) == [2.0, 2.0, 2.0]
     with pytest.raises(ValueError, match="nothing was measured"):
-        spread([])
+        quartiles([])
 
 
 # -- generations ------------------------------------------------------------------------------------------------------

@@ -137,21 +137,8 @@ def interleave(
     return found
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of samples, in the samples' unit."""
-
-    median: float
-    lower: float
-    upper: float
-    count: int
-
-
-def spread(samples: Sequence[float]) -> Spread:
-    """Summarize samples as median and quartiles, with their number; a `ValueError` if there is none."""
+def quartiles(samples: Sequence[float]) -> list[float]:
+    """Return lower quartile, median and upper quartile of samples; a `ValueError` if there is none."""
     if not samples:
         raise ValueError("samples is empty: nothing was measured")
-    if len(samples) == 1:
-        return Spread(samples[0], samples[0], samples[0], 1)
-    lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
-    return Spread(median, lower, upper, len(samples))
+    return statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [*samples] * 3

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.wide import decoder_layers, wide_copy
-from sinkwindow_lab.measure.clock import clock_for, spread
+from sinkwindow_lab.measure.clock import clock_for, quartiles
 from sinkwindow_lab.progress import Reporter
 from sinkwindow_lab.records import Configuration, Record
 from sinkwindow_lab.ways.sessions import StreamingSession
@@ -79,7 +79,7 @@ class Verdict(Record):
 
     def __str__(self) -> str:
         """Return all of it as lines of text, the verdict last."""
-        found = spread(self.ms_per_token)
+        lower, median, upper = quartiles(self.ms_per_token)
         after = self.lists_differ_after
         lists = "equal" if after is None else f"NOT EQUAL after {after} tokens"
         comparisons = [self.double, *([self.own] if self.own else [])]
@@ -90,7 +90,7 @@ class Verdict(Record):
             f"largest logit: {self.largest_logit:.4g}",
             *map(str, comparisons),
             *self._layers(comparisons),
-            f"time per token of the cache: {found.median:.2f} ms [{found.lower:.2f}, {found.upper:.2f}]",
+            f"time per token of the cache: {median:.2f} ms [{lower:.2f}, {upper:.2f}]",
             "verdict: RIGHT" if self.right else "verdict: WRONG",
         ]
         return "\n".join(lines)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sinkwindow_lab.errors import printable
-from sinkwindow_lab.measure.clock import spread
+from sinkwindow_lab.measure.clock import quartiles
 
 NOT_MEASURED = "-"
 SPECIAL = re.compile(r"([\\`*\[\]<>|~&#!$])|(?<![^\W_])_|_(?![^\W_])")
@@ -67,6 +67,6 @@ def join(blocks: Sequence[str]) -> str:
 
 def numbers(samples: Sequence[float], digits: int, unit: str = "") -> str:
     """Return the median, and the quartiles in brackets if there are several samples."""
-    found = spread(samples)
-    quartiles = f" [{found.lower:.{digits}f},\N{NO-BREAK SPACE}{found.upper:.{digits}f}]" if found.count > 1 else ""
-    return f"{found.median:.{digits}f}{quartiles}{unit and f' {unit}'}"
+    lower, median, upper = quartiles(samples)
+    between = f" [{lower:.{digits}f},\N{NO-BREAK SPACE}{upper:.{digits}f}]" if len(samples) > 1 else ""
+    return f"{median:.{digits}f}{between}{unit and f' {unit}'}"
