@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,9 +19,16 @@ from sinkwindow_lab.ways.configurations import open_session, parse
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sinkwindow_lab.records import Figures
     from sinkwindow_lab.ways.sessions import Session
 
 CPU = torch.device("cpu")
+
+
+def untimed(figures: Figures) -> dict[str, Any]:
+    """Return the numbers of a generation that are no times."""
+    names = ("kept", "cache", "evictions")
+    return {"peak": figures["peak memory"], **{name: figures[f"generation: {name}"] for name in names}}
 
 
 class FakeTime:
@@ -168,18 +175,14 @@ def test_a_failed_generation_removes_its_hooks() -> None:
 
 def test_generation_figures() -> None:
     """TPOT leaves the first token out; throughput counts all tokens over all time."""
-    made = generation.Generation(
-        "baseline", 3, [9000.0, 1000.0, 2000.0], [250.0, 500.0], 750.0, 7, 1_000_000, 1, 550_000_000
-    )
-    assert made.total_s == 2.75
-    shown = {one.metric: (one.at, one.unit, one.samples) for one in made.measurements("experiment 1", "tiny")}
-    assert shown["TTFT"] == (3, "s", [9.0, 1.0, 2.0])
-    assert shown["TPOT"] == (3, "ms", [250.0, 500.0])
-    assert shown["throughput"] == (3, "tok/s", [3 / 2.75])
-    assert shown["peak memory"] == (3, "bytes", [550_000_000])
-    several = {one.metric: one.samples for one in generation.rounds_of([made, made], "tiny")}
-    assert several["TPOT"] == [250.0, 500.0] * 2
-    assert several["total"] == [2.75, 2.75]
+    made = generation.figures(3, [9000.0, 1000.0, 2000.0], [250.0, 500.0], 750.0, DenseSession(tiny_model()))
+    assert made["total"] == ("s", [2.75])
+    assert made["TTFT"] == ("s", [9.0, 1.0, 2.0])
+    assert made["TPOT"] == ("ms", [250.0, 500.0])
+    assert made["throughput"] == ("tok/s", [3 / 2.75])
+    several = generation.together([made, made])
+    assert several["TPOT"] == ("ms", [250.0, 500.0] * 2)
+    assert several["total"] == ("s", [2.75, 2.75])
 
 
 @pytest.mark.parametrize("count", [-1, 0, 1])
@@ -192,16 +195,15 @@ def test_fewer_than_two_tokens_have_no_tpot(count: int) -> None:
 def test_a_short_generation_is_the_start_of_a_long_one() -> None:
     """Stages share their times; what is kept, stored and evicted is that at the end of each, as if it ran alone."""
     row, prompt = parse("streaming_2_6_3"), random_ids(7)
-    _, (short, long) = generation.generate([parse("baseline"), row], tiny_model(), prompt, [(2,), (4, 30)])
-    assert short.tpot_ms == long.tpot_ms[:3]
-    assert (len(short.tpot_ms), len(long.tpot_ms)) == (3, 29)
-    assert short.ttft_ms == long.ttft_ms
-    assert len(short.ttft_ms) == generation.PROMPTS > 1
-    alone = [generation.generate([row], tiny_model(), prompt, [(count,)])[0][0] for count in (4, 30)]
-    for found, expected in zip((short, long), alone, strict=True):
-        assert (found.kept_tokens, found.evictions) == (expected.kept_tokens, expected.evictions)
-        assert (found.cache_bytes, found.peak_bytes) == (expected.cache_bytes, expected.peak_bytes)
-    assert long.evictions > short.evictions
+    _, found = generation.generate([parse("baseline"), row], tiny_model(), prompt, [(2,), (4, 30)])
+    (_, short), (_, long) = (found[count]["TPOT"] for count in (4, 30))
+    assert short == long[:3]
+    assert (len(short), len(long)) == (3, 29)
+    assert found[4]["TTFT"] == found[30]["TTFT"]
+    assert len(found[4]["TTFT"][1]) == generation.PROMPTS > 1
+    for count in (4, 30):
+        assert untimed(found[count]) == untimed(generation.generate([row], tiny_model(), prompt, [(count,)])[0][count])
+    assert found[30]["generation: evictions"][1] > found[4]["generation: evictions"][1]
 
 
 @pytest.mark.parametrize(("count", "places"), [(10, None), (260, 4), (261, 4), (984, 4), (1000, 4), (66, 1)])
@@ -224,15 +226,10 @@ def test_what_is_not_timed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     row, prompt, told = parse("streaming_2_6_3"), random_ids(7), list[str]()
     (sampled,) = generation.generate([row], tiny_model(), prompt, [(9, 60)], places=2, on_token=told.append)
     (whole,) = generation.generate([row], tiny_model(), prompt, [(9, 60)])
-    assert [len(one.tpot_ms) for one in sampled] == [8, 8 + 12]
+    assert [len(one["TPOT"][1]) for one in sampled.values()] == [8, 8 + 12]
     assert len(told) == generation.timed_steps([(9, 60)], 2) == 20
-    for one, other in zip(sampled, whole, strict=True):
-        assert (one.new_tokens, one.kept_tokens, one.evictions) == (
-            other.new_tokens,
-            other.kept_tokens,
-            other.evictions,
-        )
-        assert (one.cache_bytes, one.peak_bytes) == (other.cache_bytes, other.peak_bytes)
+    assert list(sampled) == list(whole) == [9, 60]
+    assert [*map(untimed, sampled.values())] == [*map(untimed, whole.values())]
 
 
 def test_times_of_parts_count_by_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,10 +246,11 @@ def test_times_of_parts_count_by_their_steps(monkeypatch: pytest.MonkeyPatch) ->
     stages = [(9, 201), (9,)]
     rows = [parse("baseline"), parse("streaming_2_6_3")]
     found, _ = generation.generate(rows, tiny_model(), random_ids(7), stages, places=3, clock=time.clock())
-    for one in found:
-        steps = range(7, 7 + one.new_tokens - 1)
-        assert one.decode_ms == pytest.approx(sum(steps), rel=0.02)
-    assert sum(found[1].tpot_ms) / len(found[1].tpot_ms) * 200 < 0.85 * sum(range(7, 207)), "the plain mean is too low"
+    for count, one in found.items():
+        steps = range(7, 7 + count - 1)
+        assert 1e3 * (one["total"][1][0] - one["TTFT"][1][0]) == pytest.approx(sum(steps), rel=0.02)
+    tpot = found[201]["TPOT"][1]
+    assert sum(tpot) / len(tpot) * 200 < 0.85 * sum(range(7, 207)), "the plain mean is too low"
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -304,15 +302,15 @@ def test_peaks_are_those_of_the_whole_generation(name: str) -> None:
         assert peak == expected > 0
     made = generation.generate([parse(name)], model, prompt, [(5, 90)])[0]
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    assert [one.peak_bytes for one in made] == [weights + (peak or 0) for peak in found]
+    assert [one["peak memory"] for one in made.values()] == [("bytes", [weights + (peak or 0)]) for peak in found]
 
 
-def test_a_device_that_cannot_be_measured_gives_no_number() -> None:
+def test_a_device_that_cannot_be_measured_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of its tensors would be counted, which would look like little memory."""
     prompt = torch.zeros((1, 3), dtype=torch.long, device="meta")
     assert memory.generation_peaks(parse("baseline"), tiny_model(), prompt, (2, 5)) == [None, None]
-    made = generation.Generation("baseline", 2, [1.0], [1.0], 1.0, 7, 8, 1, None)
-    assert "peak memory" not in {one.metric for one in made.measurements("p", "s")}
+    monkeypatch.setattr(memory, "COUNTED", ())
+    assert "peak memory" not in generation.generate([parse("baseline")], tiny_model(), random_ids(3), [(2,)])[0][2]
 
 
 # -- attention time ---------------------------------------------------------------------------------------------------

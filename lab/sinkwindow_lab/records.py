@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sinkwindow_lab.errors import LabError
 
+Figures = Mapping[str, tuple[str, Sequence[float]]]  # unit and samples by metric
 BosPolicy = Literal["none", "add"]
 Documents = Literal["concat", "apart"]
 
@@ -152,10 +153,8 @@ class Measurement(Record):
         return float(statistics.median(self.samples))
 
 
-def measured(
-    part: str, subject: str, configuration: str, at: int | None, figures: Mapping[str, tuple[str, Sequence[float]]]
-) -> list[Measurement]:
-    """Return measurements of one place; `figures` has unit and samples by metric."""
+def measured(part: str, subject: str, configuration: str, at: int | None, figures: Figures) -> list[Measurement]:
+    """Return measurements of one place."""
     place = {"part": part, "subject": subject, "configuration": configuration, "at": at}
     return [
         Measurement.model_validate({**place, "metric": metric, "unit": unit, "samples": list(samples)})

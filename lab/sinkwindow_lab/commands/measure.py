@@ -31,7 +31,7 @@ from sinkwindow_lab.commands.options import (
     warn,
 )
 from sinkwindow_lab.errors import LabError, check_number, keeping, say
-from sinkwindow_lab.records import BosPolicy, Documents
+from sinkwindow_lab.records import BosPolicy, Documents, measured
 
 if TYPE_CHECKING:
     from sinkwindow_lab.inputs.corpora import Corpus
@@ -162,7 +162,7 @@ def speed(
 
     Shown are TTFT, TPOT, throughput and peak memory.
     """
-    from sinkwindow_lab.measure.generation import fed_tokens, generate, rounds_of
+    from sinkwindow_lab.measure.generation import fed_tokens, generate, together
     from sinkwindow_lab.progress import Bars
     from sinkwindow_lab.render.markdown import numbers
     from sinkwindow_lab.ways.configurations import parse_list
@@ -178,7 +178,10 @@ def speed(
             bars.begin("speed, interleaved", (tokens - 1) * len(rows))
             stages = [[tokens]] * len(rows)
             made.append(generate(rows, loaded.model, ids.ids, stages, on_token=lambda _: bars.advance()))
-    found = [rounds_of([one[row][0] for one in made], loaded.record.name) for row in range(len(rows))]
+    found = [
+        measured("speed", loaded.record.name, way.name, tokens, together([one[tokens] for one in rounds_of_way]))
+        for way, rounds_of_way in zip(rows, zip(*made, strict=True), strict=True)
+    ]
     if json:
         typer.echo(as_json({"result": [one.model_dump() for own in found for one in own]}, warnings, text, loaded, ids))
         return

@@ -11,8 +11,6 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -20,75 +18,51 @@ from transformers import PreTrainedModel
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure.clock import Clock, Side, interleave, repeated
 from sinkwindow_lab.measure.memory import generation_peaks, weight_bytes
-from sinkwindow_lab.records import Configuration, Measurement, measured
+from sinkwindow_lab.records import Configuration, Figures
 from sinkwindow_lab.ways.configurations import open_session
-from sinkwindow_lab.ways.sessions import Reader
+from sinkwindow_lab.ways.sessions import Reader, Session
 
 WARM_UP_TOKENS = 4  # decode steps before anything is timed: threads start, kernels are chosen, weights are paged in
 TURN = 65  # consecutive timed steps: one eviction of the default buffer, B + 1 [tokens]
 PROMPTS = 5  # times that each configuration reads the prompt
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One generation: `ttft_ms` has a sample per reading of the prompt, `tpot_ms` one per timed token after the first.
-
-    `decode_ms` is the time of all tokens after the first, also of those that are not timed. `peak_bytes` counts the
-    weights and the most that its own tensors take at once; None if the device reports neither.
-    """
-
-    configuration: str
-    new_tokens: int
-    ttft_ms: list[float]
-    tpot_ms: list[float]
-    decode_ms: float
-    kept_tokens: int
-    cache_bytes: int
-    evictions: int
-    peak_bytes: int | None
-
-    @property
-    def total_s(self) -> float:
-        """Time of the prefill and of all tokens [s]."""
-        return (statistics.median(self.ttft_ms) + self.decode_ms) / 1e3
-
-    def measurements(self, part: str, subject: str) -> list[Measurement]:
-        """Return every number as a measurement of a part, at the number of new tokens."""
-        figures: dict[str, tuple[str, list[float]]] = {
-            "TTFT": ("s", [one / 1e3 for one in self.ttft_ms]),
-            "TPOT": ("ms", self.tpot_ms),
-            "total": ("s", [self.total_s]),
-            "throughput": ("tok/s", [self.new_tokens / self.total_s]),
-            "generation: kept": ("tokens", [self.kept_tokens]),
-            "generation: cache": ("bytes", [self.cache_bytes]),
-            "generation: evictions": ("", [self.evictions]),
-        }
-        if self.peak_bytes is not None:
-            figures["peak memory"] = ("bytes", [self.peak_bytes])
-        return measured(part, subject, self.configuration, self.new_tokens, figures)
+def figures(
+    new_tokens: int, ttft_ms: Sequence[float], tpot_ms: Sequence[float], decode_ms: float, session: Session
+) -> Figures:
+    """Return the numbers of a generation; `decode_ms` is that of all tokens after the first, also if not timed."""
+    total = (statistics.median(ttft_ms) + decode_ms) / 1e3
+    return {
+        "TTFT": ("s", [one / 1e3 for one in ttft_ms]),  # a sample per reading of the prompt
+        "TPOT": ("ms", tpot_ms),  # one per timed token after the first
+        "total": ("s", [total]),
+        "throughput": ("tok/s", [new_tokens / total]),
+        "generation: kept": ("tokens", [session.kept_tokens]),
+        "generation: cache": ("bytes", [session.cache_bytes]),
+        "generation: evictions": ("", [session.evictions]),
+    }
 
 
-def rounds_of(generations: Sequence[Generation], subject: str) -> list[Measurement]:
-    """Return the measurements of the same generation done several times, their samples together."""
-    rounds = [one.measurements("speed", subject) for one in generations]
-    return [
-        same[0].model_copy(update={"samples": [sample for one in same for sample in one.samples]})
-        for same in zip(*rounds, strict=True)
-    ]
+def together(rounds: Sequence[Figures]) -> Figures:
+    """Return the numbers of the same generation done several times, their samples together."""
+    return {
+        metric: (unit, [sample for one in rounds for sample in one[metric][1]])
+        for metric, (unit, _) in rounds[0].items()
+    }
 
 
 class _Run:
     """The generation of one configuration: its token to feed next, and what was timed so far."""
 
-    def __init__(self, configuration: Configuration, model: PreTrainedModel, prompt: torch.Tensor) -> None:
-        self._open = partial(open_session, configuration, model)
-        self._prompt = prompt
-        self.name, self.steps, self.decode_ms, self.found = configuration.name, list[float](), 0.0, list[Generation]()
+    def __init__(self, way: Configuration, model: PreTrainedModel, prompt: torch.Tensor) -> None:
+        self.way, self.name, self._model, self._prompt = way, way.name, model, prompt
+        self.steps, self.decode_ms = list[float](), 0.0
+        self.found = dict[int, Figures]()  # by the number of new tokens
         self.start()
 
     def start(self) -> None:
         """Open a fresh session, which reads the prompt first."""
-        self.session, self._token = self._open(), self._prompt
+        self.session, self._token = open_session(self.way, self._model), self._prompt
 
     def restart(self) -> None:
         """Open a fresh session in the place of the one that is open."""
@@ -103,8 +77,15 @@ class _Run:
         """Count the time of `count` tokens, by those of them that were timed, and note the generation so far."""
         self.steps += timed
         self.decode_ms += statistics.fmean(timed) * count
-        state = self.session.kept_tokens, self.session.cache_bytes, self.session.evictions
-        self.found.append(Generation(self.name, new_tokens, ttft_ms, [*self.steps], self.decode_ms, *state, None))
+        self.found[new_tokens] = figures(new_tokens, ttft_ms, [*self.steps], self.decode_ms, self.session)
+
+    def by_stage(self, stages: Sequence[int]) -> dict[int, Figures]:
+        """Return what was found at these numbers of tokens, and peaks of memory where they are counted."""
+        found = {stage: dict(self.found[stage]) for stage in stages}
+        for stage, peak in zip(stages, generation_peaks(self.way, self._model, self._prompt, stages), strict=True):
+            if peak is not None:
+                found[stage]["peak memory"] = "bytes", [weight_bytes(self._model) + peak]
+        return {**found}
 
 
 def turns(count: int, places: int | None) -> list[tuple[int, int]]:
@@ -137,8 +118,8 @@ def generate(
     places: int | None = None,
     clock: Clock | None = None,
     on_token: Callable[[str], object] | None = None,
-) -> list[list[Generation]]:
-    """Generate with all configurations, interleaved; return for each a generation per stage, as if it had ended there.
+) -> list[dict[int, Figures]]:
+    """Generate with all configurations, interleaved; return for each its numbers by stage, as if it had ended there.
 
     Memory is counted in another generation, which is not timed. `prompt` is [1, tokens]. `stages` are ascending numbers
     of new tokens for each configuration; the end-of-text token stops none. With `places`, so many runs of `TURN` steps
@@ -170,10 +151,4 @@ def generate(
                         timed[name] += one.ms
             for run in going:  # each part of a generation by its own steps
                 run.end_stage(stage, stage - before, timed[run.name], prompts[run.name].ms)
-    generations = []
-    for way, run, own in zip(configurations, runs, stages, strict=True):
-        wanted = [made for made in run.found if made.new_tokens in own]
-        counted = generation_peaks(way, model, prompt, own)
-        peaks = [None if peak is None else weight_bytes(model) + peak for peak in counted]
-        generations.append([replace(made, peak_bytes=peak) for made, peak in zip(wanted, peaks, strict=True)])
-    return generations
+    return [run.by_stage(own) for run, own in zip(runs, stages, strict=True)]

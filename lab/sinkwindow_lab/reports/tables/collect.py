@@ -18,7 +18,7 @@ from sinkwindow_lab.measure import generation, requirements, steps
 from sinkwindow_lab.measure.perplexity import BLOCK
 from sinkwindow_lab.progress import Reporter
 from sinkwindow_lab.ranks import Group, Unit
-from sinkwindow_lab.records import BosPolicy, Configuration, Measurement, Report
+from sinkwindow_lab.records import BosPolicy, Configuration, Measurement, Report, measured
 from sinkwindow_lab.reports.tables import recall, where
 from sinkwindow_lab.reports.tables.bench import Bench
 from sinkwindow_lab.reports.tables.plan import FULL, PARTS, Experiment, Plan, Readings, step_pair
@@ -164,12 +164,12 @@ def _timings(
             found = generation.generate(
                 rows, model, prompt.ids, stages, places=plan.speed_places, on_token=lambda _: bench.reporter.advance()
             )
-            known = {(way, one.new_tokens): one for way, own in zip(rows, found, strict=True) for one in own}
             return [
                 number
                 for experiment in experiments
-                for way in rows
-                for number in known[way, new_tokens(way, experiment)].measurements(experiment.name, subject)
+                for way, own in zip(rows, found, strict=True)
+                for count in [new_tokens(way, experiment)]
+                for number in measured(experiment.name, subject, way.name, count, own[count])
             ]
 
         names = [(one.name, one.generated_tokens) for one in experiments]
