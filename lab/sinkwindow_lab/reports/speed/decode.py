@@ -14,7 +14,6 @@ from sinkwindow import StreamingCache
 from sinkwindow.stream.state import DebugState
 from sinkwindow_lab.inputs.shapes import token_ids
 from sinkwindow_lab.measure.clock import Side, interleave, repeated
-from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.measure.micro import AttentionSteps, bare_attention
 from sinkwindow_lab.records import Configuration, Measurement
 from sinkwindow_lab.reports.speed.floors import KERNELS, Place, bytes_read, profiled, short_step
@@ -204,7 +203,7 @@ def static_steps(model: PreTrainedModel, name: str, plan: Plan, options: Mapping
     decoder = Decoder(way, model, 1, plan.limit, options)
     sides: dict[str, Steps] = {way.name: decoder, SHORT: short_step(model, 1)}
     found = timed(place, "TPOT", sides, model, plan, close=False)
-    found += profiled(kernel_place, kernels(decoder.step, PROFILED, model.device))
+    found += profiled(kernel_place, decoder.step, PROFILED, model.device)
     found.append(place.one(way.name, "cache", "bytes", [decoder.steps.session.cache_bytes]))
     decoder.steps.close()
     return found + bytes_read(place, model, mean_length(plan.limit), 1)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from sinkwindow_lab.measure.clock import Side, interleave
-from sinkwindow_lab.measure.kernels import Kernel
+from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.measure.micro import AttentionSteps, bare_attention, geometry
-from sinkwindow_lab.records import Measurement
+from sinkwindow_lab.records import Figures, Measurement, measured
 from sinkwindow_lab.reports.speed.plan import BARE, DENSE, SHORT, SHORT_CONTEXT
 
 WIDTH = 4096  # of the matrix that is read
@@ -28,30 +28,29 @@ class Place:
 
     def one(self, side: str, metric: str, unit: str, samples: Sequence[float]) -> Measurement:
         """Return a measurement of a side here."""
-        return Measurement(configuration=side, metric=metric, unit=unit, samples=list(samples), **asdict(self))
+        return self.all(side, {metric: (unit, samples)})[0]
+
+    def all(self, side: str, figures: Figures) -> list[Measurement]:
+        """Return the measurements of a side here."""
+        return measured(self.part, self.subject, side, self.at, figures)
 
     def times(
         self, metric: str, sides: Mapping[str, Side], samples: int, device: torch.device, *, turn: int = 1
     ) -> list[Measurement]:
         """Time sides interleaved, `turn` steps per sample; return [ms] per step, and those of each event once more."""
-        measured = []
+        result = []
         for side, found in interleave(sides, samples, device, warm_up=2 if turn == 1 else 1).items():
             values = [took / turn for took in found.ms]
-            measured.append(self.one(side, metric, "ms", values))
+            result.append(self.one(side, metric, "ms", values))
             for event in dict.fromkeys(found.events.values()):
                 own = [values[number] for number, what in found.events.items() if what == event]
-                measured.append(self.one(side, f"{metric}, {event}", "ms", own))
-        return measured
+                result.append(self.one(side, f"{metric}, {event}", "ms", own))
+        return result
 
 
-def profiled(place: Place, found: Sequence[Kernel]) -> list[Measurement]:
-    """Return kernels as measurements of a place, by name."""
-    figures = (("time", "ms"), ("calls", ""))
-    return [
-        place.one(one.name, metric, unit, [value])
-        for one in found
-        for (metric, unit), value in zip(figures, (one.ms, one.calls), strict=True)
-    ]
+def profiled(place: Place, step: Callable[[], object], steps: int, device: torch.device) -> list[Measurement]:
+    """Profile steps; return their kernels as measurements of a place."""
+    return [one for name, found in kernels(step, steps, device).items() for one in place.all(name, found)]
 
 
 def bandwidth(device: torch.device, *, megabytes: float = 512.0, samples: int = 7) -> list[Measurement]:
@@ -96,8 +95,8 @@ def bytes_read(place: Place, model: PreTrainedModel, context: int, batch: int) -
     embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weights = sum(one.nbytes for one in model.parameters()) - (embedding.nbytes if head.weight is not embedding else 0)
-    found = {"context": ("tokens", context), "weights": ("bytes", weights), "keys and values": ("bytes", kept)}
-    return [place.one(SHORT, metric, unit, [value]) for metric, (unit, value) in found.items()]
+    found = {"context": ("tokens", [context]), "weights": ("bytes", [weights]), "keys and values": ("bytes", [kept])}
+    return place.all(SHORT, found)
 
 
 def floors(model: PreTrainedModel, name: str, context: int, batch: int, *, samples: int = 20) -> list[Measurement]:

@@ -91,15 +91,9 @@ def check(
     rows = slice(1 if padding else 0, None)
     alone, ours = ids[rows, padding:], torch.cat(parts, 1)[rows, padding:]
     right = reference_logits(exact, alone, **sizes, upcast=False)
-    found = {
-        "error": largest_error(ours, right),
-        "plain error": largest_error(reference_logits(model, alone, **sizes, upcast=False), right),
-        "rounding step": rounding_step(right, model.dtype),
-        "retained equal": float(
-            cache.retained_tokens[rows] == [retained_after(TOKENS - padding, **sizes)] * len(alone)
-        ),
-    }
-    return [place.one(law, metric, "", [value]) for metric, value in found.items()]
+    plain = largest_error(reference_logits(model, alone, **sizes, upcast=False), right)
+    equal = cache.retained_tokens[rows] == [retained_after(TOKENS - padding, **sizes)] * len(alone)
+    return errors(place, law, largest_error(ours, right), plain, rounding_step(right, model.dtype), equal=equal)
 
 
 def same_tokens(place: Place, model: PreTrainedModel) -> list[Measurement]:
@@ -112,6 +106,11 @@ def same_tokens(place: Place, model: PreTrainedModel) -> list[Measurement]:
         chosen.append(generating.generate(ids, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, **more))
         kept.append(cache.retained_tokens)
         cache.detach()
-    different, equal = float((chosen[0] != chosen[1]).sum()), float(kept[0] == kept[1])
-    found = {"error": different, "plain error": 0.0, "rounding step": 0.0, "retained equal": equal}
-    return [place.one("generate, static steps", metric, "", [value]) for metric, value in found.items()]
+    different = float((chosen[0] != chosen[1]).sum())
+    return errors(place, "generate, static steps", different, 0.0, 0.0, equal=kept[0] == kept[1])
+
+
+def errors(place: Place, law: str, error: float, plain: float, step: float, *, equal: bool) -> list[Measurement]:
+    """Return what was found of a law."""
+    found = {"error": error, "plain error": plain, "rounding step": step, "retained equal": float(equal)}
+    return place.all(law, {metric: ("", [value]) for metric, value in found.items()})

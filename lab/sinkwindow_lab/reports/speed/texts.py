@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from sinkwindow_lab.inputs.shapes import token_ids
 from sinkwindow_lab.measure.clock import Side, interleave
-from sinkwindow_lab.measure.kernels import kernels
 from sinkwindow_lab.measure.memory import tensor_peak, weight_bytes
 from sinkwindow_lab.measure.perplexity import token_losses
 from sinkwindow_lab.records import Configuration, Measurement
@@ -78,8 +77,8 @@ def prompt(model: PreTrainedModel, name: str, way: Configuration, tokens: int, p
     place, read = Place("prompt", name, tokens), reading(model, way, token_ids(model, tokens), plan.chunk)
     peak = tensor_peak(model.device, read)
     took = interleave({"": Side(read)}, 1, model.device, warm_up=0)[""].ms[0]
-    found = {"time": ("ms/token", took / tokens), "peak": ("bytes", peak), "weights": ("bytes", weight_bytes(model))}
-    return [place.one(way.name, metric, unit, [value]) for metric, (unit, value) in found.items()]
+    found = {"time": ("ms/token", [took / tokens]), "peak": ("bytes", [peak])}
+    return place.all(way.name, {**found, "weights": ("bytes", [weight_bytes(model)])})
 
 
 def chunk_kernels(model: PreTrainedModel, name: str, way: Configuration, plan: Plan) -> list[Measurement]:
@@ -89,7 +88,7 @@ def chunk_kernels(model: PreTrainedModel, name: str, way: Configuration, plan: P
         for part in first:
             session.feed(part, last_only=True)
         place = Place(f"{KERNELS}, chunk, {way.kind}", name, plan.chunk)
-        return profiled(place, kernels(lambda: session.feed(last, last_only=True), 1, model.device))
+        return profiled(place, lambda: session.feed(last, last_only=True), 1, model.device)
 
 
 def scoring(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
