@@ -86,15 +86,12 @@ class Together(Bars):
 
     def show(self, finished: int, beats: Mapping[int, Mapping[str, Any]]) -> None:
         """Show how many units are finished, and what each process tells of itself (`pulse.py`)."""
-        words = {rank: f"rank {rank} ({one['host']}): {one['doing']}" for rank, one in sorted(beats.items())}
+        told, now = [], time.monotonic()
         self._progress.update(self._all, completed=finished)
-        for rank, one in beats.items():
-            task = self._tasks[rank]
-            self._progress.update(task, description=printable(words[rank]), completed=one["steps"], total=one["total"])
-        now = time.monotonic()
+        for rank, one in sorted(beats.items()):
+            task, words = self._tasks[rank], f"rank {rank} ({one['host']}): {one['doing']}"
+            self._progress.update(task, description=printable(words), completed=one["steps"], total=one["total"])
+            told.append(words + (f", {one['steps']:,} of {one['total']:,}" if one["total"] else ""))
         if not self._console.is_terminal and now - self._shown >= EVERY:
-            done = {
-                rank: f", {one['steps']:,} of {one['total']:,}" if one["total"] else "" for rank, one in beats.items()
-            }
-            say(f"[{finished}/{self._measurements}] {'; '.join(one + done[rank] for rank, one in words.items())}")
+            say(f"[{finished}/{self._measurements}] {'; '.join(told)}")
             self._shown = now

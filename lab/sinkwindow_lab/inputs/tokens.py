@@ -49,9 +49,8 @@ class TokenText:
     @property
     def pieces(self) -> tuple[TokenText, ...]:
         """Those texts as texts of their own; the bytes of each are not known."""
-        return (
-            tuple(replace(self, ids=ids, lengths=(), text_bytes=0) for ids in self.texts) if self.lengths else (self,)
-        )
+        apart = (replace(self, ids=ids, lengths=(), text_bytes=0) for ids in self.texts)
+        return tuple(apart) if self.lengths else (self,)
 
     @property
     def targets(self) -> torch.Tensor:

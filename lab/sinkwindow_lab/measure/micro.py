@@ -150,15 +150,13 @@ class AttentionSteps:
         return self.call(columns, layer_work)[-1]
 
     @torch.inference_mode()
-    def update(self) -> None:
-        """Run the cache work of one token, evictions included, without attention."""
-        self.call(1, lambda layer, _: self.cache.update(self._key, self._value, layer))
+    def update(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Run the cache work of one token, evictions included, without attention; return what layers attend to."""
+        return self.call(1, lambda layer, _: self.cache.update(self._key, self._value, layer))
 
-    @torch.inference_mode()
     def hold(self) -> None:
         """Keep what the layers return for one more token, for `attention_alone`."""
-        held = self.call(1, lambda layer, _: self.cache.update(self._key, self._value, layer))
-        self._held = BareAttention(self._query, held)
+        self._held = BareAttention(self._query, self.update())
 
     def attention_alone(self) -> torch.Tensor:
         """Run one token's attention over what `hold` kept; return the last layer's, [batch, heads, 1, head_dim]."""

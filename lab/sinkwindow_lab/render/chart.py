@@ -81,12 +81,10 @@ def _series(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, dict[str, 
     for (kind, series), rows in frame.groupby(["kind", "series"], sort=False):
         look = _look(kind, known[kind])
         known[kind] += 1
-        few = "n" in rows and rows.n.min() < FEW
-        yield (
-            _shown(series) + (f" (n = {rows.n.min()})" if few else ""),
-            rows,
-            look | ({"linestyle": ""} if few else {}),
-        )
+        name = _shown(series)
+        if "n" in rows and rows.n.min() < FEW:
+            name, look["linestyle"] = f"{name} (n = {rows.n.min()})", ""
+        yield name, rows, look
 
 
 def _shown(name: object) -> str:

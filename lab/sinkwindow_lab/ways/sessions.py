@@ -7,7 +7,6 @@ same order.
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ FEED = 256  # tokens of a call between timed or watched steps [tokens]
 MORE_ROWS = 4  # most rows of a table of positions that no position has
 
 
-class Session(ABC):
+class Session:
     """A conversation with a model: one row, no padding."""
 
     cache: Any = None
@@ -49,9 +48,9 @@ class Session(ABC):
         """Feed tokens [1, tokens] without returning logits."""
         self.feed(ids, last_only=True)
 
-    @abstractmethod
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         """Do the work of `feed`, inside inference mode."""
+        return self._forward(ids, last_only=last_only)
 
     @property
     def kept_tokens(self) -> int:
@@ -64,8 +63,8 @@ class Session(ABC):
         layers = [] if self.cache is None else [layer for layer in self.cache.layers if layer.is_initialized]
         return sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
 
-    def close(self) -> None:  # noqa: B027 - most sessions leave nothing behind
-        """Restore the model to its state before the session."""
+    def close(self) -> None:
+        """Restore the model to its state before the session; most sessions leave nothing behind."""
 
     def __enter__(self) -> Self:
         return self
@@ -92,9 +91,6 @@ class DenseSession(Session):
         self.reach = table_of_positions(model)
         self.cache = DynamicCache(config=model.config)
 
-    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        return self._forward(ids, last_only=last_only)
-
 
 class StreamingSession(Session):
     """The product: `sinkwindow.StreamingCache`; `options` are further arguments of it, such as `evict="call"`."""
@@ -110,7 +106,7 @@ class StreamingSession(Session):
             raise LabError(str(error)) from error
 
     def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        logits = self._forward(ids, last_only=last_only)
+        logits = super()._feed(ids, last_only=last_only)
         self.evictions = self.cache.num_evictions
         return logits
 
