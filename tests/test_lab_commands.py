@@ -192,7 +192,7 @@ def test_an_interrupted_command_that_keeps_nothing_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line and the shell's exit status, no traceback."""
-    monkeypatch.setattr(perplexity, "measure", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(perplexity, "measure_stages", raising(KeyboardInterrupt()))
     save_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text(random_text(100), encoding="utf-8")
     options = ("--model", tmp_path / "model", "--corpus", tmp_path / "text.txt", "--tokens", 90, "--window", 9)

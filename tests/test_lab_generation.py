@@ -15,12 +15,12 @@ from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.measure import generation, memory, steps
 from sinkwindow_lab.measure.clock import HostClock, Side, interleave, quartiles
 from sinkwindow_lab.ways.configurations import open_session, parse
+from sinkwindow_lab.ways.sessions import DenseSession, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sinkwindow_lab.records import Figures
-    from sinkwindow_lab.ways.sessions import Session
 
 CPU = torch.device("cpu")
 

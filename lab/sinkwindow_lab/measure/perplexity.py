@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.tokens import LEAST, TokenText
 from sinkwindow_lab.measure.clock import clock_for
-from sinkwindow_lab.records import Configuration, Measurement, measured
+from sinkwindow_lab.records import Configuration, Figures, Measurement, measured
 from sinkwindow_lab.ways.configurations import open_session
 from sinkwindow_lab.ways.sessions import Session
 
@@ -35,57 +35,43 @@ class Score:
     facts: dict[str, float]
 
     @property
-    def mean_nll(self) -> float:
-        """Mean over all targets, never a mean of means [nat]."""
-        return float(self.nll.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of that mean, tokens taken as independent [nat]."""
-        return float(self.nll.std() / math.sqrt(len(self.nll))) if len(self.nll) > 1 else 0.0
-
-    @property
     def perplexity(self) -> float:
         """Exponential of the mean loss; infinite where it is more than a float holds."""
         return float(self.nll.mean().exp())
 
-    @property
-    def bits_per_byte(self) -> float:
-        """Sum of the losses in bits over the UTF-8 bytes of the scored text."""
-        return float(self.nll.sum()) / math.log(2) / max(self.text.text_bytes, 1)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Targets scored per second, logits and losses included; NaN if the time was not measured."""
-        return len(self.nll) / self.facts.get("seconds", math.nan)
-
-    def figures(self) -> dict[str, tuple[str, list[float]]]:
+    def figures(self) -> Figures:
         """Return every number as a sample with its unit."""
+        nll, facts = self.nll, self.facts
         return {
             "PPL": ("", [self.perplexity]),
-            "NLL": ("nat", [self.mean_nll]),
-            "standard error": ("nat", [self.standard_error]),
-            "bits per byte": ("bit", [self.bits_per_byte]),
-            "targets": ("tokens", [len(self.nll)]),
-            **({"seconds": ("s", [self.facts["seconds"]])} if "seconds" in self.facts else {}),
-            "evictions": ("", [self.facts["evictions"]]),
-            "kept": ("tokens", [self.facts["kept_tokens"]]),
-            "cache": ("bytes", [self.facts["cache_bytes"]]),
+            "NLL": ("nat", [float(nll.mean())]),  # over all targets, never a mean of means
+            # Of that mean, tokens taken as independent.
+            "standard error": ("nat", [float(nll.std() / math.sqrt(len(nll))) if len(nll) > 1 else 0.0]),
+            # The sum of the losses over the UTF-8 bytes of the scored text.
+            "bits per byte": ("bit", [float(nll.sum()) / math.log(2) / max(self.text.text_bytes, 1)]),
+            "targets": ("tokens", [len(nll)]),
+            **({"seconds": ("s", [facts["seconds"]])} if "seconds" in facts else {}),
+            "evictions": ("", [facts["evictions"]]),
+            "kept": ("tokens", [facts["kept_tokens"]]),
+            "cache": ("bytes", [facts["cache_bytes"]]),
         }
 
     def figures_by_name(self) -> dict[str, Any]:
         """Return the configuration, the tokens per call and every number by name, for JSON."""
-        numbers = {metric.replace(" ", "_"): value for metric, (_, (value,)) in self.figures().items()}
-        fixed = {"configuration": self.configuration, "block": self.block}
-        return {**fixed, **numbers} | ({"tokens_per_second": self.tokens_per_second} if "seconds" in self.facts else {})
+        numbers: dict[str, Any] = {"configuration": self.configuration, "block": self.block}
+        numbers |= {metric.replace(" ", "_"): value for metric, (_, (value,)) in self.figures().items()}
+        rate = {"tokens_per_second": len(self.nll) / numbers["seconds"]} if "seconds" in numbers else {}
+        return numbers | rate  # of targets, logits and losses included
 
     def __str__(self) -> str:
         """Return the numbers in one line."""
-        rate = f"{self.tokens_per_second:.1f} tok/s  " if "seconds" in self.facts else ""
+        found = self.figures_by_name()
+        rate = f"{found['tokens_per_second']:.1f} tok/s  " if "seconds" in found else ""
+        read = f"{self.configuration}, {self.text.corpus}, {self.block} tok/call"
         return (
-            f"PPL {self.perplexity:.4f}  NLL {self.mean_nll:.5f} +- {self.standard_error:.5f}  "
-            f"{self.bits_per_byte:.4f} bits/byte  {len(self.nll):,} targets  {self.facts['evictions']:.0f} evictions  "
-            f"{rate}({self.configuration}, {self.text.corpus}, {self.block} tok/call)"
+            f"PPL {found['PPL']:.4f}  NLL {found['NLL']:.5f} +- {found['standard_error']:.5f}  "
+            f"{found['bits_per_byte']:.4f} bits/byte  {found['targets']:,} targets  "
+            f"{found['evictions']:.0f} evictions  {rate}({read})"
         )
 
     def measurements(self, part: str) -> list[Measurement]:
