@@ -36,7 +36,7 @@ SMALL = replace(plan.TINY, streamed=(100,), prompts=(2,), samples={1: 1})
 def budget(seconds: float) -> tuple[collect.Run, list[float], list[Report]]:
     """Return a run with a clock that is set by hand, and what it saves."""
     now, saved = [0.0], list[Report]()
-    return collect.Run("gpu", SMALL, CPU, saved.append, lambda _: None, seconds, lambda: now[0]), now, saved
+    return collect.Run("gpu", SMALL, CPU, saved.append, seconds, lambda: now[0]), now, saved
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_part_that_does_not_fit_into_memory_is_named() -> None:
 
 def test_without_time_all_parts_are_skipped_by_name() -> None:
     """If the time is too short for anything, the report names each skipped part."""
-    found = collect.gpu(minutes=1e-9, save=lambda _: None, say=lambda _: None, device="cpu")
+    found = collect.gpu(minutes=1e-9, save=lambda _: None, device="cpu")
     assert (found.measurements, found.models) == ([], [])
     assert found.skipped == ["memory bandwidth", "laws", "tiny-pythia: build", "tiny: build"]
     assert "Not measured, for want of time or memory" in page(found).markdown
@@ -171,7 +171,7 @@ def test_a_part_that_fails_is_named(
 
 def test_a_part_of_the_speed_report_that_fails_ends_it() -> None:
     """No report is made of what works of a wrong cache."""
-    found = collect.Run("speed", SMALL, CPU, lambda _: None, lambda _: None)
+    found = collect.Run("speed", SMALL, CPU, lambda _: None)
     with pytest.raises(RuntimeError, match="no kernel"):
         found.part("odd", failing_laws)
 
@@ -182,7 +182,7 @@ def test_a_quick_report_of_a_gpu_says_so() -> None:
     on_gpu = one.model_copy(update={"machine": one.machine.model_copy(update={"gpu": "A card"})})
     for quick, words in ((True, "On A card, **tiny shapes**, in "), (False, "On A card, in ")):
         assert words in page(on_gpu.model_copy(update={"quick": quick})).markdown
-    assert [budget(1.0)[0].report.quick, collect.Run("gpu", plan.LARGE, CPU, print, print, 0.0).report.quick] == [
+    assert [budget(1.0)[0].report.quick, collect.Run("gpu", plan.LARGE, CPU, print, 0.0).report.quick] == [
         True,
         False,
     ]

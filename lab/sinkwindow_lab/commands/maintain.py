@@ -104,7 +104,7 @@ def speed_report(
         output_file("--docs", docs)
         marked.check(docs, page.VERDICT)
     with writer("speed", out) as save:
-        report = collect.speed(quick=quick, threads=threads, save=save, say=say)
+        report = collect.speed(quick=quick, threads=threads, save=save)
     if docs is not None:
         marked.fill(docs, page.sections(report))
     _judge([] if quick else [one.complaint() for one in compare.comparisons(report) if not one.met])
@@ -128,7 +128,7 @@ def gpu_report(
     if not minutes > 0:
         raise LabError(f"--minutes {minutes} must be above 0")
     with writer("gpu", out) as save:
-        report = collect.gpu(minutes=minutes, save=save, say=say, device=device, quick=quick)
+        report = collect.gpu(minutes=minutes, save=save, device=device, quick=quick)
     _judge(page.broken(report))
 
 

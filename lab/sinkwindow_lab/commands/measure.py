@@ -322,7 +322,7 @@ def evaluate(
     models.check_place(device, dtype)
     with writer("lm-eval", out) as save:
         loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        save(run.evaluate(loaded, rows, names, limit=limit, batch_size=batch_size, say=say))
+        save(run.evaluate(loaded, rows, names, limit=limit, batch_size=batch_size))
 
 
 @command()

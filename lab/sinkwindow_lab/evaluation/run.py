@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.errors import LabError, say
 from sinkwindow_lab.evaluation.model import StreamingLM
 from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.models import LoadedModel
@@ -60,7 +60,6 @@ def evaluate(
     *,
     limit: int | None = None,
     batch_size: int = 1,
-    say: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """Evaluate all tasks with each configuration; `limit` is of the documents of a task."""
     begun = time.perf_counter()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from sinkwindow_lab.errors import say
 from sinkwindow_lab.inputs import machine, models
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.measure import memory
@@ -24,7 +25,6 @@ CHECKED = 200  # tokens of the check before anything is timed: past evictions, w
 MARGIN = 1.5  # a part starts if its kind's longest time so far, times this, is left
 FIRST_GUESS = 25.0  # for a kind that has not run yet [s]
 Save = Callable[[Report], None]
-Say = Callable[[str], None]
 
 
 class Run:
@@ -36,12 +36,11 @@ class Run:
         plan: Plan,
         device: torch.device,
         save: Save,
-        say: Say,
         seconds: float = math.inf,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Start the clock, and begin with the memory bandwidth."""
-        self._save, self._say, self._device = save, say, device
+        self._save, self._device = save, device
         self._seconds, self._now, self._begun = seconds, now, now()
         self._longest: dict[str, float] = {}
         facts: dict[str, Any] = {
@@ -60,7 +59,7 @@ class Run:
         if begun + MARGIN * guess > self._seconds:
             self._add(skipped=[name])
             return
-        self._say(f"{name} ({begun:.0f} s)")
+        say(f"{name} ({begun:.0f} s)")
         try:
             for measurement in measure():
                 self._add(measurements=[measurement])
@@ -111,14 +110,14 @@ class Run:
         self.report = self.report.model_copy(update={"seconds": self._spent(), **fields})
 
 
-def speed(*, quick: bool, threads: int, save: Save, say: Say) -> Report:
+def speed(*, quick: bool, threads: int, save: Save) -> Report:
     """Measure the speed report on the CPU; torch's number of threads is restored afterwards."""
     plan, before, tiny = QUICK if quick else FULL, torch.get_num_threads(), random_model("tiny")
     torch.set_num_threads(threads)
     try:
         for configuration in (lazy(64), lazy(64, 0)):  # no speed of a wrong cache is reported
             check_logits(configuration, tiny, CHECKED)
-        run = Run("speed", plan, torch.device("cpu"), save, say)
+        run = Run("speed", plan, torch.device("cpu"), save)
         run.models(partial(_speed_parts, run, plan))
     finally:
         torch.set_num_threads(before)
@@ -136,13 +135,13 @@ def _speed_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> Non
         run.part(f"{name}: {words}", partial(part, model, name, plan))
 
 
-def gpu(*, minutes: float, save: Save, say: Say, device: str | None = None, quick: bool = False) -> Report:
+def gpu(*, minutes: float, save: Save, device: str | None = None, quick: bool = False) -> Report:
     """Measure the GPU report, in so many `minutes`, on the GPU if there is one, else tiny shapes on the CPU."""
     place = models.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = place.type == "cuda"
     plan = (TINY_ON_GPU if quick else LARGE) if on_gpu else TINY
     say("on the GPU" if on_gpu else "on the CPU, with tiny shapes: there is no GPU here")
-    run = Run("gpu", plan, place, save, say, 60 * minutes)
+    run = Run("gpu", plan, place, save, 60 * minutes)
     run.part("laws", lambda: laws.laws(place, plan.compile))
     run.models(partial(_gpu_parts, run, plan))
     return run.finish()
