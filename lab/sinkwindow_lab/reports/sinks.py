@@ -12,15 +12,14 @@ from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.inputs.models import LoadedModel
-from sinkwindow_lab.inputs.tokens import TokenText
 from sinkwindow_lab.measure import attention, requirements
 from sinkwindow_lab.measure.attention import FIRST, LEARNED, SHARES
-from sinkwindow_lab.measure.perplexity import measure
 from sinkwindow_lab.progress import Reporter
 from sinkwindow_lab.records import BosPolicy, Configuration, Measurement, ModelRecord, Report, TextRecord, measured
 from sinkwindow_lab.render.markdown import NOT_MEASURED, Page, bullets, join, name, table
 from sinkwindow_lab.render.origins import head, machine_line
 from sinkwindow_lab.reports.tables import published
+from sinkwindow_lab.reports.tables.bench import Bench
 from sinkwindow_lab.reports.tables.plan import sink_ways
 from sinkwindow_lab.ways.configurations import parse
 
@@ -69,16 +68,17 @@ def collect(
     models, records, found = list[ModelRecord](), list[TextRecord](), list[Measurement]()
     with progress(2 * len(names) * len(corpora) * len(ways)) as reporter:
         for count, given in enumerate(names, start=1):
-            loaded = load(given)
-            texts = [_text(loaded, corpus, ways, plan, bos) for corpus in corpora]
-            models.append(loaded.record)
-            records += [text.record() for text in texts]
-            found += [one for text in texts for one in _measure(loaded, text, ways, plan, reporter)]
+            bench = Bench(load(given), corpora, bos, reporter=reporter)
+            for corpus in corpora:
+                _check(bench, corpus, ways, plan)
+            models.append(bench.loaded.record)
+            records += [text.record() for text in bench.texts.values()]
+            found += [one for corpus in corpora for one in _measure(bench, corpus, ways, plan)]
             report = Report(
                 kind="sinks",
                 quick=plan == QUICK,
                 plan=asdict(plan),
-                machine=machine.describe(loaded.model.device),
+                machine=machine.describe(bench.loaded.model.device),
                 models=models,
                 corpora=[corpus.record() for corpus in corpora],
                 texts=records,
@@ -88,32 +88,28 @@ def collect(
                 seconds=time.perf_counter() - begun,
                 finished=count == len(names),
             )
-            del loaded  # before the next one is there
+            del bench  # before the next one is there
             save(report)
 
 
-def _text(loaded: LoadedModel, corpus: Corpus, ways: Sequence[Configuration], plan: Plan, bos: BosPolicy) -> TokenText:
-    """Return the start of a text, checked before anything is measured."""
-    text, asked = loaded.encode(corpus, tokens=plan.tokens, bos=bos), f"--tokens {plan.tokens}"
-    if text.ids.shape[1] < plan.size + 2:
+def _check(bench: Bench, corpus: Corpus, ways: Sequence[Configuration], plan: Plan) -> None:
+    """Check that the start of a text can be measured."""
+    count, asked = bench.text(corpus, plan.tokens).ids.shape[1], f"--tokens {plan.tokens}"
+    if count < plan.size + 2:
         raise LabError(
-            f"{asked}: {text.ids.shape[1]} tokens of {corpus.name!r} never fill a cache of {plan.size}: "
+            f"{asked}: {count} tokens of {corpus.name!r} never fill a cache of {plan.size}: "
             "ask for more tokens, or for a smaller --size"
         )
-    requirements.check(ways, loaded.model, text.ids.shape[1], asked)
-    return text
+    requirements.check(ways, bench.loaded.model, count, asked)
 
 
-def _measure(
-    loaded: LoadedModel, text: TokenText, ways: Sequence[Configuration], plan: Plan, reporter: Reporter
-) -> Iterator[Measurement]:
-    subject, twin = loaded.record.name, attention.eager_twin(loaded.model)
+def _measure(bench: Bench, corpus: Corpus, ways: Sequence[Configuration], plan: Plan) -> Iterator[Measurement]:
+    reporter, text = bench.reporter, bench.text(corpus, plan.tokens)
+    subject, twin = bench.loaded.record.name, attention.eager_twin(bench.loaded.model)
     ids, gate = text.ids.to(twin.device), attention.has_output_gate(twin)
     for way in ways:
         reporter.begin(f"{subject}: PPL {way.name}, {text.corpus}", len(text.targets))
-        score = measure(way, loaded.model, text, on_block=reporter.advance)
-        reporter.found(f"PPL {score.perplexity:.3f}")
-        yield from score.measurements(subject)
+        yield from bench.score(way, corpus, plan.tokens).measurements(subject)
         reporter.begin(f"{subject}: attention {way.name}, {text.corpus}", ids.shape[1])
         if attention.watched_layers(twin):
             shares = attention.shares(way, twin, ids, begin=plan.size + 1, on_block=reporter.advance)
