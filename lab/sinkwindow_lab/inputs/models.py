@@ -200,16 +200,11 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _from_pretrained(
-    place: str,
-    dtype: torch.dtype,
-    *,
-    local_files_only: bool = True,
-    trust_remote_code: bool = False,
-    gguf_file: str | None = None,
+    place: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, Any, Iterable[str]]:
     """Return a model, its tokenizer, and the names of the weights that its files lack."""
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # our own words name missing weights
-    options: dict[str, Any] = {"local_files_only": local_files_only, "gguf_file": gguf_file}
+    options = {"local_files_only": True, **options}
     loader: Any = AutoModelForCausalLM
     # trust_remote_code is always given: otherwise transformers asks on standard input whether to run a folder's code.
     with LOADING:
