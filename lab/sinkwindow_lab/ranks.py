@@ -92,7 +92,7 @@ class Group(Reporter):
         todo = sorted(units, key=lambda unit: -unit.size)
         with Together(len(todo), self.size) as shown, ExitStack() as stack:
             if self.rank == 0:
-                stack.callback(setattr, self.pulse, "show", self.pulse.show)
+                stack.callback(setattr, self.pulse, "show", lambda _: None)
                 self.pulse.show = lambda beats: shown.show(self._board.add("finished", 0), beats)
             self._agree({**facts, "units": [unit[:2] for unit in units]}, store.folder)
             while (place := self._board.add("taken", 1) - 1) < len(todo):
