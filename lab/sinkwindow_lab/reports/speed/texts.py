@@ -77,8 +77,9 @@ def prompt(model: PreTrainedModel, name: str, way: Configuration, tokens: int, p
     place, read = Place("prompt", name, tokens), reading(model, way, token_ids(model, tokens), plan.chunk)
     peak = tensor_peak(model.device, read)
     took = interleave({"": Side(read)}, 1, model.device, warm_up=0)[""].ms[0]
-    found = {"time": ("ms/token", [took / tokens]), "peak": ("bytes", [peak])}
-    return place.all(way.name, {**found, "weights": ("bytes", [weight_bytes(model)])})
+    each, weights = took / tokens, weight_bytes(model)
+    found = {"time": ("ms/token", [each]), "peak": ("bytes", [peak]), "weights": ("bytes", [weights])}
+    return place.all(way.name, found)
 
 
 def chunk_kernels(model: PreTrainedModel, name: str, way: Configuration, plan: Plan) -> list[Measurement]:
