@@ -77,9 +77,8 @@ def prompt(model: PreTrainedModel, name: str, way: Configuration, tokens: int, p
     place, read = Place("prompt", name, tokens), reading(model, way, token_ids(model, tokens), plan.chunk)
     peak = tensor_peak(model.device, read)
     took = interleave({"": Side(read)}, 1, model.device, warm_up=0)[""].ms[0]
-    each, weights = took / tokens, weight_bytes(model)
-    found = {"time": ("ms/token", [each]), "peak": ("bytes", [peak]), "weights": ("bytes", [weights])}
-    return place.all(way.name, found)
+    sizes = {"peak": ("bytes", [peak]), "weights": ("bytes", [weight_bytes(model)])}
+    return place.all(way.name, {"time": ("ms/token", [took / tokens])}) + place.all(way.name, sizes)
 
 
 def chunk_kernels(model: PreTrainedModel, name: str, way: Configuration, plan: Plan) -> list[Measurement]:
