@@ -18,7 +18,7 @@ from peers.client import Client
 from peers.environments import HOME, BuildError, interpreter
 from peers.plan import FULL, PEERS, QUICK, Plan
 from peers.run import failed_row, left_out, measure, say, skipped_row
-from peers.table import bars, markdown, verdicts
+from peers.table import bars, failures, markdown, verdicts
 from sinkwindow_lab.files import output_folder, write_text
 from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.corpora import load_corpus
@@ -106,7 +106,7 @@ def collect(plan: Plan, *, quick: bool) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write and print the table, and fail if a target is missed."""
+    """Measure, write and print the table; fail if a target is missed, or if a peer failed, which changes no page."""
     parser = argparse.ArgumentParser(prog="peers", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="measure less, and skip the slow peers")
     parser.add_argument(
@@ -121,14 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = markdown(record)
     write_text(out / "peers.json", json.dumps(record, indent=1))
     write_text(out / "peers.md", text)
-    if not (options.quick or options.no_docs):
+    failed = failures(record)
+    if not (options.quick or options.no_docs or failed):
         marked.fill(DOCUMENT, {PLACE: text})
         marked.fill(README, {BARS_PLACE: bars(record)})
     sys.stdout.write(text)
     missed = [one for one in verdicts(record) if not one.met]
     for one in missed:
         say(f"target missed: {one}")
-    return bool(missed)
+    for one in failed:
+        say(f"failed: {one}")
+    return bool(missed or failed)
 
 
 if __name__ == "__main__":

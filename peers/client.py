@@ -60,6 +60,7 @@ class Client:
             self._process.wait()
 
     def _last_line(self) -> str:
-        """Return the last line that the process printed."""
+        """Return the last line that the process printed, progress bars apart."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = [line for line in lines if "%|" not in line]
         return lines[-1][:200] if lines else "no message"

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from peers.plan import PEERS
+from peers.plan import LEFT_OUT, PEERS
 from sinkwindow_lab.render.markdown import NOT_MEASURED, bullets, join, name, table
 
 if TYPE_CHECKING:
@@ -144,6 +144,13 @@ def reason(answer: dict[str, Any]) -> str:
     if "refused" in answer:
         return str(answer["refused"])
     return f"failed: {answer['error']}" if "error" in answer else "not measured"
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Return which peers failed, at what and why; what a peer refuses or lacks by design is no failure."""
+    found = [f"{row['key']}: {row['failure']}" for row in record["peers"] if row["failure"] not in (None, LEFT_OUT)]
+    answers = [(row["key"], name, answer) for row in record["peers"] for name, answer in row["answers"].items()]
+    return found + [f"{key}, {name}: {answer['error']}" for key, name, answer in answers if "error" in answer]
 
 
 def head(record: dict[str, Any]) -> str:

@@ -116,9 +116,15 @@ def test_table_has_a_row_for_every_peer() -> None:
 def test_failures_stay_visible() -> None:
     """A failed measurement is a dash with its reason; the other measurements of that peer continue."""
     clients = four() | {"kvpress": Fake(50.0, "fill", "perplexity")}
-    text = table.markdown(record(clients))
+    made = record(clients)
+    text = table.markdown(made)
     assert "failed: RuntimeError: no fill" in text
     assert "failed: RuntimeError: no perplexity" in text
+    failed = table.failures(made)
+    assert "kvpress, perplexity: RuntimeError: no perplexity" in failed
+    assert "static: its environment could not be built: no wheel" in failed
+    assert not [one for one in failed if one.startswith(("ours:", "ours,", "dynamic"))]
+    assert table.failures({"peers": [skipped_row("reference")]}) == []
     assert "steps" not in clients["kvpress"].asked
     assert "batch" in clients["kvpress"].asked
 
@@ -203,9 +209,10 @@ SLEEPS = "import time\ntime.sleep(60)"
     [
         (ECHO, 30.0, {"result": "hello"}),
         (FAILS, 30.0, {"error": "process ended: ImportError: no such thing"}),
+        (f"print('Loading: 100%|##| 272/272')\n{FAILS}", 30.0, {"error": "process ended: ImportError: no such thing"}),
         (SLEEPS, 0.1, {"error": "no answer to hello within 0 s"}),
     ],
-    ids=["answers", "fails", "sleeps"],
+    ids=["answers", "fails", "fails behind a bar", "sleeps"],
 )
 def test_client(code: str, timeout: float, expected: dict[str, str], tmp_path: Path) -> None:
     """The client returns the answer of a process; one that exits or hangs is an error, in later requests too."""
