@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+import pickle
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chat_tiny import SPEC, Words, hearing, ids_of, made, says, turns_of
 from releases import NEW_ALONE
+from sinkwindow import Chat
 from sinkwindow_reference import reference_logits
 from strategies import CACHE_NAME, EXACT, ModelSpec, Rule, budget, call, observe, rules, seeds, stream, tokens, worst
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -115,3 +121,90 @@ def test_nothing_new_is_an_error_without_consequences() -> None:
         call(model, cache, ids[:, :0])
     assert observe(cache) == before
     assert worst(call(model, cache, ids[:, 20:]) - reference_logits(model, ids, **rule.arguments)[:, 20:]) < EXACT
+
+
+# -- the cache of a `Chat` --------------------------------------------------------------------------------------------
+
+
+@NEW_ALONE
+@pytest.mark.parametrize("static", [False, True])
+def test_a_chat_goes_back_with_its_cache(static: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """After `restore` or `reset` the next turn is as if the later ones had not been; in another chat, too."""
+    model = SPEC.model()
+    chat, other = made(model, static=static), made(model, static=static)
+    chat.ask("ab", **says("no"))
+    snapshot = chat.cache.snapshot()
+    chat.cache.save(tmp_path / "chat")
+    other.ask("c", **says("ac"))
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("c", Words(KeyboardInterrupt(), after=1), **says("ac<end>"))
+    for one in (chat, other):
+        one.cache.restore(snapshot)
+    for one in (chat, other, Chat.load(tmp_path / "chat", model, chat.tokenizer)):
+        start = one.cache.seen_tokens[0]
+        with hearing(model) as ids:
+            one.ask("d", **says("a"))
+        assert ids == turns_of("plain", "see", ["ab", "d"], [ids_of("no"), []])[start:]
+    chat.cache.reset()
+    with hearing(model) as ids:
+        chat.ask("d", **says("a"))
+    assert ids == turns_of("plain", "see", ["d"], [[]])
+
+
+def _restore_from_within_a_turn(chat: Chat, _: Chat) -> None:
+    class Taking(Words):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            snapshots.append(chat.cache.snapshot())
+
+    snapshots: list[Any] = []
+    chat.ask("d", Taking(), **says("ac"))
+    chat.cache.restore(snapshots[-1])
+
+
+def _feed(chat: Chat, _: Chat) -> None:
+    call(chat.model, chat.cache, torch.tensor([[9]]))
+
+
+def _replace(chat: Chat, _: Chat) -> None:
+    chat.cache.crop(-1)
+    _feed(chat, _)
+
+
+MOVED: Final[dict[str, Callable[[Chat, Chat], object]]] = {
+    "cropped": lambda chat, _: chat.cache.crop(-1),
+    "fed": _feed,
+    "cropped and fed": _replace,
+    "a part of a turn": _restore_from_within_a_turn,
+    "another system prompt": lambda chat, other: chat.cache.restore(other.cache.snapshot()),
+}
+
+
+@NEW_ALONE
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("way", MOVED)
+def test_a_cache_that_is_not_where_a_turn_ended_is_refused(way: str, static: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Before anything is fed or saved; a snapshot of the end of a turn, or `reset`, is the way out."""
+    model = SPEC.model()
+    chat, other = made(model, static=static), made(model, system="saw", static=static)
+    snapshots = []
+    for one in (chat, other):
+        one.ask("ab", **says("no"))
+        snapshots.append(one.cache.snapshot())
+        one.ask("c", **says("ac"))
+    MOVED[way](chat, other)
+    with hearing(model) as ids:
+        for change in (lambda: chat.ask("d"), lambda: chat.save(tmp_path / "chat")):
+            with pytest.raises(RuntimeError, match=r"chat\.cache is not where a turn of this chat ended.*chat\.reset"):
+                change()
+    assert ids == []
+    chat.cache.restore(snapshots[0])
+    chat.ask("d", **says("a"))
+
+
+@NEW_ALONE
+@pytest.mark.parametrize("copied", [copy.copy, pickle.dumps])
+def test_a_chat_is_not_copied_without_its_cache(copied: Callable[[Chat], object]) -> None:
+    """Two chats would say their turns to one cache."""
+    with pytest.raises(TypeError, match=r"use chat\.save\(path\) and Chat\.load.*copy\.deepcopy\(chat\)"):
+        copied(made(SPEC.model()))

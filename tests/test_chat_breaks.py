@@ -331,6 +331,9 @@ def test_files_of_something_else_are_refused(model: PreTrainedModel, tmp_path: P
     chat = made(model)
     chat.ask("c", **says("ac"))
     chat.save(tmp_path / "chat")
+    chat.cache.save(tmp_path / "twin")
+    assert Chat.load(tmp_path / "twin", model, chat.tokenizer)._end == chat._end
+    chat.cache.crop(-1)
     chat.cache.save(tmp_path / "cache")
     with pytest.raises(ValueError, match="holds a cache without a chat: use StreamingCache"):
         Chat.load(tmp_path / "cache", model, chat.tokenizer)
@@ -338,7 +341,7 @@ def test_files_of_something_else_are_refused(model: PreTrainedModel, tmp_path: P
         Chat.load(tmp_path / "chat", model, tokenizer_with(TEMPLATES["brackets"]))
     with pytest.raises(FileNotFoundError, match="is no file"):
         Chat.load(tmp_path / "other", model, chat.tokenizer)
-    assert StreamingCache.load(tmp_path / "chat", model).seen_tokens == chat.cache.seen_tokens
+    assert StreamingCache.load(tmp_path / "cache", model).seen_tokens == chat.cache.seen_tokens
 
 
 def test_a_loaded_chat_reports_evictions(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import copy
 import inspect
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria
@@ -98,12 +98,11 @@ class Chat:
             )
         template = ChatTemplate(tokenizer, system, chat_template)
         sinks = max(LEAST_SINKS, template.pinned) if num_sinks is None else num_sinks
-        self._assemble(template, model, StreamingCache(model, sinks, window, buffer, **cache_arguments), _End())
+        self._assemble(template, model, StreamingCache(model, sinks, window, buffer, **cache_arguments))
 
-    def _assemble(self, template: ChatTemplate, model: PreTrainedModel, cache: StreamingCache, end: _End) -> None:
+    def _assemble(self, template: ChatTemplate, model: PreTrainedModel, cache: StreamingCache) -> None:
         self.model, self.tokenizer, self.cache = model, template.tokenizer, cache
         self._template = template
-        self._end = end  # of the conversation so far; means nothing while the cache is empty
         self._turn: _Turn | None = None  # the one that runs, or was interrupted
         self._lock = threading.Lock()
 
@@ -127,14 +126,14 @@ class Chat:
         Raises:
             TypeError: ``message`` is no string, or an argument is one that the chat sets, such as ``attention_mask``.
             ValueError: The template refuses the message, or several beams or sequences are asked for.
-            RuntimeError: A turn of this chat is running.
+            RuntimeError: A turn of this chat is running, or the cache is not where one has ended.
         """
         if not isinstance(message, str):
             raise TypeError(f"message must be a str, got {type(message).__name__}.")
         with self._alone():
             self._settle()
-            start = self.cache.get_seq_length()
-            ids = [*self._end.pending, *self._template.next(message, self._end.closed)] if start else None
+            start, end = self.cache.get_seq_length(), self._end
+            ids = [*end.pending, *self._template.next(message, end.closed)] if start else None
             turn = _Turn(start, ids or self._template.first(message))
             arguments = self._arguments(turn, generate_arguments)
             self._turn = turn  # from here on an interruption finds what it needs
@@ -154,20 +153,19 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation, but not the system prompt."""
         with self._alone():
-            self.cache.reset()  # what is kept of turns means nothing without it
+            self.cache.reset()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the conversation to a file, as ``StreamingCache.save`` does; ``load`` goes on from it, bit for bit.
 
         Raises:
             OSError: It cannot be written; what was there is unchanged.
-            RuntimeError: A turn of this chat is running.
+            RuntimeError: A turn of this chat is running, or the cache is not where one has ended.
         """
         with self._alone():
             self._settle()
-            template = self._template
-            note = {"system": template.system, "chat_template": template.source, "probe": template.probe()}
-            self.cache._save(path, {**note, "pending": self._end.pending, "closed": self._end.closed})  # noqa: SLF001
+            self._keep(self._end)  # of a cache that is empty, too
+            self.cache.save(path)
 
     @classmethod
     def load(
@@ -190,26 +188,26 @@ class Chat:
             OSError: The file cannot be read.
             ValueError: It is no file of a chat, is damaged, or is of another model, tokenizer or chat template.
         """
-        noted: list[tuple[ChatTemplate, _End]] = []
+        templates: list[ChatTemplate] = []
 
         def opened() -> Snapshot:
             snapshot = read(path)
+            note: Any = snapshot.state.note
             try:
-                note = snapshot.note
                 end = _End([int(one) for one in note["pending"]], int(note["closed"]))
-                system, source, probe = note["system"], note["chat_template"], note["probe"]
+                system, source = note["system"], note["chat_template"]
             except NONSENSE as error:
                 raise ValueError(f"{path} holds a cache without a chat: use StreamingCache.load.") from error
             template = ChatTemplate(tokenizer, system, source)
-            if template.probe() != probe:
+            if note != end.noted(template):
                 raise ValueError(
                     f"{path} was saved with another tokenizer or chat template: this one makes other tokens of a turn."
                 )
-            noted.append((template, end))
+            templates.append(template)
             return snapshot
 
         chat, cache = cls.__new__(cls), StreamingCache._loaded(opened, model, on_evict)  # noqa: SLF001
-        chat._assemble(noted[0][0], model, cache, noted[0][1])  # noqa: SLF001
+        chat._assemble(templates[0], model, cache)  # noqa: SLF001
         return chat
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -218,8 +216,14 @@ class Chat:
             self._settle()
             chat = type(self).__new__(type(self))
             cache = copy.deepcopy(self.cache, memo)
-            chat._assemble(self._template, memo.get(id(self.model), self.model), cache, self._end)  # noqa: SLF001
+            chat._assemble(self._template, memo.get(id(self.model), self.model), cache)  # noqa: SLF001
         return chat
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "A Chat cannot be pickled, or copied without its cache: use chat.save(path) and "
+            "Chat.load(path, model, tokenizer), or copy.deepcopy(chat)."
+        )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -238,14 +242,37 @@ class Chat:
         turn = self._turn
         if turn is None:
             return
-        forwarded = self.cache.get_seq_length() - turn.start
-        if forwarded > 0:
+        state = self.cache._state  # noqa: SLF001
+        forwarded = state.columns - turn.start
+        if forwarded > 0 and state.note is None:
             answer, closed = self._template.ended(turn.answer, turn.stops)
             said = turn.ids + answer
             # An end token that is not the template's; guesses of assisted decoding; and nothing is recorded any more.
             self.cache.crop(min(0, len(said) - forwarded))
-            self._end = _End(said[forwarded:], closed)
+            self._keep(_End(said[forwarded:], closed))
         self._turn = None
+
+    def _keep(self, end: _End) -> None:
+        """Note in the cache how the conversation so far ends: copies of the cache take it along, a call drops it."""
+        with self.cache._idle("be noted") as stream:  # noqa: SLF001
+            stream.state = replace(stream.state, note=end.noted(self._template))
+
+    @property
+    def _end(self) -> _End:
+        """How the conversation so far ends.
+
+        Raises:
+            RuntimeError: The cache is not where a turn of such a chat has ended.
+        """
+        state = self.cache._state  # noqa: SLF001
+        note = state.note or {}
+        end = _End(note.get("pending", []), note.get("closed", 0))
+        if state.columns and note != end.noted(self._template):
+            raise RuntimeError(
+                "chat.cache is not where a turn of this chat ended: it was fed, cropped, or restored from elsewhere. "
+                "Restore a snapshot() of it that was made between two turns, or begin again with chat.reset()."
+            )
+        return end
 
     def _arguments(self, turn: _Turn, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of ``generate``: new tokens only, with a mask and positions that say so."""
@@ -300,6 +327,10 @@ class _End:
 
     pending: list[int] = field(default_factory=list)
     closed: int = 0
+
+    def noted(self, template: ChatTemplate) -> dict[str, Any]:
+        """Return it as JSON, with what it depends on."""
+        return {**template.kind, **asdict(self)}
 
 
 @dataclass(eq=False)

@@ -27,6 +27,7 @@ class ChatTemplate:
     Attributes:
         pinned: How many tokens there are up to the end of the system prompt.
         end: The special token with which an answer ends, or none.
+        kind: What two chats have in common that can go on from each other, as JSON.
     """
 
     def __init__(self, tokenizer: Any, system: str | None, source: str | None) -> None:
@@ -57,6 +58,8 @@ class ChatTemplate:
         self._closing = self._after_answer(closing)
         self.end = [one for one in self._closing if self._special(one)][:1]
         self.pinned = _common(self._encoded(pinned), self.first(QUESTIONS[0]))
+        # The tokens of some turn: another tokenizer or template makes others.
+        self.kind = {"system": system, "chat_template": source, "probe": self.next(QUESTIONS[1])}
 
     def first(self, message: str) -> list[int]:
         """Return the tokens of a conversation up to its first answer."""
@@ -77,10 +80,6 @@ class ChatTemplate:
             return ids[closed:]
         # The tokenizer merges what ends an answer with what follows.
         return self._after_answer(text.removeprefix(self.tokenizer.decode(self._closing[:closed])))
-
-    def probe(self) -> list[int]:
-        """Return the tokens of some turn: another tokenizer or template makes others."""
-        return self.next(QUESTIONS[1])
 
     def ended(self, answer: list[int], stops: set[int]) -> tuple[list[int], int]:
         """Return an answer without an end token that the template does not use, and how much of its end it has."""

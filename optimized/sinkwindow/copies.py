@@ -83,11 +83,8 @@ class Copies(Calls):
         Raises:
             OSError: It cannot be written; what was there is unchanged.
         """
-        self._save(path, {})
-
-    def _save(self, path: str | os.PathLike[str], note: dict[str, Any]) -> None:
         with self._idle("be saved") as stream:
-            content = encoded(Snapshot(self._settings, self._fingerprint(), stream.state, note))
+            content = encoded(Snapshot(self._settings, self._fingerprint(), stream.state))
         own = ranks(self._decoder())
         write(path if own is None else rank_file(path, *own), content)
 

@@ -55,7 +55,7 @@ def encoded(snapshot: Snapshot) -> bytes:
     """Return a snapshot as the content of a file."""
     tensors = _tensors(snapshot.state, static=snapshot.settings["static"])
     content: dict[str, Any] = {"format": FORMAT, "settings": snapshot.settings, "model": snapshot.model}
-    content |= {"state": _counts(snapshot.state)} | ({"note": snapshot.note} if snapshot.note else {})
+    content |= {"state": _counts(snapshot.state)} | ({"note": snapshot.state.note} if snapshot.state.note else {})
     header = json.dumps(content, default=list)  # of a range
     return save(tensors, {HEADER: header, CHECKSUM: _checksum(header, tensors)})
 
@@ -131,9 +131,8 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
             if {name: type(value) for name, value in settings.items() if name != "family"} != SETTINGS:
                 raise TypeError(f"settings {settings}")
             Family(**settings.get("family", {}))
-            return Snapshot(
-                settings, dict(content["model"]), _state(content["state"], tensors), dict(content.get("note", {}))
-            )
+            state = replace(_state(content["state"], tensors), note=dict(content.get("note", {})) or None)
+            return Snapshot(settings, dict(content["model"]), state)
         age = "a newer" if number > FORMAT else "an older"
     except NONSENSE as error:
         raise ValueError(f"{path} is no file that StreamingCache.save has written: {error!r}.") from error
@@ -198,7 +197,7 @@ def _flush(folder: Path) -> None:
 
 def position(snapshot: Snapshot) -> str:
     """Return where in which text a snapshot was taken: what all ranks of a split model have alike."""
-    return json.dumps([snapshot.settings, _counts(snapshot.state), snapshot.note], default=list)
+    return json.dumps([snapshot.settings, _counts(snapshot.state), snapshot.state.note], default=list)
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -103,6 +103,7 @@ def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, 
         num_evictions=counts.num_evictions,
         past=_shortened(state.past, column),
         states=states,
+        note=None,
     )
 
 

@@ -58,6 +58,7 @@ class State:
         forgot: Whether older ones of them were dropped.
         recording: Whether evicted tokens are kept for a roll-back.
         states: What layers that keep a state remember; unlike those of the pools, these tensors are never written.
+        note: What ``Chat`` says of these tokens, as JSON; ``None`` after a call or a roll-back.
     """
 
     pools: tuple[Slots, ...]
@@ -70,6 +71,7 @@ class State:
     forgot: bool = False
     recording: bool = False
     states: States = field(default_factory=dict)
+    note: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -106,13 +108,11 @@ class Snapshot:
         settings: Arguments of the cache by name: its rule, ``positions``, ``on_overflow`` and ``static``.
         model: The fingerprint of its model.
         state: What it held.
-        note: What ``Chat`` keeps beside it, as JSON.
     """
 
     settings: dict[str, Any]
     model: dict[str, str]
     state: State = field(repr=False)
-    note: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def check(self, settings: dict[str, Any], model: dict[str, str]) -> None:
         """Refuse a cache that cannot go on from here.

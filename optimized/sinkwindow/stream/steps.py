@@ -199,6 +199,7 @@ class Steps:
             columns=state.columns + steps,
             forwarded=state.forwarded + steps,
             num_evictions=state.num_evictions + rows_per_lane * gone // (self.stream.rule.buffer + 1),
+            note=None,
         )
 
     def follow(self) -> None:
