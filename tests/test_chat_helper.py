@@ -321,9 +321,22 @@ def test_arguments_that_the_chat_sets_are_refused(model: PreTrainedModel, heard:
     for name in ("cache", "past_key_values", "attention_mask"):
         with pytest.raises(TypeError, match=f"{name} is set by the chat"):
             chat.ask("ab", **{name: object()})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="system must be a str or None, got int"):
+    with pytest.raises(TypeError, match="system must be a str, got int"):
         Chat(model, tokenizer_with(TEMPLATES["plain"]), 3)  # type: ignore[arg-type]
     assert heard == []
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udcff"])
+def test_half_a_character_is_refused(half: str, model: PreTrainedModel, heard: list[int]) -> None:
+    """By the name of what has it: a tokenizer would say that its input has another type."""
+    with pytest.raises(ValueError, match=rf"system has half a character, '\\u\w+', at {len(half) - 1}: repair"):
+        made(model, system=half)
+    chat = made(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="message has half a character"):
+            chat.ask(half)
+        chat.ask("c", **says("ac"))
+    assert heard == turns_of("plain", "see", ["c", "c"], [ids_of("ac"), ids_of("a")])
 
 
 def test_stop_strings_need_no_tokenizer(model: PreTrainedModel) -> None:

@@ -60,6 +60,23 @@ def read_path(name: str, value: object) -> Path:
     return Path(value)
 
 
+def read_text(name: str, value: object) -> str:
+    """Return a text.
+
+    Raises:
+        TypeError: It is no str.
+        ValueError: It has half a character, a lone surrogate, which no tokenizer takes.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise ValueError(f"{name} has half a character, {half!r}, at {error.start}: repair or remove it.") from error
+    return value
+
+
 def read_rows(name: str, value: object, rows: int) -> Tensor:
     """Return indices of rows as an int64 tensor, ``[indices]``; a bool mask has one value for each row.
 

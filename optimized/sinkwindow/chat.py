@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
+from sinkwindow.arguments import read_text
 from sinkwindow.cache import StreamingCache
 from sinkwindow.chat_template import ChatTemplate
 from sinkwindow.model.versions import CACHE_ARGUMENT, CONTINUES_IN_PARTS, INSTALLED, TAKES_NEW_TOKENS_ALONE
@@ -125,11 +126,10 @@ class Chat:
 
         Raises:
             TypeError: ``message`` is no string, or an argument is one that the chat sets, such as ``attention_mask``.
-            ValueError: The template refuses the message, or several beams or sequences are asked for.
+            ValueError: The template refuses the message, it has half a character, or several beams or sequences are asked for.
             RuntimeError: A turn of this chat is running, or the cache is not where one has ended.
         """
-        if not isinstance(message, str):
-            raise TypeError(f"message must be a str, got {type(message).__name__}.")
+        read_text("message", message)
         with self._alone():
             self._settle()
             start, end = self.cache.get_seq_length(), self._end

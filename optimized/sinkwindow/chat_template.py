@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from sinkwindow.arguments import read_text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -31,8 +33,8 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, system: str | None, source: str | None) -> None:
-        if not isinstance(system, str | None):
-            raise TypeError(f"system must be a str or None, got {type(system).__name__}.")
+        if system is not None:
+            read_text("system", system)
         self.tokenizer, self.system, self.source = tokenizer, system, source
         if source is None and getattr(tokenizer, "chat_template", "") is None:
             raise ValueError(
