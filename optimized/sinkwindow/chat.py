@@ -126,15 +126,19 @@ class Chat:
 
         Raises:
             TypeError: ``message`` is no string, or an argument is one that the chat sets, such as ``attention_mask``.
-            ValueError: The template refuses the message, it has half a character, or several beams or sequences are asked for.
+            ValueError: The template refuses the message, it has half a character, or several beams or sequences are
+                asked for.
             RuntimeError: A turn of this chat is running, or the cache is not where one has ended.
         """
         read_text("message", message)
         with self._alone():
             self._settle()
             start, end = self.cache.get_seq_length(), self._end
-            ids = [*end.pending, *self._template.next(message, end.closed)] if start else None
-            turn = _Turn(start, ids or self._template.first(message))
+            try:
+                new = self._template.next(message, end.closed) if start else self._template.first(message)
+            except ValueError as error:
+                raise ValueError(f"The chat template does not take this message: {error}.") from error
+            turn = _Turn(start, end.pending + new)
             arguments = self._arguments(turn, generate_arguments)
             self._turn = turn  # from here on an interruption finds what it needs
             try:

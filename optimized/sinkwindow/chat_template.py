@@ -76,7 +76,7 @@ class ChatTemplate:
         """
         _, found, text = self._rendered(QUESTIONS[0], ANSWERS[0], message).partition(ANSWERS[0])
         if not found:
-            raise ValueError("The chat template leaves out the answer before this message, so no turn can be added.")
+            raise ValueError("it leaves out the answer before this message, so no turn can be added")
         ids = self._after_answer(text)
         if ids[:closed] == self._closing[:closed]:
             return ids[closed:]
