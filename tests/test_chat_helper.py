@@ -259,6 +259,13 @@ def test_a_model_without_a_template_is_refused(model: PreTrainedModel) -> None:
     assert chat.ask("c", **says("ac")) == "ac"
 
 
+@pytest.mark.parametrize("tokenizer", [None, "smollm2"])
+def test_what_is_no_tokenizer_is_refused(tokenizer: object, model: PreTrainedModel) -> None:
+    """By the name of the argument, not as a chat template."""
+    with pytest.raises(TypeError, match=f"tokenizer must be .* got {type(tokenizer).__name__}"):
+        Chat(model, tokenizer, "see")
+
+
 def test_a_message_that_a_template_refuses_changes_nothing(model: PreTrainedModel, heard: list[int]) -> None:
     """One that does so by its content is found out with that message."""
     refuses = "{% for m in messages if m.content == 'bad' %}{{ raise_exception('bad word') }}{% endfor %}"

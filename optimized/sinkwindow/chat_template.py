@@ -35,6 +35,11 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, system: str | None, source: str | None) -> None:
         if system is not None:
             read_text("system", system)
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise TypeError(
+                "tokenizer must be what AutoTokenizer.from_pretrained returns, with apply_chat_template, got "
+                f"{type(tokenizer).__name__}."
+            )
         self.tokenizer, self.system, self.source = tokenizer, system, source
         if source is None and getattr(tokenizer, "chat_template", "") is None:
             raise ValueError(
