@@ -348,8 +348,13 @@ def test_half_a_character_is_refused(half: str, model: PreTrainedModel, heard: l
 
 
 def test_stop_strings_need_no_tokenizer(model: PreTrainedModel) -> None:
-    """The chat has one."""
+    """The chat has one, for those of the model's own configuration, too."""
     assert made(model).ask("ab", stop_strings=["ab"], **says("no ab cd")) == "no ab"
+    model.generation_config.stop_strings = ["ab"]
+    try:
+        assert made(model).ask("ab", **says("no ab cd")) == "no ab"
+    finally:
+        model.generation_config.stop_strings = None
 
 
 def test_a_copy_of_a_chat_goes_on_by_itself(model: PreTrainedModel) -> None:

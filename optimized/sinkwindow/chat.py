@@ -303,7 +303,7 @@ class Chat:
         inputs = self._inputs(turn)
         if config.prefill_chunk_size or own.prefill_chunk_size:  # which takes positions of all columns
             inputs.pop("position_ids", None)
-        if config.stop_strings:
+        if config.stop_strings or own.stop_strings:
             rest.setdefault("tokenizer", self.tokenizer)
         if taken := sorted({*inputs, "cache", "past_key_values"} & rest.keys()):
             raise TypeError(f"{taken[0]} is set by the chat and cannot be given.")
