@@ -320,6 +320,14 @@ def test_a_base_model_is_refused(tmp_path: Path, piped: Piped) -> None:
     assert re.search(r"error: model .* cannot chat: The tokenizer has no chat template", err)
 
 
+def test_an_older_transformers_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, piped: Piped) -> None:
+    """In one line, with the release that a chat needs."""
+    monkeypatch.setattr("sinkwindow.chat.TAKES_NEW_TOKENS_ALONE", False)
+    status, _, err = piped("w3\n", "--model", folder)
+    assert status == 2
+    assert re.search(r"^error: model .* cannot chat: .* needs transformers 5\.3", err.splitlines()[-1])
+
+
 def test_what_a_chat_warns_of_is_shown(tmp_path: Path, piped: Piped) -> None:
     """That a template has no system prompt, that the sizes exceed what the model was trained on."""
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"

@@ -15,7 +15,7 @@ import sinkwindow.chat as chat_module
 from chat_tiny import made
 from families import LATE, build
 from releases import NEWEST, UNPAGED
-from sinkwindow import StreamingCache, UnsupportedModelError, supports
+from sinkwindow import Chat, StreamingCache, UnsupportedModelError, supports
 from sinkwindow.model import calls, versions
 from sinkwindow.model.versions import NEWEST_TESTED, check_transformers
 from strategies import ModelSpec, Rule, budget, call, observe, rules, seeds, splits, stream, tokens
@@ -102,8 +102,9 @@ def test_a_chat_names_the_release_it_needs(monkeypatch: pytest.MonkeyPatch) -> N
         chat.ask("d", max_new_tokens=2, prefill_chunk_size=2)
     assert chat.cache.seen_tokens == seen
     monkeypatch.setattr(chat_module, "TAKES_NEW_TOKENS_ALONE", False)
-    with pytest.raises(RuntimeError, match=r"needs transformers 5\.3"):
-        made(ModelSpec(max_positions=128).model())
+    for begin in (lambda: made(chat.model), lambda: Chat.load("nowhere", chat.model, chat.tokenizer)):
+        with pytest.raises(ImportError, match=r"needs transformers 5\.3"):
+            begin()
 
 
 @NEWEST

@@ -48,7 +48,7 @@ def open_chat(
                 chat = Chat(loaded.model, loaded.tokenizer, system, family=family, **sizes)
             else:
                 chat = Chat.load(file, loaded.model, loaded.tokenizer)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             subject = f"model {loaded.record.name!r} cannot chat" if file is None else f"--load {file}"
             raise LabError(f"{subject}: {getattr(error, 'strerror', None) or error}") from error
     for one in found:

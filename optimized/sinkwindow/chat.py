@@ -65,6 +65,7 @@ class Chat:
         cache: The cache, with its counters: ``retained_tokens``, ``num_evictions``, ``forwarded_tokens``, ``nbytes``.
 
     Raises:
+        ImportError: transformers is older than 5.3.
         ValueError: There is no chat template, or it is of a form that does not allow turns to be added: it refuses two
             turns, or puts later messages before earlier ones. Also whatever ``StreamingCache`` raises.
 
@@ -92,11 +93,7 @@ class Chat:
         chat_template: str | None = None,
         **cache_arguments: Any,
     ) -> None:
-        if not TAKES_NEW_TOKENS_ALONE:
-            raise RuntimeError(
-                f"A Chat gives generate the new tokens alone, which needs transformers 5.3, and {INSTALLED} is "
-                "installed: pip install -U transformers, or pass a StreamingCache and the whole text to generate."
-            )
+        _check_release()
         template = ChatTemplate(tokenizer, system, chat_template)
         sinks = max(LEAST_SINKS, template.pinned) if num_sinks is None else num_sinks
         self._assemble(template, model, StreamingCache(model, sinks, window, buffer, **cache_arguments))
@@ -189,9 +186,11 @@ class Chat:
             on_evict: As of ``StreamingCache``: a file holds no function.
 
         Raises:
+            ImportError: transformers is older than 5.3.
             OSError: The file cannot be read.
             ValueError: It is no file of a chat, is damaged, or is of another model, tokenizer or chat template.
         """
+        _check_release()
         templates: list[ChatTemplate] = []
 
         def opened() -> Snapshot:
@@ -318,6 +317,14 @@ class Chat:
             # Without them, generate makes those of all columns and copies them with every token.
             inputs["position_ids"] = torch.arange(turn.start, columns, device=ids.device)[None]
         return inputs
+
+
+def _check_release() -> None:
+    if not TAKES_NEW_TOKENS_ALONE:
+        raise ImportError(
+            f"A Chat gives generate the new tokens alone, which needs transformers 5.3, and {INSTALLED} is installed: "
+            "pip install -U transformers, or pass a StreamingCache and the whole text to generate."
+        )
 
 
 @dataclass(frozen=True)
