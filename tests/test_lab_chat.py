@@ -249,6 +249,26 @@ def test_errors_of_commands_are_lines_and_the_chat_goes_on(folder: Path, tmp_pat
     assert all(command in out for command in HELP)
 
 
+@pytest.mark.parametrize("lines", ["w3\nw4", "/save a\n/save b\n"])
+@pytest.mark.parametrize(("error", "status"), [(BrokenPipeError(32, "a reader"), 1), (OSError(28, "a disk"), 2)])
+def test_answers_that_cannot_be_written_end_the_chat(
+    lines: str,
+    error: OSError,
+    status: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As any command, without a word where a reader went away; what comes later is not run."""
+    monkeypatch.chdir(tmp_path)
+    fails, write = _raising(error), sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "write", lambda text: (fails if text.strip() else write)(text))
+    ended, _, err = run(monkeypatch, capsys, lines, "--model", folder, "--max-new-tokens", 3)
+    assert (ended, err.count("error: ")) == (status, status - 1)
+    assert not (tmp_path / "b").exists()
+
+
 def test_an_interrupted_command_does_not_end_the_chat(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

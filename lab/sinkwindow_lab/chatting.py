@@ -6,8 +6,8 @@ import io
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,10 @@ class Terminal:
                 say(f"error: there is no command {command}: /help lists them")
         except KeyboardInterrupt:
             say("stopped")
+        except OSError:  # nobody reads the answers, or they cannot be written
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a message or a command meets, the conversation goes on
-            words = (None if isinstance(error, OSError) else explain(error)) or str(error) or type(error).__name__
+            words = explain(error) or str(error) or type(error).__name__
             say(f"error: {' '.join(words.split())}")
 
     def _answer(self, message: str) -> None:
@@ -143,11 +145,13 @@ class Terminal:
         self._console.print(table)
 
     def _do_save(self, name: str) -> None:
-        self.chat.save(_path("/save", name))
+        with _file("/save", name) as path:
+            self.chat.save(path)
         say(f"saved {name}", err=False)
 
     def _do_load(self, name: str) -> None:
-        chat = Chat.load(_path("/load", name), self.chat.model, self.chat.tokenizer)
+        with _file("/load", name) as path:
+            chat = Chat.load(path, self.chat.model, self.chat.tokenizer)
         self.chat.cache.detach()
         self.chat = chat
         say(f"loaded {name}, {chat.cache.seen_tokens[0]:,} tokens", err=False)
@@ -163,7 +167,11 @@ class Terminal:
         self._console.print(table)
 
 
-def _path(command: str, name: str) -> Path:
+@contextmanager
+def _file(command: str, name: str) -> Iterator[Path]:
     if not name:
         raise LabError(f"{command} needs the name of a file")
-    return Path(name).expanduser()
+    try:
+        yield Path(name).expanduser()
+    except OSError as error:
+        raise LabError(str(error)) from error
