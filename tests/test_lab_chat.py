@@ -332,6 +332,17 @@ def test_options_that_make_no_chat_are_refused(
     assert err.splitlines()[-1].startswith(f"error: {words}")
 
 
+@pytest.mark.parametrize("stream", ["stdin", "stdout"])
+def test_a_chat_needs_both_streams(
+    stream: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that the shell has closed is an error, before a model is loaded."""
+    monkeypatch.setattr(sys, stream, None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat", "--model", "nowhere"])
+    assert re.fullmatch("error: .* one of them is closed.*\n", capsys.readouterr().err)
+
+
 def test_a_base_model_is_refused(tmp_path: Path, piped: Piped) -> None:
     """With its name, and what there is to do."""
     save_chatty(tmp_path, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,8 @@ def chat(
             check_number(option, value, least)
     check_number("--max-new-tokens ", max_new_tokens, 1)
     check_number("--temperature ", temperature, 0)
+    if sys.stdin is None or sys.stdout is None:
+        raise LabError("a chat needs standard input and standard output, and one of them is closed: open it")
     if untested and load is not None:
         raise LabError("--untested cannot be given with --load: the file has that of its conversation")
     loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
