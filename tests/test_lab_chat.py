@@ -194,6 +194,7 @@ def piped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def run_piped(lines: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True)  # even so, answers go to a file
         return run(capsys, "chat", *arguments)
 
     return run_piped

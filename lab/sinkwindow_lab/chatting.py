@@ -93,10 +93,10 @@ class Terminal:
         """Answer lines until there are no more."""
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
-        typed = sys.stdin.isatty()
+        prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
         while True:
             try:
-                line = input("> " if typed else "").strip()
+                line = input(prompt).strip()
             except KeyboardInterrupt:
                 say("\nCtrl-D or /quit ends")
                 continue
