@@ -316,6 +316,7 @@ REFUSED: Final[list[tuple[tuple[object, ...], str]]] = [
     (("--buffer", -1), "--buffer -1 must be 0"),
     (("--max-new-tokens", 0), "--max-new-tokens 0 must be 1"),
     (("--temperature", -1), "--temperature -1.0 must be 0"),
+    (("--temperature", "inf"), "--temperature inf must be 0 or more, and finite"),
     (("--load", "nowhere"), "--load nowhere: path nowhere is no file"),
     (("--load", "nowhere", "--system", "w1"), "--system cannot be given with --load"),
     (("--load", "nowhere", "--window", 7), "--window cannot be given with --load"),

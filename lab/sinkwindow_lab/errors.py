@@ -17,6 +17,7 @@ NO_MEMORY = re.compile(
 )
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder a line
 LONGEST = 1000  # characters of a line that is shown whole
+INFINITE = float("inf")
 INTERRUPTED = 130  # the exit status, as of a shell: 128 + SIGINT
 
 
@@ -45,10 +46,10 @@ def require(module: str) -> Any:
         raise LabError(_missing(error)) from error
 
 
-def check_number(option: str, value: float, least: float, most: float = float("inf")) -> None:
-    """Check that the value of an option lies between two numbers, a NaN never; `option` ends with a space or `=`."""
-    if not least <= value <= most:
-        words = "or more" if most == float("inf") else f"to {most:g}"
+def check_number(option: str, value: float, least: float, most: float = INFINITE) -> None:
+    """Check that the value of an option lies between two numbers and is finite; `option` ends with a space or `=`."""
+    if not least <= value <= most or value == INFINITE:
+        words = f"to {most:g}" if most < INFINITE else "or more" if value < INFINITE else "or more, and finite"
         raise LabError(f"{option}{value} must be {least:g} {words}")
 
 
