@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calling import raising
-from lab_tiny import CHAT_TEMPLATE, WORDS, random_text, run, save_chatty, tiny_model, tiny_tokenizer
+from lab_tiny import CHAT_TEMPLATE, WORDS, exit_status, random_text, run, save_chatty, tiny_model, tiny_tokenizer
 from sinkwindow import Chat
 from sinkwindow_lab.chatting import HELP, Printer, Terminal
 
@@ -259,13 +259,13 @@ def test_answers_that_cannot_be_written_end_the_chat(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    piped: Piped,
 ) -> None:
     """As any command, without a word where a reader went away; what comes later is not run."""
     monkeypatch.chdir(tmp_path)
-    fails, write = _raising(error), sys.stdout.write
+    fails, write = raising(error), sys.stdout.write
     monkeypatch.setattr(sys.stdout, "write", lambda text: (fails if text.strip() else write)(text))
-    ended, _, err = run(monkeypatch, capsys, lines, "--model", folder, "--max-new-tokens", 3)
+    ended, _, err = piped(lines, "--model", folder, "--max-new-tokens", 3)
     assert (ended, err.count("error: ")) == (status, status - 1)
     assert not (tmp_path / "b").exists()
 
@@ -340,8 +340,7 @@ def test_a_chat_needs_both_streams(
 ) -> None:
     """One that the shell has closed is an error, before a model is loaded."""
     monkeypatch.setattr(sys, stream, None)
-    with pytest.raises(SystemExit, match="2"):
-        main(["chat", "--model", "nowhere"])
+    assert exit_status("chat", "--model", "nowhere") == 2
     assert re.fullmatch("error: .* one of them is closed.*\n", capsys.readouterr().err)
 
 

@@ -29,8 +29,8 @@ def test_weights_of_copies_go_to_the_sinks_themselves() -> None:
     stream = stream_of(9, [list(range(9)), [6, 7, 8], [8], []])
     call = begun(stream, 12, [list(range(12)), list(range(12)), list(range(2, 12)), [11]])
     (part,) = call.parts
-    assert (part.held, part.epochs, part.length) == (7, 6, 12 + 7 + 12)
-    weights = torch.rand(4, 3, 12, part.length, dtype=torch.float64)
+    assert (part.held, part.epochs, part.front) == (7, 6, 12 + 7)
+    weights = torch.rand(4, 3, 12, part.front + 12, dtype=torch.float64)
     expected = weights[..., 12:].clone()
     for row, columns in enumerate([[0, 1], [4, 5], [6, 7 + 2], [7 + 11]]):
         for sink, column in enumerate(columns):
@@ -43,7 +43,7 @@ def test_weights_without_copies_are_returned_as_they_are() -> None:
     weights = torch.rand(1, 3, 1, 8)
     assert begun(stream_of(9), 1).parts[0].fold(weights) is weights
     (part,) = begun(stream_of(9, rule=Retention(0, 4, 1)), 3).parts
-    weights = torch.rand(1, 3, 3, part.length)
+    weights = torch.rand(1, 3, 3, part.front + 3)
     assert part.fold(weights) is weights
 
 
@@ -281,7 +281,7 @@ def test_parts_that_do_not_go_together_are_refused(act: Callable[[], object]) ->
     [
         lambda _, call: call.parts[0].outcome(),
         lambda _, call: call.parts[0].is_uneven(),
-        lambda _, call: call.parts[0].fold(torch.zeros(1, 1, 4, call.parts[0].length)),
+        lambda _, call: call.parts[0].fold(torch.zeros(1, 1, 4, call.parts[0].front + 4)),
         lambda stream, call: stream.commit(call),
     ],
 )
