@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,34 @@ def read_int(name: str, value: object, least: int, most: int) -> int:
     return number
 
 
+def read_ints(name: str, value: Any, least: int, most: int) -> list[int]:
+    """Return the integers of a list, or of anything else that lists them.
+
+    Raises:
+        TypeError: It lists nothing, or something that is not an integer.
+        ValueError: One is out of range.
+    """
+    try:
+        listed = list(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a list of ints, got {value!r} of type {type(value).__name__}.") from error
+    return [read_int(f"Each of {name}", one, least, most) for one in listed]
+
+
+def read_float(name: str, value: Any, least: float, most: float) -> float:
+    """Return a number, which need not be an integer.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be between {least} and {most}, got {value!r}.")
+    return float(value)
+
+
 def _index(value: Any) -> int | None:
     if isinstance(value, bool) or str(getattr(value, "dtype", "")) in {"bool", "torch.bool"}:
         return None
@@ -38,8 +67,8 @@ def _index(value: Any) -> int | None:
         return None
 
 
-def read_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuse anything but one of some values, by type too: 1 is not True.
+def read_choice(name: str, value: Any, choices: tuple[object, ...]) -> Any:
+    """Return a value that is one of some, by type too: 1 is not True.
 
     Raises:
         ValueError: It is something else.
@@ -47,6 +76,7 @@ def read_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         known = " or ".join(f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices)
         raise ValueError(f"{name} must be {known}, got {value!r}.")
+    return value
 
 
 def read_path(name: str, value: object) -> Path:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils.generic import is_flash_attention_requested
 
-from sinkwindow.arguments import MOST_TOKENS, read_int
+from sinkwindow.arguments import MOST_TOKENS, read_choice, read_float, read_int
 from sinkwindow.continuous.allocator import ring_of
 from sinkwindow.model.families import decoder_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from sinkwindow.model.families import ModelFacts
     from sinkwindow.retention import Retention
@@ -41,14 +41,46 @@ REFUSED = (
     "decode_compile_config",
     "default_compile_level",
 )
+# How the other options of ContinuousBatchingConfig are read. The thread that runs all requests reads them next.
+SIZE, SHARE, FLAG = (read_int, 1, MOST_TOKENS), (read_float, 0, 1), (read_choice, (False, True))
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "page_size": (read_int, LEAST_PAGE, MOST_TOKENS),
+    **dict.fromkeys(("max_requests_per_batch", "num_blocks", "max_batch_tokens"), SIZE),
+    **dict.fromkeys(
+        ("max_queue_size", "q_padding_interval_size", "kv_padding_interval_size"), (read_int, 0, MOST_TOKENS)
+    ),
+    "seed": (read_int, 0, 2**63 - 1),
+    **dict.fromkeys(("safety_margin", "max_memory_percent", "cpu_offload_space_safety_threshold"), SHARE),
+    **dict.fromkeys(("cpu_offload_space", "cpu_group_timeout"), (read_float, 0, MOST_TOKENS)),
+    **dict.fromkeys(("return_logprobs", "per_request_processors"), FLAG),
+    **dict.fromkeys(("drop_unsupported_processors", "disable_nccl_graph_mixing"), FLAG),
+}
+# How options of a single request are read: logits divided by less than the least temperature are not finite in float32.
+PER_REQUEST: dict[str, tuple[Any, ...]] = {"temperature": (read_float, 1e-6, 1e6), "top_k": SIZE, "top_p": SHARE}
+
+
+def check_types(**configs: object) -> None:
+    """Refuse configurations that are none.
+
+    Raises:
+        TypeError: One is neither None nor a configuration of its kind; the message names it.
+    """
+    kinds = {"generation_config": GenerationConfig, "continuous_batching_config": ContinuousBatchingConfig}
+    for name, config in configs.items():
+        if config is not None and not isinstance(config, kinds[name]):
+            raise TypeError(f"{name} must be a {kinds[name].__name__}, got {config!r} of type {type(config).__name__}.")
 
 
 def check_generation(model: PreTrainedModel, config: GenerationConfig) -> None:
     """Refuse what continuous batching would leave out of a generation config: other tokens would come, in silence.
 
     Raises:
-        ValueError: There is such an option; the message names it.
+        TypeError: A number of tokens or sequences is no integer.
+        ValueError: There is such an option, or a number is less than 1; the message names it.
     """
+    for name in ("max_new_tokens", "num_return_sequences"):
+        if getattr(config, name) is not None:
+            read_int(name, getattr(config, name), 1, MOST_TOKENS)
     for name, usual in UNREAD.items():
         value = getattr(config, name, None)
         if value not in (None, usual) and not (name == "max_length" and config.max_new_tokens is not None):
@@ -118,6 +150,7 @@ def fill_config(config: ContinuousBatchingConfig, rule: Retention) -> None:
     """Refuse options that do not fit, and fill in the sizes that the rule gives.
 
     Raises:
+        TypeError: An option has another type than it must have.
         ValueError: An option does not fit.
     """
     for name in REFUSED:
@@ -126,10 +159,10 @@ def fill_config(config: ContinuousBatchingConfig, rule: Retention) -> None:
             raise ValueError(f"{name}={value!r} needs requests of a fixed shape: leave it out.")
     if config.scheduler_type != "fifo":
         raise ValueError(f"scheduler_type={config.scheduler_type!r} is not supported: use 'fifo'.")
-    least = {"page_size": LEAST_PAGE, "max_requests_per_batch": 1, "num_blocks": 1, "max_batch_tokens": 1}
-    for name, smallest in least.items():
-        if getattr(config, name) is not None:
-            setattr(config, name, read_int(name, getattr(config, name), smallest, MOST_TOKENS))
+    for name, (read, *bounds) in OPTIONS.items():
+        value = getattr(config, name)
+        if value is not None or "None" not in str(ContinuousBatchingConfig.__annotations__[name]):
+            setattr(config, name, read(name, value, *bounds))
     config.max_requests_per_batch = config.max_requests_per_batch or STREAMS
     slots = rule.num_sinks + ring_of(rule)
     per_request = -(-slots // config.page_size)

@@ -16,10 +16,10 @@ from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from typing_extensions import override
 
-from sinkwindow.arguments import read_int
+from sinkwindow.arguments import MOST_TOKENS, read_choice, read_int, read_ints
 from sinkwindow.cache import StreamingCache
 from sinkwindow.continuous.allocator import SinkWindowAllocator, SinkWindowScheduler
-from sinkwindow.continuous.checks import check_generation, check_model, fill_config
+from sinkwindow.continuous.checks import PER_REQUEST, check_generation, check_model, check_types, fill_config
 from sinkwindow.model.exact_rope import marked
 from sinkwindow.model.families import decoder_of, inspect_model
 from sinkwindow.model.versions import INSTALLED, NEWEST_TESTED
@@ -55,7 +55,7 @@ class StreamingBatchingManager(ContinuousBatchingManager):
 
     Raises:
         ImportError: This release of transformers has other private parts than those that this overrides.
-        TypeError: A size is no integer.
+        TypeError: A size is no integer, or an option has another type than it must have.
         ValueError: The model or an option does not allow it; the message says why and what does.
 
     Examples:
@@ -78,6 +78,7 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         workload_hints: Any = None,
     ) -> None:
         check_contract()
+        check_types(generation_config=generation_config, continuous_batching_config=continuous_batching_config)
         config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
         self._twin = StreamingCache(model, num_sinks, window, buffer)  # its checks, and its hooks for exact tables
         self._facts = inspect_model(model)
@@ -146,23 +147,58 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         """Add a request, as that of transformers does.
 
         Raises:
-            TypeError: A token is no integer.
-            ValueError: The prompt is empty, a token is out of range, a prompt of one token is to give several
-                sequences, or the id is that of a request that has not ended.
+            TypeError: An argument has another type than it must have.
+            ValueError: The prompt is empty, a prompt of one token is to give several sequences, a value is out of
+                range, an option has no effect, or the id is that of a request that has not ended.
         """
-        ids, rows = list(input_ids), cast("Any", self.model).get_input_embeddings().num_embeddings
-        if not ids or (len(ids) == 1 and self.num_return_sequences > 1):
-            least = 1 if not ids else 2
+        request = self._read(
+            input_ids, max_new_tokens, streaming, record_timestamps, eos_token_id, logit_processor_kwargs
+        )
+        if request_id is not None:
+            _check_id(request_id)
+        if request_id is not None and self._is_open(request_id):
+            raise ValueError(f"request_id={request_id!r} is that of a request that has not ended: choose another one.")
+        return super().add_request(request_id=request_id, **request)
+
+    @override
+    def cancel_request(self, request_id: str) -> None:
+        """End a request early, without a last output; an id of none has no effect.
+
+        Raises:
+            TypeError: The id is no string.
+        """
+        _check_id(request_id)
+        super().cancel_request(request_id)
+
+    def _read(
+        self, input_ids: Any, limit: Any, streaming: Any, timestamps: Any, eos: Any, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of a request but its id, read: a bad value would end the requests of all callers."""
+        rows, known = cast("Any", self.model).get_input_embeddings().num_embeddings, self.logit_processor.supported_keys
+        ids = read_ints("input_ids", input_ids, 0, rows - 1)
+        least = min(self.num_return_sequences, 2)  # all but the last token of a prompt are read before it is copied
+        if len(ids) < least:
             raise ValueError(
                 f"input_ids must hold at least {least} token(s), got {ids!r}, for {self.num_return_sequences} "
                 "sequence(s) per request: put the BOS token in front."
             )
-        ids = [read_int("Each of input_ids", one, 0, rows - 1) for one in ids]
-        if request_id is not None and self._is_open(request_id):
-            raise ValueError(f"request_id={request_id!r} is that of a request that has not ended: choose another one.")
-        return super().add_request(
-            ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **logit_processor_kwargs
-        )
+        limit = self.generation_config.max_new_tokens if limit is None else limit
+        eos = self.generation_config.eos_token_id if eos is None else eos
+        for name, value in options.items():
+            if name not in known:
+                raise ValueError(
+                    f"{name}={value!r} of a request has no effect, only {sorted(known)} here: for temperature, top_k "
+                    "and top_p, set per_request_processors=True, and sample by them in the generation_config."
+                )
+            read, *bounds = PER_REQUEST[name]
+            options[name] = read(name, value, *bounds)
+        return options | {
+            "input_ids": ids,
+            "max_new_tokens": None if limit is None else read_int("max_new_tokens", limit, 1, MOST_TOKENS),
+            "streaming": read_choice("streaming", streaming, (False, True)),
+            "record_timestamps": read_choice("record_timestamps", timestamps, (False, True)),
+            "eos_token_id": read_ints("eos_token_id", eos if hasattr(eos, "__len__") else [eos], -1, MOST_TOKENS),
+        }
 
     def _is_open(self, request_id: str) -> bool:
         """Return whether a request with this id waits or runs."""
@@ -185,6 +221,11 @@ class StreamingBatchingManager(ContinuousBatchingManager):
             processor.scheduler = SinkWindowScheduler(allocator, cast("FIFOScheduler", processor.scheduler))
             processor.offloading_manager.scheduler = processor.scheduler
         return processor
+
+
+def _check_id(request_id: object) -> None:
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id must be a str, got {request_id!r} of type {type(request_id).__name__}.")
 
 
 def check_contract() -> None:
