@@ -343,9 +343,9 @@ def test_the_private_parts_that_are_read_are_there() -> None:
     for owner, names in (
         (cache, "cache_allocators layer_to_allocator read_cache_limit bytes_per_sector num_sectors cache_tensor pool"),
         (driver.allocator, "block_table block_physical_stride tokens_per_page layer_indices _kv_token_views"),
-        (processor.scheduler, "cache safety_margin max_requests_per_batch active_requests"),
+        (processor.scheduler, "cache safety_margin max_requests_per_batch active_requests waiting_requests"),
         (processor.offloading_manager, "scheduler"),
-        (driver.manager, "input_queue cancel_queue logit_processor"),
+        (driver.manager, "input_queue cancel_queue logit_processor _request_lock"),
         (driver.manager.logit_processor, "supported_keys"),
         (RequestState("a", [1]), "request_id position_offset"),
     ):

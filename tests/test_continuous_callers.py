@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import queue
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -206,6 +207,71 @@ def test_an_id_in_use_is_refused() -> None:
     driver.finish()
     driver.add("a", [4, 5], 5)
     assert driver.finish()["a"][:2] == [4, 5]
+
+
+def test_an_id_is_in_use_until_every_sequence_has_ended() -> None:
+    """Whichever of them ends first; and a sequence's id is not for another request."""
+    manager = manager_of(ModelSpec().model(), sample=True)
+    manager.num_return_sequences = 2
+    driver = Driver(manager)
+    driver.add("a", [1, 2, 3], 30)
+    for _ in range(6):
+        driver.step()
+    manager.cancel_request("a")
+    driver.step()
+    assert [*driver.processor.scheduler.active_requests] == ["a__child#0"]
+    for name in ("a", "a__child#0", "a__child#1"):
+        with pytest.raises(ValueError, match=f"request_id='{name}' is that of a request that has not ended"):
+            driver.add(name, [4, 5, 6], 30)
+    assert set(driver.finish()) == {"a__child#0"}
+    driver.add("a", [4, 5, 6], 30)
+    assert set(driver.finish()) == {"a", "a__child#0"}
+    driver.processor.cache.pool.try_to_free_sectors()
+    assert driver.processor.cache.compute_free_capacity() == 1.0
+
+
+def test_an_automatic_id_is_none_in_use() -> None:
+    """Requests with given ids may have those that come next, in the queue or running, or that of a sequence."""
+    manager = manager_of(ModelSpec().model())
+    driver = Driver(manager)
+    driver.add("req_0", [1, 2, 3], 20)
+    driver.step()
+    driver.add("req_1__child#0", [4, 5], 20)
+    assert manager.add_request([6, 7, 8, 9]) == "req_2"
+    assert {name: text[0] for name, text in driver.finish().items()} == {"req_0": 1, "req_1__child#0": 4, "req_2": 6}
+
+
+def test_an_id_is_in_use_on_its_way_to_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread takes requests from the queue first, and may pause before the scheduler has them."""
+    manager = manager_of(ModelSpec().model())
+    driver = Driver(manager)
+    driver.add("a", [1, 2, 3], 5)
+    check, asked = manager.logit_processor.check_kwargs, list[str]()
+
+    def checked(options: Any) -> None:
+        assert manager.input_queue.empty()
+        with pytest.raises(ValueError, match="request_id='a' is that of") as refused:
+            manager.add_request([4], "a")
+        asked.append(str(refused.value))
+        check(options)
+
+    monkeypatch.setattr(manager.logit_processor, "check_kwargs", checked)
+    assert set(driver.finish()) == {"a"}
+    assert asked
+
+
+def test_an_id_that_was_not_queued_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue that stays full refuses the request, not its id."""
+    manager = manager_of(ModelSpec().model(), max_queue_size=1)
+    driver = Driver(manager)
+    driver.add("a", [1, 2, 3], 5)
+    put = manager.input_queue.put
+    monkeypatch.setattr(manager.input_queue, "put", lambda state, **_: put(state, block=False))
+    with pytest.raises(queue.Full):
+        driver.add("b", [4, 5], 5)
+    driver.step()
+    driver.add("b", [4, 5], 5)
+    assert set(driver.finish()) == {"a", "b"}
 
 
 @pytest.mark.parametrize(

@@ -182,11 +182,18 @@ class SinkWindowScheduler(FIFOScheduler):
     Args:
         allocator: The allocator of the cache.
         stock: The scheduler whose place it takes.
+        queued: Ids of requests on their way to it, which it removes when it has them.
     """
 
-    def __init__(self, allocator: SinkWindowAllocator, stock: FIFOScheduler) -> None:
-        self.allocator = allocator
+    def __init__(self, allocator: SinkWindowAllocator, stock: FIFOScheduler, queued: set[str]) -> None:
+        self.allocator, self.queued = allocator, queued
         super().__init__(stock.cache, stock.safety_margin, stock.max_requests_per_batch)
+
+    @override
+    def add_waiting_request(self, state: RequestState) -> None:
+        """Take over a request; its id is in one place or the other at any time."""
+        super().add_waiting_request(state)
+        self.queued.discard(state.request_id)
 
     @override
     def clear_cancelled_requests(self) -> list[RequestState]:

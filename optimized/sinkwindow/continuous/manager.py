@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -89,6 +90,8 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         check_generation(model, generation_config)
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1  # none, in the words of transformers
+        self._queued: set[str] = set()  # ids of requests that the scheduler does not have yet
+        self._automatic = map("req_{}".format, itertools.count())
         super().__init__(cast("Any", model), generation_config, config, workload_hints)
         handle = decoder_of(model).register_forward_pre_hook(_mark_positions, with_kwargs=True)
         weakref.finalize(self, handle.remove)
@@ -149,16 +152,14 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         Raises:
             TypeError: An argument has another type than it must have.
             ValueError: The prompt is empty, a prompt of one token is to give several sequences, a value is out of
-                range, an option has no effect, or the id is that of a request that has not ended.
+                range, an option has no effect, or the id is that of a request of which a sequence has not ended.
         """
         request = self._read(
             input_ids, max_new_tokens, streaming, record_timestamps, eos_token_id, logit_processor_kwargs
         )
         if request_id is not None:
             _check_id(request_id)
-        if request_id is not None and self._is_open(request_id):
-            raise ValueError(f"request_id={request_id!r} is that of a request that has not ended: choose another one.")
-        return super().add_request(request_id=request_id, **request)
+        return self._queue([request], request_id)[0]
 
     @override
     def cancel_request(self, request_id: str) -> None:
@@ -200,13 +201,32 @@ class StreamingBatchingManager(ContinuousBatchingManager):
             "eos_token_id": read_ints("eos_token_id", eos if hasattr(eos, "__len__") else [eos], -1, MOST_TOKENS),
         }
 
-    def _is_open(self, request_id: str) -> bool:
-        """Return whether a request with this id waits or runs."""
-        with self.input_queue.mutex:
-            queued = any(state.request_id == request_id for state in self.input_queue.queue)
-        scheduler = getattr(self.batch_processor, "scheduler", None)
-        known = () if scheduler is None else (scheduler.active_requests, scheduler.waiting_requests)
-        return queued or any(request_id in requests for requests in known)
+    def _queue(self, requests: list[dict[str, Any]], request_id: str | None = None) -> list[str]:
+        """Queue requests whose arguments were read, and return their ids: automatic ones, or the one that is given."""
+        with self._request_lock:
+            taken = self._taken()
+            if request_id is not None and _request_of(request_id) in taken:
+                raise ValueError(
+                    f"request_id={request_id!r} is that of a request that has not ended: choose another one."
+                )
+            free = itertools.filterfalse(taken.__contains__, self._automatic)
+            ids = [*itertools.islice(free, len(requests))] if request_id is None else [request_id]
+            for one, request in zip(ids, requests, strict=True):
+                if self.is_tp_driver:
+                    self._queued.add(one)
+                try:
+                    super().add_request(request_id=one, **request)
+                except BaseException:  # the queue stays full, or Ctrl-C
+                    self._queued.discard(one)
+                    raise
+        return ids
+
+    def _taken(self) -> set[str]:
+        """Return the ids of requests of which a sequence waits or runs."""
+        ids, scheduler = [*self._queued], getattr(self.batch_processor, "scheduler", None)
+        if scheduler is not None:  # it is asked last: ids move there
+            ids += [*scheduler.waiting_requests, *scheduler.active_requests]
+        return {_request_of(one) for one in ids}
 
     @override
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
@@ -218,9 +238,16 @@ class StreamingBatchingManager(ContinuousBatchingManager):
             cache.cache_allocators[allocator.layer_type] = allocator
             cache.layer_to_allocator = dict.fromkeys(allocator.layer_indices, allocator)
             cache.read_cache_limit = self._rule.capacity
-            processor.scheduler = SinkWindowScheduler(allocator, cast("FIFOScheduler", processor.scheduler))
+            processor.scheduler = SinkWindowScheduler(
+                allocator, cast("FIFOScheduler", processor.scheduler), self._queued
+            )
             processor.offloading_manager.scheduler = processor.scheduler
         return processor
+
+
+def _request_of(sequence: str) -> str:
+    """Return the id of the request that a sequence is of: there may be several, which transformers names so."""
+    return sequence.partition("__child#")[0]
 
 
 def _check_id(request_id: object) -> None:
