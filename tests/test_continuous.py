@@ -345,8 +345,10 @@ def test_the_private_parts_that_are_read_are_there() -> None:
         (driver.allocator, "block_table block_physical_stride tokens_per_page layer_indices _kv_token_views"),
         (processor.scheduler, "cache safety_margin max_requests_per_batch active_requests waiting_requests"),
         (processor.offloading_manager, "scheduler"),
-        (driver.manager, "input_queue cancel_queue logit_processor _request_lock"),
+        (driver.manager, "input_queue cancel_queue logit_processor _request_lock _fail_all_remaining_requests"),
         (driver.manager.logit_processor, "supported_keys"),
+        (driver.manager.output_router, "output_queue"),
+        (driver.manager.background_thread_status, "can_accept_new_requests"),
         (RequestState("a", [1]), "request_id position_offset"),
     ):
         assert [name for name in names.split() if not hasattr(owner, name)] == []

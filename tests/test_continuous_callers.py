@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ if UNPAGED:  # what is imported below is not there
     pytest.skip(UNPAGED, allow_module_level=True)
 
 import transformers.modeling_flash_attention_utils as flash
+from transformers.generation.continuous_batching.requests import RequestState
 
 from test_continuous import RULE, Driver, manager_of
 
@@ -189,6 +191,65 @@ def test_a_second_user_cannot_stop_it_under_the_first() -> None:
         assert manager.is_running()
         request = manager.add_request([1, 2, 3], max_new_tokens=5)
         assert next(output for output in manager).request_id == request
+
+
+@pytest.mark.parametrize("left", ["refused", "interrupted", "unread", "queued"])
+def test_a_batch_is_complete_whatever_was_left(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate_batch` counts outputs: it gets those of its own prompts, and no request of the time before."""
+    model: Any = fresh_model(ModelSpec())
+    manager = manager_of(model)
+    with manager.serving():
+        if left == "refused":
+            assert model.generate_batch([[1, 2, 3], []], max_new_tokens=5) == {}
+        elif left == "interrupted":
+            with monkeypatch.context() as patch:
+                patch.setattr(manager, "get_result", Mock(side_effect=KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    model.generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=5)
+        elif left == "unread":
+            manager.start()
+            manager.add_requests([[1, 2, 3], [4, 5]], max_new_tokens=5)
+            manager.stop()
+        else:  # between the last look of the thread and its end
+            manager.input_queue.put(RequestState("late", [1, 2, 3], max_new_tokens=5))
+        outputs = model.generate_batch([[4, 5], [6, 7]], max_new_tokens=6)
+    assert [one.prompt_ids for one in outputs.values()] == [[4, 5], [6, 7]]
+    assert [len(one.generated_tokens) for one in outputs.values()] == [6, 6]
+
+
+def test_prompts_are_queued_together_or_not_at_all() -> None:
+    """One that is refused leaves nothing of the others."""
+    manager = manager_of(ModelSpec().model())
+    driver = Driver(manager)
+    for prompts in ([[1, 2, 3], [4, 99]], [[1, 2, 3], 4]):
+        with pytest.raises((TypeError, ValueError), match="input_ids"):
+            manager.add_requests(cast("Any", prompts), max_new_tokens=5)
+    assert manager.input_queue.empty()
+    names = manager.add_requests([[1, 2, 3], [4, 5]], max_new_tokens=5)
+    assert [driver.finish()[name][0] for name in names] == [1, 4]
+
+
+def test_a_cancellation_ends_with_its_session() -> None:
+    """A request of the next one may have the same id."""
+    manager = manager_of(fresh_model(ModelSpec()))
+    manager.cancel_request("a")
+    manager.start()
+    manager.add_request([1, 2, 3], "a", max_new_tokens=5)
+    manager.stop()
+    assert cast("Any", manager.get_result()).request_id == "a"
+
+
+def test_a_manager_that_does_not_run_takes_no_requests() -> None:
+    """Before it starts and after it has stopped, nothing would read them; afterwards it takes the same id."""
+    manager = manager_of(fresh_model(ModelSpec()))
+    with pytest.raises(RuntimeError, match=r"was not started.*call start\(\)"):
+        manager.add_request([1, 2, 3], "a", max_new_tokens=5)
+    for _ in range(2):
+        manager.start()
+        manager.add_request([1, 2, 3], "a", max_new_tokens=5)
+        manager.stop()
+        with pytest.raises(RuntimeError, match=r"is stopping.*call start\(\)"):
+            manager.add_requests([[1, 2, 3]], max_new_tokens=5)
 
 
 def test_the_model_waits_for_as_many_as_there_will_be() -> None:

@@ -61,7 +61,7 @@ def continuous(model: PreTrainedModel, rule: Retention, streams: int) -> Way:
         generation_config=greedy,
         continuous_batching_config=ContinuousBatchingConfig(max_requests_per_batch=streams),
     )
-    processor = manager._create_batch_processor()  # noqa: SLF001 - the loop of its thread, step by step
+    processor = manager.batch_processor = manager._create_batch_processor()  # noqa: SLF001 - run step by step
     for prompt in token_ids(model, rule.capacity + 1, streams).tolist():
         manager.add_request(prompt)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.utils import drain_queue
 from typing_extensions import override
 
 from sinkwindow.arguments import MOST_TOKENS, read_choice, read_int, read_ints
@@ -127,6 +128,8 @@ class StreamingBatchingManager(ContinuousBatchingManager):
     def start(self) -> None:
         """Start to run requests, in a thread.
 
+        Outputs of the time before that nobody has read are dropped: `generate_batch` counts all that it is given.
+
         Raises:
             RuntimeError: It runs already: a second user would stop it under the first.
         """
@@ -134,6 +137,10 @@ class StreamingBatchingManager(ContinuousBatchingManager):
             raise RuntimeError(
                 "This manager runs already, for another caller: wait until it has stopped, or add requests to it."
             )
+        self._fail_all_remaining_requests(RuntimeError("The manager stopped before this request ran."), None)
+        for left in (self.output_router.output_queue, self.cancel_queue):
+            drain_queue(left)
+        self._queued.clear()
         super().start()
 
     @override
@@ -150,6 +157,7 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         """Add a request, as that of transformers does.
 
         Raises:
+            RuntimeError: The manager does not run.
             TypeError: An argument has another type than it must have.
             ValueError: The prompt is empty, a prompt of one token is to give several sequences, a value is out of
                 range, an option has no effect, or the id is that of a request of which a sequence has not ended.
@@ -160,6 +168,19 @@ class StreamingBatchingManager(ContinuousBatchingManager):
         if request_id is not None:
             _check_id(request_id)
         return self._queue([request], request_id)[0]
+
+    @override
+    def add_requests(
+        self,
+        inputs: list[list[int]],
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        **logit_processor_kwargs: Any,
+    ) -> list[str]:
+        """Add requests: all of them, or none where `add_request` would refuse one."""
+        more = (max_new_tokens, streaming, record_timestamps, None, logit_processor_kwargs)
+        return self._queue([self._read(ids, *more) for ids in inputs])
 
     @override
     def cancel_request(self, request_id: str) -> None:
@@ -203,6 +224,11 @@ class StreamingBatchingManager(ContinuousBatchingManager):
 
     def _queue(self, requests: list[dict[str, Any]], request_id: str | None = None) -> list[str]:
         """Queue requests whose arguments were read, and return their ids: automatic ones, or the one that is given."""
+        reason = self.background_thread_status.can_accept_new_requests()
+        if reason or not (self.is_running() or self.batch_processor):
+            raise RuntimeError(
+                f"{reason or 'The manager was not started.'} Nothing would read the request: call start()."
+            )
         with self._request_lock:
             taken = self._taken()
             if request_id is not None and _request_of(request_id) in taken:
