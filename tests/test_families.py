@@ -211,6 +211,21 @@ def test_a_list_longer_than_the_window_of_all_layers_is_refused() -> None:
     assert worst(logits - reference_logits(model, ids, **rule.arguments)) < 1e-9
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3_sliding"])
+def test_a_call_longer_than_the_window_of_all_layers_is_refused(family: str) -> None:
+    """If it may not be split: the window would hide the sinks; the cache is unchanged, one token fewer is fine."""
+    model, rule, ids = build(family), Rule(2, 20, 10, "call"), tokens(4, 1, 2 * TRAINED)
+    lengths = [TRAINED, TRAINED - rule.num_sinks - rule.window]
+    expected = reference_logits(model, ids[:, : sum(lengths)], chunks=lengths, **rule.arguments)
+    cache = rule.cache(model)
+    for end, held in ((TRAINED, 0), (sum(lengths), rule.num_sinks + rule.window)):
+        start, before = end - TRAINED + held, observe(cache)
+        with pytest.raises(ValueError, match=f"and {held} are cached, .* ends at {TRAINED}; .*smaller window, or use"):
+            call(model, cache, ids[:, start : end + 1])
+        assert observe(cache) == before
+        assert worst(call(model, cache, ids[:, start:end]) - expected[:, start:end]) < FAMILIES[family].bound
+
+
 def test_queries_that_are_scaled_by_position_limit_the_list() -> None:
     """Ministral 3 scales them beyond the length first trained on: cache and reference attend to no more."""
     model, ids = build("ministral3"), tokens(4, 1, 60)

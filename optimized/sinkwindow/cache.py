@@ -15,7 +15,7 @@ from transformers import Cache
 from sinkwindow.arguments import read_int, read_rows
 from sinkwindow.attention.step import is_tracing, uncompiled
 from sinkwindow.copies import Copies
-from sinkwindow.fit import OnOverflow, Positions, check_fit, pools_of, position_bound
+from sinkwindow.fit import OnOverflow, Positions, check_fit, longest_call, pools_of, position_bound
 from sinkwindow.model.calls import News
 from sinkwindow.model.families import Family, decoder_of, inspect_model
 from sinkwindow.model.hooks import attach
@@ -116,7 +116,8 @@ class StreamingCache(Cache, Copies):
         self._facts = facts
         self._states = StateLayers({layer: self.layers[layer] for layer in facts.states})
         self._pool_of = {layer: index for index, pool in enumerate(pools) for layer in pool.layers}
-        self._stream = Stream(pools, position_bound(retention, facts, static=static), longest=facts.longest)
+        bound = position_bound(retention, facts, static=static)
+        self._stream = Stream(pools, bound, longest=longest_call(retention, facts))
         self._steps = Steps(self._stream, [kind.layer_type for kind in facts.kinds]) if static else None
         self._on_evict = on_evict
         self._serve()

@@ -64,6 +64,15 @@ def position_bound(rule: Retention, facts: ModelFacts, *, static: bool) -> int:
     return max(facts.trained_length or roomy, roomy)
 
 
+def longest_call(rule: Retention, facts: ModelFacts) -> int | None:
+    """Return how many columns a call may attend to, cached ones included, ``None`` for any number.
+
+    Evicting by call, lists grow with the call: a window of all the model's layers would hide the sinks of a longer one.
+    """
+    limits = (facts.longest, facts.native_window if rule.evict == "call" else None)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def pools_of(facts: ModelFacts, rule: Retention, *, ranked: bool, static: bool) -> list[Pool]:
     """Return a pool for each kind of layer: under the stream's rule, or under a window of its own.
 

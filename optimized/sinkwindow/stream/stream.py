@@ -132,8 +132,9 @@ class Stream:
             held = self.pools[0].held(state.pools[0], state.lanes)
             if held + inputs.columns > self.longest:
                 raise ValueError(
-                    f"The call brings {inputs.columns} columns and {held} are cached, but this model's range of "
-                    f'positions ends at {self.longest}; feed shorter calls, or use evict="token", which splits them.'
+                    f"The call brings {inputs.columns} columns and {held} are cached, but what this model attends "
+                    f"to ends at {self.longest}; feed shorter calls, choose a smaller window, or use "
+                    'evict="token", which splits them.'
                 )
         fresh = [inputs.columns] * len(state.lanes) if inputs.real is None else inputs.counts(len(state.lanes))
         reach = 0
