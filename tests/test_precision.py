@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from families import TRAINED, build
 from releases import needs
+from sinkwindow.model.exact_rope import marked
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
@@ -172,6 +173,20 @@ def test_frequencies_that_other_calls_leave_behind_do_not_matter(family: str, dt
             model(tokens(7, 1, TRAINED + 30))
         found.append(call(model, cache, part))
     assert torch.equal(torch.cat(found, dim=1), alone)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "own"),
+    [(torch.float64, 0), (torch.float32, 33), (torch.float16, 8_192), (torch.bfloat16, 65_536)],
+    ids=str,
+)
+def test_a_model_makes_its_own_angles_where_they_are_fine_enough(dtype: torch.dtype, own: int) -> None:
+    """In half dtypes up to positions whose float32 angle is as coarse as they are, and always below the list's end."""
+    model, positions = ModelSpec().model(dtype), torch.zeros(1, 1, dtype=torch.long)
+    for longest in (33, 100_000):
+        last = max(own, longest) if own else 0
+        for reach, kind in ((last, torch.float64 if not own else torch.int64), (last + 1, torch.float64)):
+            assert marked(positions, model, reach, longest, changes=False, table=False).dtype == kind
 
 
 def test_a_cache_made_after_a_cast_rotates_as_the_model_does() -> None:

@@ -307,16 +307,19 @@ def test_a_failed_step_leaves_the_cache_unchanged() -> None:
     assert worst(stream(model, cache, ids[:, 20:], [1] * 20) - expected[:, 20:]) < EXACT
 
 
-def test_steps_a_million_tokens_on_are_exact() -> None:
-    """Positions of steps have no bound; angles are computed in float64 for lower dtypes too."""
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("far_on", [1_000_000, 100_000_000])
+def test_calls_many_tokens_on_are_exact(length: int, far_on: int) -> None:
+    """Positions of a static cache have no bound; angles are computed in float64 for lower dtypes too."""
     rule, ids = Rule(2, 6, 1), tokens(11, 1, 40)
-    for dtype, bound in ((torch.float64, EXACT), (torch.float32, 2e-5), (torch.bfloat16, 0.4)):
+    bounds = ((torch.float64, EXACT), (torch.float32, 2e-5), (torch.float16, 0.05), (torch.bfloat16, 0.4))
+    for dtype, bound in bounds:
         model = ModelSpec().model(dtype)
         near, far = rule.cache(model, static=True), rule.cache(model, static=True)
         for cache in (near, far):
             call(model, cache, ids[:, :12])
-        _shift(far, 1_000_000)
-        pair = [stream(model, cache, ids[:, 12:], [1] * 28) for cache in (near, far)]
+        _shift(far, far_on)
+        pair = [stream(model, cache, ids[:, 12:], [length] * (28 // length)) for cache in (near, far)]
         assert worst(pair[0] - pair[1]) < bound * float(pair[0].abs().max())
 
 

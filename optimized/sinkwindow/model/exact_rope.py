@@ -39,20 +39,21 @@ def marked(
 ) -> Tensor:
     """Return a call's positions, marked where the model's own float32 angles are not good enough.
 
-    They never are for a float64 model. For a float32 one they are below the positions that a list can fill: there it
-    keeps its own numbers bit for bit. Half dtypes always do: their rounding of cosines outweighs any angle's. Where
-    frequencies depend on the largest position of a call, they need not be those of the cached keys.
+    They never are for a float64 model. Others keep their own numbers, bit for bit, below the positions that a list can
+    fill, and in half dtypes as long as their rounding of a cosine outweighs that of the angle. Where frequencies depend
+    on the largest position of a call, they need not be those of the cached keys.
 
     Args:
         positions: ``[lanes, columns]`` int64.
         decoder: The model.
         reach: The position farthest from 0.
-        float32_from: Where float32 angles stop being good enough.
+        float32_from: Where float32 angles stop being good enough for a float32 model.
         changes: Whether the model's frequencies depend on the largest position of a call.
         table: Whether positions index a table of the model.
     """
     dtype = decoder.dtype
-    exact = changes or dtype == torch.float64 or (dtype == torch.float32 and reach > float32_from)
+    hidden = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps  # positions whose angles are as fine as the dtype
+    exact = changes or dtype == torch.float64 or reach > max(float32_from, hidden)
     if not exact or positions.device.type == "mps":  # mps has no float64
         return positions
     return positions.int() if table else positions.double()
