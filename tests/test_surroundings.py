@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from calling import KINDS, LENGTHS, RULE, WIDE, logits_of
 from families import build
 from releases import needs
+from sinkwindow.model import rope
 from sinkwindow_reference import reference_logits
 from strategies import (
     EXACT,
@@ -240,3 +241,21 @@ def test_another_default_device_changes_nothing(
         cache.restore(twin.snapshot())
     assert torch.equal(found, expected)
     assert observe(cache) == observe(twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("family", ["codegen", "falcon", "gptj", "llama"])
+def test_another_default_dtype_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    """Floats are made in a dtype of their own: frequencies, and what finds out how a model rotates."""
+    model, ids, lengths = build(family), tokens(1, 2, 40), [20, 1, 1, 18]
+    expected, twin = stream(model, RULE.cache(model), ids, lengths), copy.deepcopy(model)
+    monkeypatch.setattr(rope, "_pairing_of", rope._pairing_of.__wrapped__)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = stream(twin, RULE.cache(twin), ids, lengths)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)

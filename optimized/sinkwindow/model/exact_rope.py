@@ -98,7 +98,7 @@ def _form(number: int, layer_type: str | None) -> Form | None:
         inv_freq = frequencies(module, name)
         positions = torch.arange(1, 4, device=inv_freq.device)[None]
         extra = {} if layer_type is None else {"layer_type": layer_type}
-        states = torch.zeros(1, 3, 1, device=inv_freq.device)
+        states = torch.zeros(1, 3, 1, dtype=torch.float32, device=inv_freq.device)
         tables = cast("tuple[Tensor, ...]", module.forward(states, position_ids=positions, **extra))
         exact = _tables(positions, inv_freq, scale)
         known[layer_type] = name, scale, tuple(_match(table, exact) for table in tables)

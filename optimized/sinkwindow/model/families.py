@@ -360,7 +360,7 @@ def _kinds(decoder: PreTrainedModel, family: Family, windows: dict[int, int | No
     return sorted(kinds, key=lambda kind: kind.window is not None)
 
 
-NO_ROPE = Rotary(torch.zeros(0, device="cpu"))
+NO_ROPE = Rotary(torch.zeros(0, dtype=torch.float32, device="cpu"))
 
 
 def _rotary(decoder: PreTrainedModel, layer_type: str) -> Rotary:

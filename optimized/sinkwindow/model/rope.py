@@ -44,7 +44,7 @@ def frequencies(module: nn.Module, name: str) -> Tensor:
     """
     if name == TABLE:
         width = cast("int", module.pos_embd_dim)
-        return 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.int64, device="cpu") / width))
+        return 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
     return cast("Tensor", getattr(module, name)).detach()
 
 
@@ -111,11 +111,11 @@ def _pairing_of(function: Callable[..., Any]) -> Pairing | None:
 
     Cosines and sines are given for all channels first, then for all pairs: functions take the one or the other.
     """
-    vector = torch.zeros(1, 1, 1, 8, device="cpu")
+    vector = torch.zeros(1, 1, 1, 8, dtype=torch.float32, device="cpu")
     vector[..., 0] = 1.0
     parameters = inspect.signature(function).parameters
     for width in (8, 4):
-        sines = torch.ones(1, 1, width, device="cpu")
+        sines = torch.ones(1, 1, width, dtype=torch.float32, device="cpu")
         quarter = {"cos": sines * 0, "sin": sines, "freqs_cis": sines * 1j}
         needed = [name for name, it in parameters.items() if name in quarter or it.default is inspect.Parameter.empty]
         try:
