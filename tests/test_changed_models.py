@@ -59,6 +59,33 @@ def test_a_cast_that_rounds_frequencies_is_refused(*, static: bool, filled: bool
     assert worst(stream(model, RULE.cache(model, static=static), ids, [9, 1, 1, 29]) - expected) < EXACT
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", ["mul_", "data", "data twice", "buffer twice"])
+def test_frequencies_that_change_in_place_are_refused(change: str, *, inference: bool) -> None:
+    """However they change, also in a model that was made in inference mode; a change to the same values is none."""
+    with torch.inference_mode(inference):
+        model, ids = fresh_model(ModelSpec()), tokens(2, 1, 40)
+        rotary: Any = model.model.rotary_emb
+        cache = RULE.cache(model)
+        expected = stream(model, RULE.cache(model), ids, [20, 20])
+        found = [call(model, cache, ids[:, :20])]
+        values = rotary.inv_freq.clone()
+        for _ in range(2 if "twice" in change else 1):  # the second one may get the memory of the one before the first
+            if change == "mul_":
+                rotary.inv_freq.mul_(0.5)
+            elif "data" in change:
+                rotary.inv_freq.data = rotary.inv_freq.data * 0.5
+            else:
+                rotary.inv_freq = rotary.inv_freq * 0.5
+        before = observe(cache)
+        with pytest.raises(ValueError, match="rotary frequencies are others"):
+            call(model, cache, ids[:, 20:])
+        assert observe(cache) == before
+        rotary.inv_freq.copy_(values)
+        found.append(call(model, cache, ids[:, 20:]))
+        assert torch.equal(torch.cat(found, dim=1), expected)
+
+
 @KINDS
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_cast_that_keeps_frequencies_does_what_a_stock_cache_does(*, static: bool, filled: bool) -> None:

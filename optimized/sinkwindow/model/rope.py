@@ -136,22 +136,29 @@ class Frequencies:
     Attributes:
         module: The module.
         name: The buffer's name.
-        buffer: The buffer, or an equal one that has taken its place.
+        values: A copy of what it held.
+        stamp: Which buffer had these values when they were last compared: its ``id``, address and version.
+        kept: That buffer, and its memory: no other one has the same ``id`` or address.
     """
 
     module: weakref.ref[nn.Module]
     name: str
-    buffer: Tensor
+    values: Tensor
+    stamp: tuple[int, int, int | None] | None = None
+    kept: tuple[Tensor, ...] = ()
 
     def are_unchanged(self) -> bool:
         """Return whether the module still has these values: a move to another device keeps them, a cast need not."""
-        module = self.module()
-        now = getattr(module, self.name, None)
-        if now is self.buffer or not isinstance(now, Tensor) or now.is_meta:  # meta: off-loaded until the module runs
+        now = getattr(self.module(), self.name, None)
+        if not isinstance(now, Tensor) or now.is_meta:  # off-loaded until the module runs
             return True
-        if not torch.equal(now.to("cpu", torch.float64), self.buffer.to("cpu", torch.float64)):
+        version = None if now.is_inference() else now._version  # noqa: SLF001 - counts changes in place
+        stamp = id(now), now.data_ptr(), version
+        if stamp == self.stamp and version is not None:
+            return True
+        if not torch.equal(now.to("cpu", torch.float64), self.values.to("cpu", torch.float64)):
             return False
-        self.buffer = now
+        self.stamp, self.kept = stamp, (now, now.detach())
         return True
 
 
@@ -161,7 +168,7 @@ def frequencies_of(decoder: nn.Module) -> list[Frequencies]:
     for module in rotary_modules(decoder):
         for name in _frequency_names(module):
             first = _first(module, name)
-            found.append(Frequencies(weakref.ref(module), first, getattr(module, first)))
+            found.append(Frequencies(weakref.ref(module), first, getattr(module, first).detach().clone()))
     return found
 
 
