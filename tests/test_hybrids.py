@@ -220,6 +220,22 @@ def test_gradients_stop_at_the_cached_state() -> None:
     model(ids[:, :2], **{CACHE_NAME: cache}).logits.sum().backward()
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("columns", [1, 4])
+def test_the_gradient_of_one_parameter_needs_the_state_that_it_met(family: str, columns: int) -> None:
+    """Also of one that the new state does not depend on: what a call has read is not written over."""
+    model, ids = copy.deepcopy(build(family)).requires_grad_(requires_grad=False), tokens(4, 1, 12)
+    cache = RULE.cache(model)
+    for name, parameter in model.named_parameters():
+        call(model, cache, ids[:, :8])
+        parameter.requires_grad_()
+        logits = [model(part, **{CACHE_NAME: cache}).logits.sum() for part in ids[:, 8:].split(columns, dim=1)]
+        gradient = torch.autograd.grad(sum(logits[1:], logits[0]), parameter, allow_unused=True)[0]
+        assert gradient is None or gradient.isfinite().all(), name
+        parameter.requires_grad_(requires_grad=False)
+        cache.reset()
+
+
 # -- copies -----------------------------------------------------------------------------------------------------------
 
 

@@ -91,12 +91,24 @@ def _changed(cache: StreamingCache, how: int) -> StreamingCache:
     seed=seeds(),
     before=st.integers(0, 20),
     columns=st.integers(1, 25),
+    only=st.none() | st.integers(0, 20),
 )
-@example(Rule(3, 4, 1), "llama", 0, 0, 20)  # sinks that come in the call are copied, and moved, for later queries
-@example(Rule(3, 4, 1), "llama", 0, 1, 20)
-def test_the_gradient_of_a_call_is_right(rule: Rule, family: str, seed: int, before: int, columns: int) -> None:
-    """It is the derivative of the call's logits, cached keys and values being constants; later calls are unharmed."""
-    model = copy.deepcopy(ModelSpec(family=family, kv_heads=2, max_positions=24).model()).requires_grad_()
+@example(Rule(3, 4, 1), "llama", 0, 0, 20, None)  # sinks of the call are copied, and moved, for later queries
+@example(Rule(3, 4, 1), "llama", 0, 1, 20, None)
+@example(Rule(2, 8, 4), "llama", 0, 8, 4, 1)  # the first layer's queries alone
+@example(Rule(2, 8, 4), "llama", 0, 8, 4, 10)  # the last layer's
+def test_the_gradient_of_a_call_is_right(
+    rule: Rule, family: str, seed: int, before: int, columns: int, only: int | None
+) -> None:
+    """It is the derivative of the call's logits, cached keys and values being constants; later calls are unharmed.
+
+    Also where one parameter alone is trained.
+    """
+    model = copy.deepcopy(ModelSpec(family=family, kv_heads=2, max_positions=24).model())
+    parameters = list(model.parameters())
+    trained = parameters if only is None else [parameters[only]]
+    for one in trained:
+        one.requires_grad_()
     ids = tokens(seed, 2, before + columns + 3)
     cache = rule.cache(model)
     if before:
@@ -104,21 +116,17 @@ def test_the_gradient_of_a_call_is_right(rule: Rule, family: str, seed: int, bef
     filled, generator = copy.deepcopy(cache), torch.Generator().manual_seed(seed)
     logits = logits_of(model, cache, ids[:, before : before + columns])
     weights = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
-    ahead = [torch.randn(one.shape, generator=generator, dtype=one.dtype) for one in model.parameters()]
+    ahead = [torch.randn(one.shape, generator=generator, dtype=one.dtype) for one in trained]
     after = call(model, cache, ids[:, before + columns :])  # what is written does not change what the graph has kept
     (logits * weights).sum().backward()  # type: ignore[no-untyped-call]
-    slope = sum(
-        float((one.grad * way).sum())
-        for one, way in zip(model.parameters(), ahead, strict=True)
-        if one.grad is not None
-    )
+    slope = sum(float((one.grad * way).sum()) for one, way in zip(trained, ahead, strict=True) if one.grad is not None)
     sides = []
     for step in (1e-6, -1e-6):
         with torch.no_grad():
-            for one, way in zip(model.parameters(), ahead, strict=True):
+            for one, way in zip(trained, ahead, strict=True):
                 one.add_(way, alpha=step)
             sides.append(float((call(model, copy.deepcopy(filled), ids[:, before : before + columns]) * weights).sum()))
-            for one, way in zip(model.parameters(), ahead, strict=True):
+            for one, way in zip(trained, ahead, strict=True):
                 one.sub_(way, alpha=step)
     assert abs((sides[0] - sides[1]) / 2e-6 - slope) < 1e-5 * max(1.0, abs(slope))
     expected = reference_logits(model, ids, **rule.arguments)[:, before + columns :]
@@ -153,6 +161,26 @@ def test_a_gradient_that_only_a_hook_asks_for_is_refused_where_pieces_would_cut_
     assert cache.seen_tokens == [0]
     logits_of(model, cache, ids[:, :9]).sum().backward()  # type: ignore[no-untyped-call]
     assert shift.grad is not None
+
+
+@budget(0.2)
+@given(seed=seeds(), lengths=splits(most=12), eager=st.booleans(), static=st.booleans())
+@example(seed=0, lengths=[8, 4], eager=True, static=False)
+@example(seed=0, lengths=[8, 1, 1], eager=False, static=True)
+def test_a_gradient_that_only_a_query_asks_for_is_a_stock_caches(
+    seed: int, lengths: list[int], *, eager: bool, static: bool
+) -> None:
+    """In the last layer, so that no key depends on it: one backward pass goes through several calls, and steps."""
+    model = copy.deepcopy(ModelSpec(attention="eager" if eager else "sdpa", max_positions=128).model())
+    lengths = [lengths[0], 1, 1, 1] if static else lengths
+    shift = torch.nn.Parameter(torch.zeros(16, dtype=torch.float64))
+    model.get_submodule("model.layers.1.self_attn.q_proj").register_forward_hook(lambda *args: args[2] + shift)
+    gradients = []
+    for cache in (WIDE.cache(model, static=static), DynamicCache(config=model.config)):
+        parts = torch.split(tokens(seed, 2, sum(lengths)), lengths, dim=1)
+        logits = torch.cat([logits_of(model, cache, part) for part in parts], dim=1)
+        gradients.append(torch.autograd.grad(logits.square().sum(), shift)[0])
+    assert worst(gradients[0] - gradients[1]) < 1e-5 * (1 + float(gradients[1].abs().max()))  # float32 angles
 
 
 def _autocast(*, on: bool) -> AbstractContextManager[Any]:

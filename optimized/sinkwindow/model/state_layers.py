@@ -93,7 +93,7 @@ class StateLayer(StockLayer):  # type: ignore[misc]  # not in every release
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Write a new state: over the old one, as stock code does, unless a backward pass may need that."""
         old = self.recurrent_states[state_idx]
-        if old is not None and recurrent_states.requires_grad:
+        if old is not None and torch.is_grad_enabled():
             self.recurrent_states[state_idx] = torch.empty_like(old)
         written: Tensor = StockLayer.update_recurrent_state(self, recurrent_states, state_idx, **kwargs)
         return written

@@ -121,10 +121,10 @@ class PoolCall:
                 self._adapt(layer, key, value)
                 cached = self._cached[layer]
         self._begun = True
-        differentiable = key.requires_grad or value.requires_grad
+        differentiable = torch.is_grad_enabled()  # a query alone may ask for a gradient: it would keep a view
         if self.in_slots:
             to_keys, to_values = self._targets[layer]
-            to_keys.copy_(key.detach() if differentiable else key)  # the check is ten times cheaper than detach()
+            to_keys.copy_(key.detach() if differentiable else key)
             to_values.copy_(value.detach() if differentiable else value)
         whole = cached if self._whole and not differentiable else None
         if whole is not None and not self._needs_sinks:

@@ -153,7 +153,10 @@ class Steps:
         rows = torch.arange(index.shape[0], device=key.device)[:, None]
         for target, new in zip(place.slots, fresh, strict=True):
             target[rows, :, index] = new.transpose(1, 2)  # compiled in place, which a scatter is not
-        return place.slots
+        if not torch.is_grad_enabled():
+            return place.slots
+        # A backward pass may need them as they are now, for the gradient of a query.
+        return KeyValue(place.slots.keys.clone(), place.slots.values.clone())
 
     def commit(self) -> None:
         """Count the step's token."""
