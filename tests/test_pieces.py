@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import re
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AttentionInterface, AttentionMaskInterface, FalconModel, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -18,7 +23,22 @@ from sinkwindow import StreamingCache
 from sinkwindow.lanes import Inputs
 from sinkwindow.stream import stream as stream_module
 from sinkwindow_reference import reference_logits, retained_after
-from strategies import CACHE_NAME, EXACT, ModelSpec, Rule, call, fresh_model, padding_mask, stream, tokens, worst
+from strategies import (
+    CACHE_NAME,
+    EXACT,
+    VOCABULARY,
+    ModelSpec,
+    Rule,
+    budget,
+    call,
+    fresh_model,
+    padding_mask,
+    seeds,
+    splits,
+    stream,
+    tokens,
+    worst,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +74,73 @@ def test_a_later_hook_on_the_decoder_sees_the_whole_call(model: PreTrainedModel)
     handle.remove()
     assert lengths == [LONG]
     assert worst(logits - 2 * plain) < 1e-6 * float(plain.abs().max())
+
+
+def _shifted(_module: object, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Change the tokens of a call; a pre-hook."""
+    ids, args = (args[0], args[1:]) if args else (kwargs["input_ids"], ())
+    return ((ids + 1) % VOCABULARY, *args), {name: value for name, value in kwargs.items() if name != "input_ids"}
+
+
+def _doubled(module: object, _args: object, output: Any) -> Any:
+    """Return another output of a decoder; a hook, which may be global."""
+    doubled = isinstance(module, LlamaModel | FalconModel)
+    return type(output)(last_hidden_state=2 * output.last_hidden_state) if doubled else None
+
+
+def _register(kind: str, decoder: Any) -> Any:
+    """Register a user's hook."""
+    if kind == "global":
+        return register_module_forward_hook(_doubled)
+    if kind == "pre":
+        return decoder.register_forward_pre_hook(_shifted, with_kwargs=True)
+    return decoder.register_forward_hook(_doubled)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("kind", ["pre", "after", "global"])
+@budget(0.05)
+@given(seed=seeds(), lengths=splits(most=30), when=st.integers(0, 20))
+@example(seed=0, lengths=[30], when=0)  # before the cache is made,
+@example(seed=0, lengths=[30], when=1)  # before its first call,
+@example(seed=0, lengths=[9, 21], when=2)  # and later
+def test_a_users_hook_on_the_decoder_is_around_all_pieces(
+    family: str, kind: str, seed: int, lengths: list[int], when: int, *, alone: bool
+) -> None:
+    """Whenever it was registered, a call gives what single tokens give; one that cannot is refused, and counts not."""
+    model = copy.deepcopy(ModelSpec(max_positions=24).model() if family == "llama" else build(family))
+    ids, handles = tokens(seed, 1, sum(lengths)), []
+    decoder = cast("Any", model.base_model)
+    called = decoder if alone else model
+
+    def feed(cache: Any, part: Tensor) -> Tensor:
+        with torch.no_grad():
+            output = called(input_ids=part, **{CACHE_NAME: cache})
+        return cast("Tensor", output.last_hidden_state if alone else output.logits)
+
+    try:
+        when %= len(lengths) + 1
+        if not when:
+            handles.append(_register(kind, decoder))
+        cache, single = RULE.cache(called), RULE.cache(called)
+        for number, part in enumerate(ids.split(lengths, dim=1), 1):
+            if number == when:
+                handles.append(_register(kind, decoder))
+            before = cache.seen_tokens
+            try:
+                found = feed(cache, part)
+            except ValueError as error:
+                if not re.search(r"a (global forward |pre-)hook .*needs a call in one piece", str(error)):
+                    raise
+                refused = kind == "global" or (kind == "pre" and alone and number == when)
+                assert (family, cache.seen_tokens, refused) == ("falcon", before, True)
+                found = torch.cat([feed(cache, one) for one in part.split(1, dim=1)], dim=1)
+            expected = torch.cat([feed(single, one) for one in part.split(1, dim=1)], dim=1)
+            assert worst(found - expected) < max(EXACT, FAMILIES[family].bound)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon", "bloom"])

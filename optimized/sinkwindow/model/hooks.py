@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from sinkwindow.model.open_call import OpenCall
+
 CACHE_NAMES = ("cache", "past_key_values")  # transformers >= 5.24 and before
 # Methods in which a cache spends its time during a call: to measure that time, wrap them on one cache.
 CACHE_WORK = ("_begin", "update", "_end")
@@ -44,12 +46,13 @@ class _Attachment:
 
     Attributes:
         rotary: The modules inside that have hooks too.
-        last: The number of the hook that must run after all others, ``None`` until all are there.
+        places: Hooks that have a place among a user's, as the module's attribute that holds them, their number, and
+            whether they run after all others there, or before them; empty until all are there.
         users: Caches that need them.
     """
 
     rotary: list[nn.Module]
-    last: int | None = None
+    places: list[tuple[str, int, bool]] = field(default_factory=list)
     users: set[int] = field(default_factory=set)
 
 
@@ -80,16 +83,20 @@ def _hook(module: nn.Module, user: int, *, is_decoder: bool) -> None:
     if attachment is None:
         attachment = _attachments[module] = _Attachment(rotary_modules(module) if is_decoder else [])
     attachment.users.add(user)
-    if attachment.last is None:
+    if not attachment.places:
         _strip_hooks(module, attachment)  # those that a copy of an attached model has inherited
-        module.register_forward_pre_hook(_before_decoder if is_decoder else _before_model, with_kwargs=True)
-        if is_decoder:
-            module.register_forward_hook(_after_decoder, with_kwargs=True)
+        hook = module.register_forward_pre_hook(_before_decoder if is_decoder else _before_model, with_kwargs=True)
+        places = []
+        if is_decoder:  # a call's pieces run between these two, so that a user's hooks run once, around all of them
+            places += [("_forward_pre_hooks", hook.id, True)]
+            places += [("_forward_hooks", module.register_forward_hook(_after_decoder, with_kwargs=True).id, False)]
         for part in (module, *attachment.rotary):
             hooked[id(part)] = part
         for rotary in attachment.rotary:
             rotary.register_forward_hook(_after_rotary, with_kwargs=True)
-        attachment.last = module.register_forward_hook(_after_call, with_kwargs=True).id
+        # A call counts when all hooks have returned.
+        places += [("_forward_hooks", module.register_forward_hook(_after_call, with_kwargs=True).id, True)]
+        attachment.places = places
 
 
 def _strip_hooks(module: nn.Module, attachment: _Attachment) -> None:
@@ -180,17 +187,22 @@ _complete = uncompiled(Calls._complete)
 
 @uncompiled
 def _open(cache: Calls, module: nn.Module) -> None:
-    attachment, hooks = _attachments.get(module), module._forward_hooks
-    if attachment is not None and attachment.last in hooks and next(reversed(hooks)) != attachment.last:
-        # The user has registered hooks since: a call counts when all of them have returned.
-        hooks.move_to_end(attachment.last)  # type: ignore[attr-defined]  # torch calls it a dict
+    for part in (module, cache._checks.decoder()):  # the user may have registered hooks since
+        attachment = None if part is None else _attachments.get(part)
+        for name, number, is_last in () if attachment is None else attachment.places:
+            hooks = getattr(part, name)
+            if number in hooks:
+                hooks.move_to_end(number, last=is_last)
     cache._open(module)
 
 
 @uncompiled
 def _begin(cache: Calls, decoder: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     _restore_attention(decoder)  # a step whose graph was broken has failed
+    hooks = decoder._forward_pre_hooks  # which torch has listed already: to move ours helps from the next call on
+    late = next(reversed(hooks.values()), None) is not _before_decoder
     _open(cache, decoder)
+    cast("OpenCall", cache._call).late = late
     return cache._begin(decoder, kwargs)
 
 

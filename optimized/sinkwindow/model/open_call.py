@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from sinkwindow.attention.mask import additive
 from sinkwindow.model.exact_rope import marked
@@ -59,6 +60,7 @@ class OpenCall:
         masked: Whether the model's attention takes 4D masks.
         as_tuple: Whether the decoder's output is to be a tuple.
         evictions: Of the pieces that have run.
+        late: Whether a pre-hook of the user's, which may change the arguments, runs after the cache's.
     """
 
     facts: ModelFacts
@@ -74,6 +76,7 @@ class OpenCall:
     masked: bool = True
     as_tuple: bool = False
     evictions: list[Eviction] = field(default_factory=list)
+    late: bool = False
 
     def is_running(self, above: FrameType | None = None) -> bool:
         """Return whether the call's frame is still on its thread's stack, of this one above a frame."""
@@ -133,16 +136,20 @@ class OpenCall:
         length = stream.piece_length(inputs, masked=self.masked)
         if length == inputs.columns:
             return length
-        whole = [f"{name}=True" for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
-        whole += ["a gradient"] if _has_gradient(decoder, kwargs) else []
+        flags = [name for name in PER_CALL if kwargs.get(name) or getattr(decoder.config, name, False)]
+        whole = [(f"{name}=True", "leave it out") for name in flags]
+        whole += [("a gradient", "call under torch.no_grad()")] if _has_gradient(decoder, kwargs) else []
+        # Other hooks of the user's run around all pieces; these see the last one alone.
+        whole += [("a global forward hook", "remove it")] if _global_forward_hooks else []
+        whole += [("a pre-hook that was registered after the last call", "call again")] if self.late else []
         if not whole:
             return length
         held = stream.pools[0].held(stream.state.pools[0], stream.state.lanes)
         if not self.masked or (stream.longest is not None and held + inputs.columns > stream.longest):
             why = "takes no 4D mask" if not self.masked else "has a table of positions"
             raise ValueError(
-                f"{whole[0]} needs a call in one piece, and this one must run in pieces, since the attention of "
-                f"{type(decoder).__name__} {why}: feed at most {length} columns, or call under torch.no_grad()."
+                f"{whole[0][0]} needs a call in one piece, and this one must run in pieces, since the attention of "
+                f"{type(decoder).__name__} {why}: feed at most {length} columns, or {whole[0][1]}."
             )
         return inputs.columns
 
