@@ -124,6 +124,11 @@ LINES: Final[dict[str, list[Line]]] = {
         *_refused("feed(ids, attention_mask=(ones - 1) * 1e9)", "feed(ids, attention_mask=ones * nan)"),
         *_refused("feed(ids, attention_mask=hidden(0, 0, 3))", "feed(ids, attention_mask=hidden(1, 8, 11))"),
         *_refused("feed(ids, padded, attention_mask=ones)", "feed(ids, padded, attention_mask=left.roll(1, 1))"),
+        *_refused("feed(ids, attention_mask={})", "feed(ids, attention_mask={'other': ones})"),
+        *_refused("feed(ids, attention_mask={'full_attention': ones[0]})"),
+        *_refused("feed(ids, attention_mask={'full_attention': ones[:, None]})"),
+        *_refused("feed(ids, ring, attention_mask=ones[:, None, None, :].bool())"),
+        *_refused("feed(ids, attention_mask=ones.to_sparse())", "feed(ids, attention_mask=ones * 1j)"),
         *_refused("feed(ids, attention_mask=hidden(1, 15, 16))", "feed(ids, ring, attention_mask=hidden(0, 0, 3))"),
     ],
     "model(..., position_ids)": [

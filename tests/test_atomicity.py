@@ -304,7 +304,7 @@ def _bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[StreamingCac
         ),
         "a long mask": (ValueError, r"\(2, 15\).*\(2, 14\)", lambda c, m: call(m, c, ids, torch.ones(2, 15))),
         "a mask of one row": (ValueError, r"\(1, 14\).*\(2, 14\)", lambda c, m: call(m, c, ids, torch.ones(1, 14))),
-        "a 4D mask": (ValueError, "must be 2D", lambda c, m: call(m, c, ids, mask_4d)),
+        "a 4D mask": (ValueError, "attend to later ones", lambda c, m: call(m, c, ids, mask_4d)),
     }
 
 

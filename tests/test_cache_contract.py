@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from families import build
 from sinkwindow import Eviction, StreamingCache
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
+    CACHE_NAME,
     EXACT,
     ModelSpec,
     Rule,
@@ -271,3 +273,48 @@ def test_slots_are_there_from_the_first_call_on() -> None:
     assert (cache.debug_state().size, cache.nbytes) == (0, 0)
     call(model, cache, tokens(0, 1, 3))
     assert cache.debug_state().size == 1 + 4 + 1 + 1 + 8
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+@pytest.mark.parametrize("static", [True, False])
+def test_a_4d_mask_that_hides_cached_tokens_is_refused(columns: int, *, static: bool) -> None:
+    """It is compared with what was fed, whoever made it; one that hides nothing is the call without a mask."""
+    model, ids = ModelSpec().model(), tokens(14, 1, 16)
+    mask = torch.ones(1, 1, columns, 12 + columns, dtype=torch.bool).tril(12)
+    cache, twin = (StreamingCache(model, 2, 5, 1, static=static) for _ in range(2))
+    for one in (cache, twin):
+        call(model, one, ids[:, :12])
+    before, hidden = observe(cache), mask.clone()
+    hidden[..., 3] = False
+    biased = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    biased[..., -1:, 3] = -0.5
+    for wrong, why in ((hidden, "cannot be hidden"), (biased, "adds other numbers")):
+        with pytest.raises(ValueError, match=why):
+            call(model, cache, ids[:, :columns], wrong)
+    assert observe(cache) == before
+    assert torch.equal(call(model, cache, ids[:, :columns], mask), call(model, twin, ids[:, :columns]))
+
+
+def test_masks_of_each_kind_of_layers_are_compared_behind_padded_rows() -> None:
+    """Each of them: with what was fed, with the window of its layers, and with the others."""
+    model, ids, mask = build("gemma3_text"), tokens(0, 2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[0, :3] = 0
+    cache, twin = StreamingCache(model, 2, 5, 1), StreamingCache(model, 2, 5, 1)
+    for one in (cache, twin):
+        call(model, one, ids[:, :10], mask[:, :10])
+    right = torch.ones(4, 14, dtype=torch.bool).tril(10) & mask[:, None, None].bool()
+    window = right & torch.ones(4, 14, dtype=torch.bool).triu(11 - model.config.sliding_window)
+    hidden, padded = right.clone(), window.clone()
+    hidden[..., :9], padded[1, :, :, 10] = False, False
+    masks = {"full_attention": right, "sliding_attention": window}
+    for changes, why in (
+        ({"full_attention": hidden}, "cannot be hidden"),
+        ({"sliding_attention": right.flip(0)}, "row 0 has|more than the future"),
+        ({"sliding_attention": padded}, "different places"),
+        ({"other_attention": right}, "got one for .*other_attention"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=why):
+            model(input_ids=ids[:, 10:], attention_mask=masks | changes, **{CACHE_NAME: cache})
+    with torch.no_grad():
+        found = model(input_ids=ids[:, 10:], attention_mask=masks, **{CACHE_NAME: cache}).logits
+        assert torch.equal(found, model(input_ids=ids[:, 10:], **{CACHE_NAME: twin}).logits)

@@ -203,7 +203,7 @@ def test_a_mask_that_cannot_be_read_is_refused() -> None:
     model = copy.deepcopy(build("gemma3"))
     model.set_attn_implementation("flex_attention")
     cache, ids = RULE.cache(model), words(7, 1, 8)
-    with pytest.raises(ValueError, match=r'BlockMask, .* use attn_implementation="sdpa" or "eager"'):
+    with pytest.raises(ValueError, match=r'BlockMask\. .* use attn_implementation="sdpa" or "eager"'):
         feed(model, cache, ids, [8], torch.ones_like(ids))
     assert cache.seen_tokens == [0]
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from sinkwindow.lanes import Inputs
 from sinkwindow.model.families import FULL, ModelFacts, config_refusal
+from sinkwindow.model.open_call import ATTENDING_PART
 from sinkwindow.model.pieces import tokens_of
+from sinkwindow.model.state_layers import STATE_ONLY
 from sinkwindow.model.versions import RECOMPUTES_FOR_GRADIENTS_ONLY
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 REMEMBERED = " A Qwen-VL model makes them of what its last generate or image has left: set its rope_deltas to None."
 ANOTHER_MODEL = "This StreamingCache was made for another model, or is detached; make a new one for the model you call."
+HIDDEN = -1e4  # what is added to the scores of a hidden key is this, or less
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where each of several packed texts begins
 
 
@@ -69,13 +72,8 @@ class CallChecks:
                 )
         _check_flags(decoder, kwargs)
         rows, columns, device = _read_tokens(kwargs, stream.state.batch)
-        mask, real = kwargs.get("attention_mask"), None
-        if isinstance(mask, dict):  # made by `generate`, or by a model around the decoder
-            _check_is_causal(mask, columns)
-        if stream.static or isinstance(mask, dict):  # for a static cache, `generate` makes 4D masks of its own
-            mask = _padding_behind(mask, columns, self.facts.native_window, stream)
-        if mask is not None and not _has_no_data(mask):
-            real = _read_mask(mask, rows, columns, stream)
+        mask = kwargs.get("attention_mask")
+        real = None if mask is None else self._read_masks(mask, rows, columns, stream)
         inputs = Inputs(rows, columns, device, real)
         positions = kwargs.get("position_ids")
         if positions is not None and not _has_no_data(positions):
@@ -86,6 +84,32 @@ class CallChecks:
         if not self.may_evict or self.last_position is not None:
             self._check_room(stream, inputs)
         return inputs
+
+    def _read_masks(self, given: object, rows: int, columns: int, stream: Stream) -> list[list[int]] | None:
+        """Return each row's new columns with tokens, by one mask or by a dict of one for each type of layers."""
+        forms, found = {}, []
+        for kind, pool, slots in zip(self.facts.kinds, stream.pools, stream.state.pools, strict=True):
+            slots_shown = pool.size(slots, recording=False) if pool.static and slots.banks and columns == 1 else 0
+            form = kind.window or self.facts.native_window, slots_shown
+            forms |= {kind.layer_type: form, ATTENDING_PART.get(kind.layer_type, kind.layer_type): form}
+        first = next(iter(forms))
+        masks = given if isinstance(given, dict) else {first: given}
+        known = [*forms, *(STATE_ONLY if self.facts.states else ())]
+        if not masks or not {first: None, FULL: None, **dict.fromkeys(known)}.keys() >= masks.keys():
+            raise ValueError(
+                f"attention_mask must be one 2D mask, or a dict of masks for some of the types of layers, {known}; "
+                f"got one for {list(masks)}: pass one 2D mask, or none."
+            )
+        for name, mask in masks.items():
+            if mask is None or _has_no_data(mask):
+                continue
+            window, size = forms.get(name, forms[first])
+            _check_form(mask, rows, columns, stream.state.columns, size)
+            text = mask if mask.dim() == 2 else _text_of(mask, rows, window, size, stream)  # noqa: PLR2004
+            found.append(_read_mask(text, columns, stream))
+        if any(real != found[0] for real in found):
+            raise ValueError("attention_mask is a dict of masks with padding in different places: pass one 2D mask.")
+        return found[0] if found else None
 
     def _check_room(self, stream: Stream, inputs: Inputs) -> None:
         most, evicts = stream.preview(inputs)
@@ -171,78 +195,66 @@ def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
             )
 
 
-def _check_is_causal(masks: dict[str, object], columns: int) -> None:
-    """Refuse 4D masks, one for each type of layers, in which a token attends to a later one, or that are no tensors."""
-    for mask in masks.values():
-        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):  # noqa: PLR2004
-            continue
-        if not isinstance(mask, Tensor):
-            raise ValueError(  # noqa: TRY004 - as for every argument of a call
-                f"attention_mask holds a {type(mask).__name__}, which cannot be compared with what was fed: use "
-                'attn_implementation="sdpa" or "eager".'
-            )
-        if columns > 1 and _seen(mask, columns).triu(1).any():
-            raise ValueError(
-                "attention_mask lets tokens attend to later ones, as those of an image do in some models, and the "
-                "tokens of a StreamingCache never do: use a DynamicCache for this prompt, or leave its images out."
-            )
+def _check_form(mask: object, rows: int, columns: int, cached: int, size: int) -> None:
+    """Refuse a mask that cannot be read, before anything is indexed."""
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else ()
+    if isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_complex():
+        if shape in ((rows, columns), (rows, cached + columns)):
+            return
+        if len(shape) == 4 and shape[:3] in ((1, 1, columns), (rows, 1, columns)):  # noqa: PLR2004
+            of_scores = mask.dtype == torch.bool or mask.is_floating_point()
+            if of_scores and (shape[3] == size or columns <= shape[3] <= cached + columns):
+                return
+    got = f"a {mask.layout} tensor of {mask.dtype}, {shape}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise ValueError(
+        f"attention_mask must be 2D, [batch, tokens], with 0 for padding; got {got}. With {cached} columns in the "
+        f"cache and {columns} new ones its shape must be ({rows}, {cached + columns}), or ({rows}, {columns}) for the "
+        'new ones alone. The cache makes the 4D mask; to make it yourself, use attn_implementation="sdpa" or "eager".'
+    )
 
 
-def _seen(mask: Tensor, columns: int) -> Tensor:
-    """Return which of a call's columns attend to which of them in a 4D mask, ``[batch, columns, columns]`` bool."""
-    own = mask[:, 0, :, -columns:]
-    return own if own.dtype == torch.bool else own == 0
+def _text_of(mask: Tensor, rows: int, window: int | None, size: int, stream: Stream) -> Tensor:
+    """Return the 2D mask that ``generate``, or a model around the decoder, has made a 4D one of.
 
-
-def _padding_behind(mask: object, columns: int, native_window: int | None, stream: Stream) -> object:
-    """Return the 2D mask that a 4D one was made of: a column that attends to itself is a token.
-
-    That of a step of a static cache says nothing: ``generate`` pads no row after its prompt.
+    They ask the cache how many keys there are (``get_mask_sizes``) and count columns: the last keys are those of the
+    call, but where a step of a static cache shows all ``size`` slots they are the first columns of the text.
 
     Raises:
-        ValueError: The mask hides more than the future and padding, of cached tokens too where there is no padding.
+        ValueError: It hides more than the future, padding and what is behind a window, or hides less.
     """
-    if isinstance(mask, dict):
-        mask = mask.get(FULL, next(iter(mask.values())))
-    if not isinstance(mask, Tensor) or mask.dim() != 4:  # noqa: PLR2004 - [batch, 1, queries, keys]
-        return mask
-    if columns == 1 and stream.static:
-        return None
-    seen = _seen(mask, columns)
-    whole = all(lane.seen == stream.state.columns for lane in stream.state.lanes)
-    cached = _seen(mask, mask.shape[-1])[:, -1, :-columns]
-    if whole and native_window is None and not stream.static and not cached.all():
+    state, (columns, keys) = stream.state, mask.shape[2:]
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    key = torch.arange(keys, device=mask.device) + (0 if keys == size else state.columns + columns - keys)
+    query = torch.arange(state.columns, state.columns + columns, device=mask.device)[:, None]
+    near = key <= query
+    if (visible & ~near).any():
         raise ValueError(
-            "attention_mask hides cached tokens, which cannot be hidden afterwards: pass the mask that they were fed "
-            "with, or one of the new columns alone; take tokens back with crop()."
+            "attention_mask lets tokens attend to later ones, as those of an image do in some models, and the "
+            "tokens of a StreamingCache never do: use a DynamicCache for this prompt, or leave its images out."
         )
-    real = seen.diagonal(dim1=-2, dim2=-1)
-    expected = real[:, None, :].expand_as(seen).tril()
-    if not torch.equal(seen, expected if native_window is None else expected.triu(1 - native_window)):
+    if window is not None:
+        near &= key > query - window
+    tokens = visible.any(dim=1)
+    biased = mask.is_floating_point() and not ((mask == 0) | (mask <= HIDDEN)).all()
+    if biased or not torch.equal(visible, near & tokens[:, None]):
         raise ValueError(
-            "attention_mask is a 4D mask that hides more than the future and padding; pass a 2D one, [batch, tokens]."
+            "attention_mask is a 4D mask that hides more than the future and padding, or adds other numbers to scores; "
+            "pass a 2D one, [batch, tokens]."
         )
-    return real
+    fed = stream.tokens_fed(rows).to(mask.device)
+    text = torch.cat((fed, fed.new_ones(rows, columns)), dim=1)
+    shown = near.any(dim=0)  # of others the mask tells nothing
+    text[:, key[shown]] = tokens[:, shown]
+    return text[:, state.columns :] if state.forgot else text  # padding that is forgotten cannot be compared
 
 
-def _read_mask(mask: object, rows: int, columns: int, stream: Stream) -> list[list[int]] | None:
-    """Return each row's new columns with tokens, ``None`` where all columns are.
+def _read_mask(mask: Tensor, columns: int, stream: Stream) -> list[list[int]] | None:
+    """Return each row's new columns with tokens by a 2D mask, ``None`` where all columns are.
 
     Raises:
         ValueError: It is not a mask of 0 and 1, or says of cached columns what is not so.
     """
-    state = stream.state
-    if not isinstance(mask, Tensor) or mask.dim() != 2:  # noqa: PLR2004
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask must be 2D, [batch, tokens], with 0 for padding; got {shape}. The cache makes the 4D mask."
-        )
     cached = mask.shape[1] - columns
-    if mask.shape[0] != rows or cached not in (0, state.columns):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; with {state.columns} columns in the cache and {columns} "
-            f"new ones it must be ({rows}, {state.columns + columns}), or ({rows}, {columns}) for the new ones alone."
-        )
     is_token = mask == 1
     counts = [part.sum(1) for part in (is_token[:, :cached], is_token[:, cached:], is_token | (mask == 0))]
     before, new, known = torch.stack(counts).tolist()  # one wait for the device
