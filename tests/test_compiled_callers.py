@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from shutil import which
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -12,9 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from calling import RULE
 from families import build
+from releases import traced_error
 from sinkwindow.attention.step import STEP_NAME, step_attention, uncompiled
 from sinkwindow_reference import reference_logits
-from strategies import EXACT, ModelSpec, call, fresh_model, observe, tokens, worst
+from strategies import CACHE_NAME, EXACT, ModelSpec, call, fresh_model, observe, tokens, worst
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +26,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-pytestmark = pytest.mark.usefixtures("fresh_graphs")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_graphs"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),  # from torch's whole compiler
+]
+NO_COMPILER = not which(os.environ.get("CXX", "g++"))
+COMPILER = pytest.param("inductor", marks=pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler"))
 
 
 def test_a_compiled_step_shows_no_other_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,3 +194,50 @@ def test_a_copy_of_an_attached_model_takes_positions_of_any_dtype(family: str, d
         cache = RULE.cache(model)
         assert torch.equal(copy.deepcopy(model)(input_ids=ids, **more).logits, alone)
     assert cache.seen_tokens == [0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"attention_mask": torch.ones(2, 9, dtype=torch.long)}, "must be omitted"),
+        ({"attention_mask": torch.ones(2, 5, dtype=torch.long)}, "must be omitted"),
+        ({"attention_mask": torch.ones(2, 1, 1, 9, dtype=torch.bool)}, "must be omitted"),
+        ({"position_ids": torch.full((1, 2), 8)}, "must have shape"),
+        ({"use_cache": False}, "use_cache=False contradicts"),
+        ({"is_causal": False}, "is_causal=False contradicts"),
+        ({"seq_idx": torch.zeros(2, 1, dtype=torch.long)}, "seq_idx packs"),
+    ],
+)
+def test_a_compiled_step_refuses_what_contradicts_its_cache(arguments: dict[str, Any], why: str) -> None:
+    """What can be seen while it is traced, before anything changes."""
+    model, ids = ModelSpec(layers=1).model(), tokens(0, 2, 12)
+    compiled, cache = cast("Any", torch.compile(model, backend="eager", fullgraph=True)), RULE.cache(model, static=True)
+    call(model, cache, ids[:, :8])
+    before = observe(cache)
+    with torch.no_grad(), pytest.raises(Exception, match=traced_error(why)):
+        compiled(input_ids=ids[:, [8]], **{CACHE_NAME: cache}, **arguments)
+    assert observe(cache) == before
+
+
+@pytest.mark.parametrize("backend", ["eager", COMPILER])
+def test_a_compiled_step_compares_positions_when_it_runs(backend: str) -> None:
+    """Natural indices, columns and ranks are taken, and no others; a step that is refused changes nothing."""
+    model, ids, mask = ModelSpec(layers=1).model(), tokens(0, 2, 30), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :3] = 0
+    compiled = cast("Any", torch.compile(model, backend=backend, fullgraph=True))
+    cache, twin = RULE.cache(model, static=True), RULE.cache(model, static=True)
+    for one in (cache, twin):
+        call(model, one, ids[:, :20], mask)
+    for column in (20, 21):
+        seen = torch.tensor(cache.seen_tokens)[:, None]
+        ranks = torch.tensor([len(row) for row in cache.retained_tokens])[:, None]
+        for positions, right in ((seen + 1, False), (seen, True), (torch.tensor([[column]]), True), (ranks, True)):
+            before = observe(cache)
+            with torch.no_grad(), nullcontext() if right else pytest.raises(RuntimeError, match="position_ids are not"):
+                compiled(input_ids=ids[:, [column]], position_ids=positions, **{CACHE_NAME: cache})
+            if right:
+                cache.crop(-1)
+            else:
+                assert observe(cache) == before
+        found, expected = (call(module, one, ids[:, [column]]) for module, one in ((compiled, cache), (model, twin)))
+        assert worst(found - expected) < EXACT

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sinkwindow.attention.step import uncompiled
-from sinkwindow.model.inputs import ANOTHER_MODEL, CallChecks
+from sinkwindow.model.inputs import ANOTHER_MODEL, CallChecks, check_flags
 from sinkwindow.model.open_call import OpenCall, module_frame
 from sinkwindow.model.versions import CROP_REMOVES, TAKES_CACHE_POSITION
 
@@ -196,6 +196,7 @@ class Calls:
             )
         if decoder is not self._checks.decoder():
             raise ValueError(ANOTHER_MODEL)
+        check_flags(decoder, kwargs)
         self._call = None  # what was interrupted does not count
         own = {"cache_position": self._steps.seen[:1].clone()} if TAKES_CACHE_POSITION else {}
         # Not `|`, which old tracers do not know.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sinkwindow.attention.step import is_tracing
 from sinkwindow.lanes import Inputs
 from sinkwindow.model.families import FULL, ModelFacts, config_refusal
 from sinkwindow.model.open_call import ATTENDING_PART
@@ -70,7 +71,7 @@ class CallChecks:
                     "The model's rotary frequencies are others than when this StreamingCache was made: a cast like "
                     "model.to(torch.bfloat16) rounds them. Make the cache after the cast."
                 )
-        _check_flags(decoder, kwargs)
+        check_flags(decoder, kwargs)
         rows, columns, device = _read_tokens(kwargs, stream.state.batch)
         mask = kwargs.get("attention_mask")
         real = None if mask is None else self._read_masks(mask, rows, columns, stream)
@@ -125,18 +126,12 @@ class CallChecks:
             )
 
 
-def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Refuse what a stream of tokens contradicts.
+def check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Refuse what a stream of tokens contradicts; while a step is traced, by the arguments alone.
 
     Raises:
         ValueError: Layers would not be given the cache, attention is not causal, or several texts are packed.
     """
-    recomputes = decoder.training and (torch.is_grad_enabled() or not RECOMPUTES_FOR_GRADIENTS_ONLY)
-    if recomputes and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
-        raise ValueError(
-            "Gradient checkpointing gives no cache to the layers while the model is in training mode: switch it off, "
-            "call model.eval(), or pass no cache."
-        )
     if kwargs.get("use_cache") is False:  # `generate` would feed the whole text again with every token
         raise ValueError(
             "use_cache=False contradicts a cache: pass use_cache=True, also to generate where the model's "
@@ -144,14 +139,22 @@ def _check_flags(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("is_causal") is False:
         raise ValueError("is_causal=False contradicts a StreamingCache, whose tokens never attend to later ones.")
-    if reason := config_refusal(decoder.config):
-        raise ValueError(reason)
     for name in PACKED:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{name} packs several texts into a row, and each row of a StreamingCache is one text: "
                 "pass one text per row, with a left-padding attention_mask."
             )
+    if is_tracing():
+        return
+    recomputes = decoder.training and (torch.is_grad_enabled() or not RECOMPUTES_FOR_GRADIENTS_ONLY)
+    if recomputes and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+        raise ValueError(
+            "Gradient checkpointing gives no cache to the layers while the model is in training mode: switch it off, "
+            "call model.eval(), or pass no cache."
+        )
+    if reason := config_refusal(decoder.config):
+        raise ValueError(reason)
 
 
 def _has_no_data(value: object) -> bool:

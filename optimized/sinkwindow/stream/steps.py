@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sinkwindow.attention.mask import additive
+from sinkwindow.attention.step import is_tracing
 from sinkwindow.storage import ring
 from sinkwindow.storage.bank import KeyValue, unlike
 
@@ -68,13 +69,14 @@ class Steps:
 
     Attributes:
         seen: Tokens that each row has seen, ``[batch]`` int64.
+        padding: Columns of each row that held none.
         step: The one under way.
     """
 
     def __init__(self, stream: Stream, layer_types: list[str]) -> None:
         self.stream = stream
         self._layer_types = layer_types
-        self.seen = torch.zeros(0, dtype=torch.long, device="cpu")
+        self.seen = self.padding = torch.zeros(0, dtype=torch.long, device="cpu")
         self.step: Step | None = None
         self.layers: dict[int, StepLayer] = {}
         self._sizes: list[int] = []
@@ -104,6 +106,8 @@ class Steps:
                 f"input_ids has shape {(rows, columns)}; a compiled call brings one token for each row that the cache "
                 "holds. Run the prompt through the uncompiled model, before or between compiled calls."
             )
+        if is_tracing():
+            self._check(kwargs)
         if implementation not in MASKED:
             known = " or ".join(MASKED)
             raise ValueError(f"static=True works with attn_implementation {known}, got {implementation!r}.")
@@ -120,6 +124,35 @@ class Steps:
         by_type = dict(zip(self._layer_types, masks, strict=True))
         mask = masks[0] if len(by_type) == 1 else by_type
         return {"position_ids": naturals.double()[:, None], "attention_mask": mask}
+
+    def _check(self, kwargs: dict[str, Any]) -> None:
+        """Refuse what a traced step is told of its tokens and is not so; uncompiled, ``model/inputs.py`` has done it.
+
+        Values of 4D masks, which ``generate`` makes, are not compared, nor positions on an accelerator: a graph could
+        not go on there.
+
+        Raises:
+            ValueError: A mask is no 4D one of a step, or positions have another shape than its tokens.
+            RuntimeError: Positions are others than those of its tokens; raised when the graph runs.
+        """
+        given, positions, rows = kwargs.get("attention_mask"), kwargs.get("position_ids"), self.seen.shape[0]
+        for mask in given.values() if isinstance(given, dict) else (given,):
+            is_tensor = isinstance(mask, Tensor) and mask.dim() == 4 and not mask.is_complex()  # noqa: PLR2004
+            known = is_tensor and mask.shape[:3] in ((1, 1, 1), (rows, 1, 1)) and mask.shape[3] in self._sizes
+            if mask is not None and not known:
+                raise ValueError(
+                    "attention_mask of a compiled step must be omitted, since the cache knows its padding, or be the "
+                    "4D one that generate makes: where a new token may be padding, call the uncompiled model."
+                )
+        if positions is None:
+            return
+        if not isinstance(positions, Tensor) or positions.shape[-2:] not in ((1, 1), (rows, 1)):
+            raise ValueError(f"position_ids of a compiled step must have shape ({rows}, 1); omit it: the cache counts.")
+        if positions.device.type == self.seen.device.type == "cpu":
+            found, naturals = positions[..., 0], self.seen
+            ranks = naturals - self.stream.pools[0].retention.evicted_before(naturals)
+            known = (found == naturals) | (found == naturals + self.padding) | (found == ranks)
+            torch._assert_async(known.all(), "position_ids are not those of the new tokens; omit them")  # noqa: SLF001
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
         """Write a layer's token and return all slots; one write serves the token and the sinks.
@@ -220,8 +253,10 @@ class Steps:
         if self.seen.shape[0] != state.batch or self.seen.device != device:
             with torch.inference_mode(mode=False):
                 self.seen = torch.zeros(state.batch, dtype=torch.long, device=device)
-            _keep_addresses(self.seen)
+                self.padding = torch.zeros_like(self.seen)
+            _keep_addresses(self.seen, self.padding)
         self.seen.copy_(torch.tensor([lane.seen for lane in state.lanes], device="cpu").expand_as(self.seen))
+        self.padding.copy_(state.columns - self.seen)
         self._base = state  # last: where this was interrupted, the next call begins it again
 
     def _find_layers(self, state: State) -> None:
