@@ -318,3 +318,19 @@ def test_masks_of_each_kind_of_layers_are_compared_behind_padded_rows() -> None:
     with torch.no_grad():
         found = model(input_ids=ids[:, 10:], attention_mask=masks, **{CACHE_NAME: cache}).logits
         assert torch.equal(found, model(input_ids=ids[:, 10:], **{CACHE_NAME: twin}).logits)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "llama"])
+def test_a_prompt_that_is_cached_is_not_fed_again(family: str) -> None:
+    """`generate` passes it with its mask; a call of as many new tokens has a mask over all columns, or none."""
+    model, ids, mask = build(family), tokens(3, 2, 20).clamp(min=1), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :3] = 0
+    caches = [StreamingCache(model, 2, 40, 1) for _ in range(2)]
+    for cache in caches:
+        call(model, cache, ids[:, :10], mask[:, :10])
+    before, how = observe(caches[0]), {"attention_mask": mask[:, :10], "pad_token_id": 0, "use_cache": True}
+    with pytest.raises(ValueError, match=r"may be the cached text once more|every token its own position"):
+        model.generate(ids[:, :10], **{CACHE_NAME: caches[0]}, **how)  # type: ignore[operator]
+    assert observe(caches[0]) == before
+    assert torch.equal(call(model, caches[0], ids[:, 10:], mask), call(model, caches[1], ids[:, 10:]))
+    assert caches[0].seen_tokens == [17, 20]

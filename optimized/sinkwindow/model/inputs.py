@@ -6,6 +6,7 @@ compared with that, and refused where the two differ: to ignore it would give wr
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,8 @@ class CallChecks:
         rows, columns, device = _read_tokens(kwargs, stream.state.batch)
         mask = kwargs.get("attention_mask")
         real = None if mask is None else self._read_masks(mask, rows, columns, stream)
+        if isinstance(mask, Tensor) and mask.shape[-1] == columns == stream.state.columns:
+            _check_is_no_repetition(decoder, columns)
         inputs = Inputs(rows, columns, device, real)
         positions = kwargs.get("position_ids")
         if positions is not None and not _has_no_data(positions):
@@ -185,6 +188,16 @@ def _read_tokens(kwargs: dict[str, Any], batch: int | None) -> tuple[int, int, t
             f"{name} has batch size {rows}, but the cache holds {batch} rows; use a fresh cache or reset()."
         )
     return rows, columns, tokens.device
+
+
+def _check_is_no_repetition(decoder: PreTrainedModel, columns: int) -> None:
+    """Refuse what may be the cached text again, as ``generate`` feeds it, where no positions tell it from a new one."""
+    if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
+        raise ValueError(
+            f"attention_mask has the {columns} columns of this call, and as many are cached: {type(decoder).__name__} "
+            "takes no position_ids, so this may be the cached text once more. For new tokens omit the mask, or pass "
+            "one over all columns, cached ones included; pass generate a text that goes beyond what is cached."
+        )
 
 
 def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
