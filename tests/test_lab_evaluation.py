@@ -278,6 +278,55 @@ def test_evaluate_compares_configurations_in_a_table(
     assert (tmp_path / "again" / "lm_eval.md").read_text(encoding="utf-8") == written == page(report).markdown
 
 
+FEW_SHOT = """\
+import random
+from datasets import Dataset
+
+def documents(**_):
+    rows = [{"question": f"w{number}", "choices": ["w1", "w2", "w3"]} for number in range(20)]
+    return {"test": Dataset.from_list(rows), "train": Dataset.from_list(rows)}
+
+def shuffled(rows):
+    return rows.map(lambda row: {"choices": random.sample(row["choices"], 3)}, load_from_cache_file=False)
+"""
+FEW_SHOT_TASK = """\
+task: few_shot
+custom_dataset: !function few_shot.documents
+process_docs: !function few_shot.shuffled
+output_type: multiple_choice
+test_split: test
+fewshot_split: train
+num_fewshot: 3
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+def test_all_configurations_and_runs_are_asked_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples that a task draws and choices that it shuffles do not depend on what ran before."""
+    (tmp_path / "few_shot.py").write_text(FEW_SHOT, encoding="utf-8")
+    (tmp_path / "few_shot.yaml").write_text(FEW_SHOT_TASK, encoding="utf-8")
+    monkeypatch.setattr(run, "TASKS", tmp_path)
+    asked: list[list[tuple[str, str]]] = []
+    right = run.HFLM.loglikelihood
+
+    def spy(self: Any, requests: list[Instance], **more: Any) -> list[tuple[float, bool]]:
+        asked.append([one.args for one in requests])
+        found: list[tuple[float, bool]] = right(self, requests, **more)
+        return found
+
+    monkeypatch.setattr(run.HFLM, "loglikelihood", spy)
+    ways = [parse(name) for name in ("baseline", "streaming_2_6_3", "window_0_8")]
+    for rows in (ways, ways[1:]):
+        run.evaluate(loaded_tiny(), rows, ["few_shot"], limit=4)
+    assert len(asked[0]) == 12
+    assert asked[0][0][0].count("\n\n") == 3  # examples before the question
+    assert asked == asked[:1] * 5
+
+
 def test_results_of_filters_keep_their_names() -> None:
     """Numbers alone are taken, with the filter where there is one."""
     metrics = {

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import random
 import time
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import set_seed
 
 from sinkwindow_lab.errors import LabError, say
 from sinkwindow_lab.evaluation.model import StreamingLM
@@ -53,6 +56,16 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     return loaded
 
 
+def seeded_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """Load tasks that draw nothing from earlier ones: examples and documents are those of lm-eval's own seeds."""
+    set_seed(DEFAULT_OTHER_SEED)
+    random.seed(DEFAULT_RANDOM_SEED)
+    loaded = load_tasks(names)
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return loaded
+
+
 def evaluate(
     loaded: LoadedModel,
     ways: Sequence[Configuration],
@@ -65,9 +78,9 @@ def evaluate(
     begun = time.perf_counter()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is about its own command line
     models = [language_model(loaded, way, batch_size) for way in ways]  # before minutes of work: do they fit?
-    chosen = load_tasks(tasks)
     found: list[Measurement] = []
     for way, model in zip(ways, models, strict=True):
+        chosen = seeded_tasks(tasks)  # again for each: tasks have random state
         say(f"lm-eval: {way.name}, {', '.join(chosen['tasks'])}")
         start = time.perf_counter()
         results = lm_evaluate(model, chosen, limit=limit, bootstrap_iters=DRAWS, log_samples=False)
