@@ -7,6 +7,7 @@ run goes on with the next; `-- --only embedded-static` runs one of them, and `--
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -15,20 +16,22 @@ from statistics import median
 from typing import TYPE_CHECKING, Final
 
 import torch
+from benchmarks import streams
 from benchmarks.streams import PROBE, Drift, Found, Plan, Subject, far, soak
 from pydantic import TypeAdapter
 
 from sinkwindow_lab.files import write_text
 from sinkwindow_lab.inputs import machine
 from sinkwindow_lab.inputs.corpora import load_corpus
-from sinkwindow_lab.inputs.models import load_model
+from sinkwindow_lab.inputs.models import LoadedModel, describe, load_model
 from sinkwindow_lab.inputs.shapes import random_model
 from sinkwindow_lab.inputs.wide import wide_copy
 from sinkwindow_lab.progress import Bars, Reporter
 from sinkwindow_lab.records import MachineRecord
 from sinkwindow_lab.render.markdown import bullets, join, table
 from sinkwindow_lab.render.origins import machine_line, machine_rows
-from sinkwindow_lab.store import Store
+from sinkwindow_lab.reports.tables.bench import model_digest
+from sinkwindow_lab.store import Store, code_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +39,10 @@ if TYPE_CHECKING:
 RESIDENT: Final = 32 * 2**20  # by how much the resident set may grow: 34 bytes per token of a million [bytes]
 SLOWER: Final = 1.02  # largest TPOT at the end over that at the start
 KINDS: Final = ("dynamic", "static")
+CODE: Final = (
+    *("inputs.models", "inputs.shapes", "inputs.wide", "measure.clock", "measure.memory", "measure.micro"),
+    *("ways.configurations", "ways.sessions"),
+)
 KEPT: Final = TypeAdapter(tuple[Found, MachineRecord])
 HEAD: Final = f"""\
 # Soak
@@ -147,20 +154,33 @@ QUICK: Final = Program(
 )
 
 
+def origin_of(subject: Subject) -> dict[str, str]:
+    """Return what numbers of a subject depend on, besides the plan: code, model, tokens and machine."""
+    loaded = LoadedModel(subject.model, None, describe(subject.model, subject.title, "soak"))
+    own = hashlib.sha256(Path(streams.__file__).read_bytes()).hexdigest()
+    return {
+        "code": f"{code_version(*CODE)} {own}",
+        "model": f"{model_digest(loaded)} {subject.model.dtype}",
+        "text": hashlib.sha256(subject.ids.numpy().tobytes()).hexdigest(),
+        "machine": machine.fingerprint(subject.model.device),
+    }
+
+
 def streamed(
     program: Program, store: Store, progress: Reporter, only: str | None = None
 ) -> list[tuple[Found, MachineRecord]]:
     """Return what was found of each stream, kept or measured now."""
     found = []
     for make, plan in program.streams:
-        subject = None
-        for kind in KINDS:
-            if only not in (None, f"{make.__name__}-{kind}"):
-                continue
-            key = {"stream": make.__name__, "kind": kind, "plan": asdict(plan)}
+        kinds = [kind for kind in KINDS if only in (None, f"{make.__name__}-{kind}")]
+        if not kinds:
+            continue
+        subject = make()
+        origin = {"stream": make.__name__, "plan": asdict(plan), **origin_of(subject)}
+        for kind in kinds:
+            key = {**origin, "kind": kind}
             kept = store.read("soak", key, KEPT)
             if kept is None:
-                subject = subject or make()
                 kept = soak(subject, plan, kind, progress), machine.describe(torch.device("cpu"))
                 store.write("soak", key, KEPT.dump_python(kept, mode="json"))
             found.append(kept)
@@ -199,8 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Bars(1 if chosen.only else len(KINDS) * (len(program.streams) + len(program.far))) as bars:
         if chosen.only:
             ((found, _),) = streamed(program, store, bars, chosen.only)
-            sys.stdout.write(f"{marks(judge(found))}\n")
-            return 0
+            checks = judge(found)
+            sys.stdout.write(f"{marks(checks)}\n")
+            return 0 if all(one.holds for one in checks) else 1
         report, checks = run(program, bars, store)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, report)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 WORDS = ("<s>", "<unk>", *(f"w{number}" for number in range(30)))
 
+ORIGIN = {"code": "c", "model": "m"}  # in every key of a store
+
 
 @functools.cache
 def tiny_model(dtype: torch.dtype = torch.float64) -> PreTrainedModel:

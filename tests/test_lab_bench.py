@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from lab_tiny import TINY, listen, loaded_tiny, tiny_bench, tiny_model
+from lab_tiny import ORIGIN, TINY, listen, loaded_tiny, tiny_bench, tiny_model
 from sinkwindow_lab import store
 from sinkwindow_lab.inputs import models
 from sinkwindow_lab.records import Measurement, measured
@@ -40,9 +40,17 @@ def test_another_key_is_another_measurement(tmp_path: Path) -> None:
     again.score(parse("baseline"), one.corpora[0], 41)
     again.score(parse("streaming_2_6_3"), one.corpora[0], 40)
     assert keeper.reused == 1
-    key = {"a": 1, "code": store.code_version("measure.perplexity")}
+    key = {"a": 1, "model": "m", "code": store.code_version("measure.perplexity")}
     assert store.code_version("measure.perplexity") != store.code_version("measure.perplexity", "ways.sessions")
     assert keeper._path("x", key) != keeper._path("x", {**key, "a": 2})
+
+
+@pytest.mark.parametrize("lacking", ORIGIN)
+def test_a_key_names_code_and_model(lacking: str, tmp_path: Path) -> None:
+    """Without them a number of other code would be taken for one of this code."""
+    key = {name: "x" for name in ORIGIN if name != lacking}
+    with pytest.raises(ValueError, match="needs code and model"):
+        store.Store(tmp_path).measurements("x", key, list)
 
 
 def test_broken_files_are_measured_again(tmp_path: Path) -> None:
@@ -55,7 +63,7 @@ def test_broken_files_are_measured_again(tmp_path: Path) -> None:
         keeper = store.Store(tmp_path)
         one = tiny_bench(keeper)
         one.score(parse("baseline"), one.corpora[0], 40)
-        assert keeper.measurements("hits", {"a": 1}, measure) == measure()
+        assert keeper.measurements("hits", ORIGIN, measure) == measure()
         assert keeper.reused == 0, attempt
         for path in tmp_path.iterdir():
             path.write_bytes(b'{"value": {"old": 1}}')
@@ -71,7 +79,7 @@ def test_a_fresh_store_measures_again_once(tmp_path: Path) -> None:
 
     for fresh, places in ((False, [1, 1]), (False, [1, 1]), (True, [2, 2])):
         keeper = store.Store(tmp_path, fresh=fresh)
-        assert [keeper.measurements("x", {}, measure)[0].at for _ in range(2)] == places
+        assert [keeper.measurements("x", ORIGIN, measure)[0].at for _ in range(2)] == places
 
 
 def test_models_are_distinguished_by_their_weights() -> None:

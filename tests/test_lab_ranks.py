@@ -17,7 +17,7 @@ import torch
 from pydantic import TypeAdapter
 from torch.distributed import HashStore  # type: ignore[attr-defined] # as torch documents it
 
-from lab_tiny import refused, run, tiny_bench
+from lab_tiny import ORIGIN, refused, run, tiny_bench
 from ranks_inputs import LENGTHS, ROWS, UNITS, command, save_inputs
 from sinkwindow_lab import ranks
 from sinkwindow_lab.errors import LabError
@@ -96,7 +96,7 @@ def test_units_are_done_once_and_the_largest_first(size: int, tmp_path: Path) ->
         def run(unit: int) -> None:
             taken[unit] = own.place
             time.sleep(0.002 * unit)
-            keeper.write("unit", {"unit": unit}, unit)
+            keeper.write("unit", {**ORIGIN, "unit": unit}, unit)
 
         units = [Unit(f"unit {unit}", unit, lambda unit=unit: run(unit)) for unit in (3, 1, 9, 2, 7, 5, 8)]  # type: ignore[misc]
         with pytest.raises(SystemExit, match="0") if rank else nullcontext():
@@ -111,9 +111,10 @@ def test_units_are_done_once_and_the_largest_first(size: int, tmp_path: Path) ->
     assert sum(len(one.written) for one in found) == len(list(tmp_path.iterdir())) == 7
     kind = TypeAdapter(int)
     for keeper, reused in ((found[0], 0), (Store(tmp_path), 7)):
-        assert [keeper.read("unit", {"unit": unit}, kind) for unit in (1, 2, 3, 5, 7, 8, 9)] == [1, 2, 3, 5, 7, 8, 9]
+        for unit in (1, 2, 3, 5, 7, 8, 9):
+            assert keeper.read("unit", {**ORIGIN, "unit": unit}, kind) == unit
         assert keeper.reused == reused
-    assert found[0].read("unit", {"unit": 4}, kind) is None
+    assert found[0].read("unit", {**ORIGIN, "unit": 4}, kind) is None
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,38 @@ def test_a_stream_that_has_ended_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
         assert streamed == again
 
 
+def test_other_code_or_another_model_is_streamed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is judged by what code or weights that are there no more have left."""
+    program, streamed = soak.Program(streams=((soak.tiny, PLAN),), far=()), list[str]()
+    monkeypatch.setattr(soak, "soak", lambda *arguments: streamed.append(arguments[2]) or FOUND)
+    soak.streamed(program, Store(tmp_path), Reporter())
+    assert len(streamed) == 2
+    monkeypatch.setattr(soak, "code_version", lambda *_: "other code")
+    soak.streamed(program, Store(tmp_path), Reporter())
+    assert len(streamed) == 4
+
+    def tiny() -> streams.Subject:
+        other = right()
+        with torch.no_grad():
+            other.model.lm_head.weight[0, 0] += 1.0
+        return other
+
+    right = soak.tiny
+    soak.streamed(replace(program, streams=((tiny, PLAN),)), Store(tmp_path), Reporter())
+    assert len(streamed) == 6
+    soak.streamed(program, Store(tmp_path), Reporter())
+    assert len(streamed) == 6
+
+
+def test_one_stream_that_is_not_flat_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--only` has the exit status of the whole program."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(soak, "QUICK", soak.Program(streams=((soak.tiny, PLAN),), far=()))
+    for late, status in ((1.0, 0), (2.0, 1)):
+        monkeypatch.setattr(soak, "soak", lambda *_, late=late: replace(FOUND, late_ms=[late]))
+        assert soak.main(["--quick", "--only", "tiny-static"]) == status
+
+
 def test_full_and_quick_ask_the_same() -> None:
     """Both stream the same models and go past the same positions; the quick program streams less."""
     assert [make for make, _ in soak.QUICK.streams] == [make for make, _ in soak.FULL.streams]

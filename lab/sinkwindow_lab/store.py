@@ -89,6 +89,8 @@ class Store:
             self._written.add(files.write_text(self._path(what, key), f"{content}\n"))
 
     def _path(self, what: str, key: Mapping[str, Any]) -> Path:
+        if self.folder is not None and not {"code", "model"} <= key.keys():
+            raise ValueError(f"key {sorted(key)} of {what!r} needs code and model: numbers depend on both")
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return (self.folder or Path()) / f"{what}-{digest[:NAME_LENGTH]}.json"
 
