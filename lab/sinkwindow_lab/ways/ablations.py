@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkwindow.model.families import inspect_model
+from sinkwindow.model.state_layers import states_of
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.ways.sessions import Session, StreamingSession
 
@@ -20,6 +21,8 @@ class CompressedSession(Session):
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int, buffer: int) -> None:
         super().__init__(model)
+        if states_of(model.config.get_text_config()):
+            raise LabError("stale_ranks and eager_eviction cut keys, and layers of this model keep states: omit them")
         self.cache = DynamicCache()  # no sliding layers
         self._sinks, self._window, self._buffer = num_sinks, window, buffer
 

@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkwindow.model.families import UnsupportedModelError, inspect_model
+from sinkwindow.model.state_layers import states_of
 from sinkwindow_lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the stored keys and values [bytes]."""
-        layers = [] if self.cache is None else [layer for layer in self.cache.layers if layer.is_initialized]
-        return sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
+        """Bytes of everything stored: keys, values, and states by their number [bytes]."""
+        stored = [part for layer in getattr(self.cache, "layers", ()) for part in vars(layer).values()]
+        parts = [one for part in stored for one in (part.values() if isinstance(part, dict) else [part])]
+        return sum(one.nbytes for one in parts if isinstance(one, torch.Tensor))
 
     def close(self) -> None:
         """Restore the model to its state before the session; most sessions leave nothing behind."""
@@ -90,6 +92,14 @@ class DenseSession(Session):
         super().__init__(model)
         self.reach = table_of_positions(model)
         self.cache = DynamicCache(config=model.config)
+        asks = "position_ids" in inspect.signature(model.forward).parameters
+        self._placed = asks and bool(states_of(model.config.get_text_config()))
+
+    def _feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        more = {}
+        if self._placed:  # Bamba counts from 0 in every call if it is not told
+            more["position_ids"] = torch.arange(self._fed - ids.shape[1], self._fed, device=ids.device)[None]
+        return self._forward(ids, last_only=last_only, **more)
 
 
 class StreamingSession(Session):
