@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from hybrids import FLOAT32_LOGITS, HYBRIDS, build
 from lab_tiny import random_ids, tiny_model
+from releases import needs
 from sinkwindow_lab.errors import LabError
+from sinkwindow_lab.measure import mechanics, requirements
 from sinkwindow_lab.ways.configurations import open_session, parse
 from sinkwindow_reference import reference_logits
 
@@ -177,3 +181,34 @@ def test_cache_bytes_are_exact() -> None:
     session = open_session(parse("baseline"), tiny_model())
     session.feed(random_ids(10))
     assert session.cache_bytes == 2 * 2 * 2 * 4 * 8 * 10
+
+
+@needs("5.24", "before, hybrids are refused by name")
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_sessions_read_models_that_keep_states(family: str) -> None:
+    """Each way gives the same losses in long calls and token by token, and counts states; ablations refuse by name."""
+    model, ids = build(family), random_ids(24)
+    for name in ("baseline", "streaming_2_6_1", "window_0_8", "recompute_8", "call_2_6"):
+        with open_session(parse(name), model) as session:
+            whole = session.feed(ids[:, :20])
+            once = torch.cat([whole, session.feed(ids[:, 20:])], dim=1)
+            held = [part for layer in getattr(session.cache, "layers", ()) for part in vars(layer).values()]
+            states = [one for part in held if isinstance(part, dict) for one in part.values()]
+            assert session.cache_bytes >= sum(one.nbytes for one in states if isinstance(one, torch.Tensor))
+        if parse(name).depends_on_calls:
+            continue
+        with open_session(parse(name), model) as session:
+            steps = torch.cat([session.feed(ids[:, [place]]) for place in range(24)], dim=1)
+        limit = 1e-4 if family in FLOAT32_LOGITS else 1e-9
+        assert float((once - steps).abs().max()) < limit, name
+    for name in ("stale_ranks_2_6_1", "eager_eviction_2_6_2"):
+        with pytest.raises(LabError, match="stale_ranks and eager_eviction"):
+            requirements.check([parse(name)], model, 24, "--config")
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 2])
+def test_the_log_ends_after_the_last_eviction(buffer: int) -> None:
+    """Also where the steps shown after an eviction contain the next one."""
+    lines = list(itertools.islice(mechanics.log(2, 4, buffer, evictions=2), 60))
+    assert len(lines) < 60
+    assert sum("evict " in line for line in lines[1:-1]) >= 2

@@ -35,7 +35,7 @@ def log(num_sinks: int, window: int, buffer: int, *, evictions: int = 3) -> Iter
         seen += 1
         kept, step = len(cache.retained_tokens[0]), f"step {seen:>6}  seen {seen:>6}"
         if len(events) > before:
-            shown_until, event = seen + AROUND, events[-1]
+            shown_until, event = seen + AROUND if before < evictions else shown_until, events[-1]
             gone = f"tokens {event.tokens.start}..{event.tokens.stop - 1} gone"
             yield f"{step}  evict {event.length_before} -> {event.length_after}  {gone}"
         elif seen <= shown_until or kept > limit + buffer - AROUND:
