@@ -150,6 +150,14 @@ def test_logarithmic_axes_enclose_all_values(values: list[float], expected: tupl
     assert one.axes.get_ylim() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("high", [1e8, 1e10, 1e40, 1e200, float("inf")])
+def test_values_that_are_far_apart_have_a_picture(high: float) -> None:
+    """However many powers of ten an axis has, it encloses them; what is infinite is left out."""
+    frame = drawn(x=[12.1, high], y=[12.1, high])
+    assert "<svg" in chart.points(frame, "x", "series", label="PPL")
+    assert "<svg" in chart.lines(frame, "x", "y", labels=("x", "PPL"), logarithmic="y")
+
+
 def test_dollars_in_names_are_no_formulas() -> None:
     """A name in a legend is drawn letter by letter."""
     assert "<svg" in chart.lines(drawn(series="a$\\frac$b"), "x", "y", labels=("x", "y"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,7 +111,8 @@ class Picture:
         one.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
         if not ticks:  # ends at ticks, so that two at least are shown
             low, high = one.get_data_interval()
-            found = sorted(LogLocator(subs=(1, 2, 5)).tick_values(low / 5, high * 5))
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            found = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
             below, above = max(tick for tick in found if tick <= low), min(tick for tick in found if tick >= high)
             getattr(self.axes, f"set_{axis}lim")(below, above if above > below else 2 * below)
 
