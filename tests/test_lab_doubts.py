@@ -6,17 +6,31 @@ import json
 import math
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lab_tiny import TINY, loaded_tiny, random_text, save_tiny, succeeded, tiny_bench, tiny_model, tiny_tokenizer
+from lab_tiny import (
+    TINY,
+    loaded_tiny,
+    machine_record,
+    random_text,
+    save_tiny,
+    succeeded,
+    tiny_bench,
+    tiny_model,
+    tiny_tokenizer,
+)
+from sinkwindow_lab import records
 from sinkwindow_lab.inputs import models, tokens
 from sinkwindow_lab.inputs.corpora import Corpus
 from sinkwindow_lab.measure.perplexity import Score
+from sinkwindow_lab.records import measured
 from sinkwindow_lab.render.origins import doubts
 from sinkwindow_lab.reports.output import read_report
-from sinkwindow_lab.reports.tables import plan
+from sinkwindow_lab.reports.tables import findings, plan
+from sinkwindow_lab.ways.configurations import parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,6 +97,19 @@ def test_losses_beyond_all_numbers_have_a_perplexity() -> None:
     """It is infinite, not an error after the measurement."""
     text = tokens.encode(Corpus("words", (random_text(3),), "test"), tiny_tokenizer(), tokens=3)
     assert Score("baseline", text, 1, torch.full((2,), 1e4, dtype=torch.float64), {}).perplexity == math.inf
+    one = measured("along", "words", "baseline", 2, {"NLL of a bin": ("nat", [800.0])})
+    page = records.Report(
+        kind="tables",
+        quick=True,
+        plan={"along_bin": 1},
+        machine=machine_record(),
+        models=[loaded_tiny().record],
+        configurations=[parse("baseline")],
+        measurements=one,
+        seconds=1.0,
+    )
+    frame = pd.DataFrame([{**one[0].model_dump(exclude={"samples"}), "value": 800.0}])
+    assert "dense inf" in "".join(findings._along(page, frame))
 
 
 def test_the_page_shows_it_below_what_ran(

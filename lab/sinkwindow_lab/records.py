@@ -6,6 +6,7 @@ pictures are made from these when a page is written, so that a page can be writt
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -17,6 +18,14 @@ from sinkwindow_lab.errors import LabError
 Figures = Mapping[str, tuple[str, Sequence[float]]]  # unit and samples by metric
 BosPolicy = Literal["none", "add"]
 Documents = Literal["concat", "apart"]
+
+
+def ppl(nll: float) -> float:
+    """Return the exponential of a mean loss; infinite where it is more than a float holds."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 class Record(BaseModel):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sinkwindow_lab.errors import LabError
 from sinkwindow_lab.inputs.tokens import LEAST, TokenText
 from sinkwindow_lab.measure.clock import clock_for
-from sinkwindow_lab.records import Configuration, Figures, Measurement, measured
+from sinkwindow_lab.records import Configuration, Figures, Measurement, measured, ppl
 from sinkwindow_lab.ways.configurations import open_session
 from sinkwindow_lab.ways.sessions import Session
 
@@ -37,7 +37,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Exponential of the mean loss; infinite where it is more than a float holds."""
-        return float(self.nll.mean().exp())
+        return ppl(float(self.nll.mean()))
 
     def figures(self) -> Figures:
         """Return every number as a sample with its unit."""

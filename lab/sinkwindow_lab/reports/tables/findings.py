@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import pandas as pd
 
-from sinkwindow_lab.records import Configuration, Report
+from sinkwindow_lab.records import Configuration, Report, ppl
 from sinkwindow_lab.render.markdown import name
 from sinkwindow_lab.reports.tables.studies_page import MEAN, distance_name, ends_of
 from sinkwindow_lab.reports.tables.where import NGRAM
@@ -52,9 +51,7 @@ def _along(report: Report, measured: pd.DataFrame) -> Iterator[str]:
     """Tell how each way ends a long text."""
     own, size, trained = measured[measured.part == "along"], report.plan["along_bin"], report.models[0].max_positions
     ends = {way: ends_of(own, way, size)[1:] for way in own.configuration.unique()}
-    shown = [
-        f"{'dense' if way == 'baseline' else way} {math.exp(one):.3f}" for way, last in ends.items() for one in last
-    ]
+    shown = [f"{'dense' if way == 'baseline' else way} {ppl(one):.3f}" for way, last in ends.items() for one in last]
     if shown:
         last = own[(own.metric == "NLL of a bin") & (own["at"] % size == 0)]["at"].max()
         beyond = trained is not None and last - size >= trained

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from sinkwindow_lab.records import Configuration, Report
+from sinkwindow_lab.records import Configuration, Report, ppl
 from sinkwindow_lab.render import chart
 from sinkwindow_lab.render.markdown import NOT_MEASURED, bullets, cell, figure, name, quote, table
 from sinkwindow_lab.reports.tables import published
@@ -105,8 +105,8 @@ def _split_of_loss(report: Report, own: pd.DataFrame, text: str) -> Iterator[str
             continue
         dense, right, wrong = nll["baseline"], nll[way.name], nll[stale]
         yield (
-            f"**{name(text)}**: PPL {math.exp(dense):.3f} dense, {math.exp(right):.3f} with {way.name} "
-            f"({right - dense:+.3f} nats a token: what was evicted), {math.exp(wrong):.3f} with stale ranks "
+            f"**{name(text)}**: PPL {ppl(dense):.3f} dense, {ppl(right):.3f} with {way.name} "
+            f"({right - dense:+.3f} nats a token: what was evicted), {ppl(wrong):.3f} with stale ranks "
             f"({wrong - right:+.3f} more: their positions)."
         )
 
@@ -152,7 +152,7 @@ def along(report: Report, own: pd.DataFrame) -> Blocks:
     scores = own.set_index(["configuration", "metric"]).value
     rows = []
     for way in _ways(report, own):
-        ends = [f"{math.exp(one):.3f}" for one in ends_of(own, way.name, size)] or [NOT_MEASURED] * 2
+        ends = [f"{ppl(one):.3f}" for one in ends_of(own, way.name, size)] or [NOT_MEASURED] * 2
         counts = [f"{scores[way.name, one]:,.0f}" for one in ("evictions", "kept")]
         rows.append([way.title, *ends, f"{scores[way.name, 'PPL']:.3f}", *counts])
     tokens = int(own[own.metric == "PPL"]["at"].max())
@@ -176,7 +176,7 @@ def picture(report: Report, measured: pd.DataFrame) -> str:
         return ""
     size, trained, tokens = report.plan["along_bin"], report.models[0].max_positions, int(bins["at"].max()) + 1
     starts = (bins["at"] - 1) // size * size  # the last bin may be shorter
-    curves = bins.assign(ppl=bins.value.map(math.exp), middle=(starts + bins["at"]) / 2)
+    curves = bins.assign(ppl=bins.value.map(ppl), middle=(starts + bins["at"]) / 2)
     notes = {"trained length": trained} if trained is not None and trained < tokens else {}
     how: dict[str, Any] = {"logarithmic": "y", "marks": False, "notes": notes}
     return chart.lines(curves, "middle", "ppl", labels=("text read (tokens)", f"PPL of {size:,} tokens"), **how)
