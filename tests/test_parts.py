@@ -10,7 +10,7 @@ import torch
 
 from calling import CPU, POOL, RETENTION, begun, stream_of
 from sinkwindow import Retention
-from sinkwindow.lanes import Inputs
+from sinkwindow.lanes import Inputs, Lane
 from sinkwindow.storage.bank import KeyValue, allocate
 from sinkwindow.storage.slots import PoolLane, Slots
 from sinkwindow.stream.events import Eviction
@@ -67,18 +67,19 @@ def test_events_say_what_left_and_what_stayed() -> None:
 
 def test_columns_that_held_tokens_are_remembered() -> None:
     """Padding is that of recorded calls, of each row or of all; the default device does not matter."""
-    record = CallRecord(1, 3, ([2], None), (1, 1), ((0, 0),), 0)
+    record = CallRecord(1, 3, ([2], None), (Lane(1), Lane(1)), ((0, 0),))
     with torch.device("meta"):
-        fed = tokens_fed((record, CallRecord(4, 1, ([],), (2,), ((0,),), 0)), 2)
+        fed = tokens_fed((record, CallRecord(4, 1, ([],), (Lane(2),), ((0,),))), 2)
     assert fed.int().tolist() == [[1, 0, 0, 1, 0], [1, 1, 1, 1, 0]]
     assert fed.dtype == torch.bool
 
 
 def test_records_of_chosen_rows_are_theirs() -> None:
     """A record of rows that agreed is that of any rows."""
-    rows = CallRecord(4, 2, ([0], None, []), (3, 4, 2), ((1, 2, 0), (5, 6, 7)), 3)
-    agreed = CallRecord(6, 1, (None,), (5,), ((2,), (7,)), 4)
-    chosen = CallRecord(4, 2, ([], [0], [0]), (2, 3, 3), ((0, 1, 1), (7, 5, 5)), 3)
+    lanes = [Lane(3, 0, 1), Lane(4, 0, 2), Lane(2)]
+    rows = CallRecord(4, 2, ([0], None, []), tuple(lanes), ((1, 2, 0), (5, 6, 7)))
+    agreed = CallRecord(6, 1, (None,), (Lane(5),), ((2,), (7,)))
+    chosen = CallRecord(4, 2, ([], [0], [0]), (lanes[2], lanes[0], lanes[0]), ((0, 1, 1), (7, 5, 5)))
     assert select_past((rows, agreed), [2, 0, 0]) == (chosen, agreed)
 
 
@@ -95,8 +96,8 @@ def test_a_record_ends_where_columns_are_taken_back(
     column: int, columns: int, real: tuple[Sequence[int] | None, ...]
 ) -> None:
     """Before its own first column nothing of it is left."""
-    first = CallRecord(0, 4, ([1], None, [2]), (0, 0, 0), ((0, 0, 0),), 0)
-    second = CallRecord(4, 3, ([0, 2], None, []), (1, 4, 1), ((0, 0, 0),), 0)
+    first = CallRecord(0, 4, ([1], None, [2]), (Lane(),) * 3, ((0, 0, 0),))
+    second = CallRecord(4, 3, ([0, 2], None, []), (Lane(1), Lane(4), Lane(1)), ((0, 0, 0),))
     assert _shortened((first, second), column) == (first, replace(second, columns=columns, real=real))
     assert _shortened((first, second), 4) == (first,)
     assert _shortened((), column) == ()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from releases import CROP
+from sinkwindow import StreamingCache
 from sinkwindow_reference import reference_logits, retained_after
 from strategies import (
     BOTH,
@@ -24,6 +27,9 @@ from strategies import (
     tokens,
     worst,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DRAFTS = 128  # evicted tokens that `activate_past_recording` keeps
 
@@ -128,6 +134,24 @@ def test_the_padding_of_a_batch_is_taken_back_row_by_row() -> None:
     kept_mask = torch.cat([mask[:, :24], mask[:, 32:]], dim=1)
     expected = reference_logits(model, kept, kept_mask, **rule.arguments)[:, 24:]
     assert worst(call(model, cache, kept[:, 24:]) - expected) < EXACT
+
+
+def test_evictions_are_counted_row_by_row(tmp_path: Path) -> None:
+    """Rows that evicted in other calls than their neighbors keep their own counts, in copies, files and roll-backs."""
+    rule, model, ids = Rule(2, 4, 0, "call"), ModelSpec().model(), tokens(1, 2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :50] = 0
+    cache = rule.cache(model)
+    stream(model, cache, ids, [50, 2, 2, 2, 2, 2], mask)
+    cache.save(tmp_path / "cache")
+    for row, evictions in enumerate((2, 6)):
+        alone = StreamingCache.load(tmp_path / "cache", model)
+        alone.batch_select_indices([row])
+        assert alone.num_evictions == evictions
+        alone.batch_repeat_interleave(3)
+        assert alone.num_evictions == 3 * evictions
+        alone.crop(-2)
+        assert alone.num_evictions == 3 * (evictions - 1)
 
 
 def test_rows_that_get_lanes_of_their_own_keep_their_recorded_past() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sinkwindow.model.versions import CONTINUES_IN_PARTS, TAKES_NEW_TOKENS_ALONE
-from sinkwindow_reference import reference_logits, retained_after
+from sinkwindow_reference import RetainedList, reference_logits, retained_after
 from strategies import BOTH, CACHE_NAME, EXACT, ModelSpec, Rule, call, rules, seeds, tokens, worst
 
 if TYPE_CHECKING:
@@ -63,6 +63,17 @@ class Feeding(RuleBasedStateMachine):
         """Return a row's tokens, and how many came in each call that had any."""
         kept = [[token for token in call if token is not None] for call in row]
         return [token for call in kept for token in call], [len(call) for call in kept if call]
+
+    def evictions(self, row: Row) -> int:
+        """Count the evictions that the list program makes of a row's calls."""
+        sizes = self.sizes.arguments
+        program, count = RetainedList(sizes["num_sinks"], sizes["window"], sizes["buffer"]), 0
+        for length in self.real(row)[1]:
+            for place in range(length):
+                program.append(place)
+                if self.sizes.evict == "token" or place == length - 1:
+                    count += bool(program.evict_if_full())
+        return count
 
     def check_logits(self, logits: torch.Tensor, mask: torch.Tensor, bound: float = EXACT) -> None:
         """Compare the newest call, `[rows, columns, vocab]`, with the reference."""
@@ -135,6 +146,7 @@ class Feeding(RuleBasedStateMachine):
             assert (self.cache.seen_tokens, self.cache.retained_tokens, self.columns()) == ([0], [[]], 0)
             return
         assert self.cache.batch_size == len(self.rows)
+        assert self.cache.num_evictions == sum(map(self.evictions, self.rows))
         for index, row in enumerate(self.rows):
             ids, calls = self.real(row)
             retained = retained_after(len(ids), chunks=calls, **self.sizes.arguments) if ids else []

@@ -84,7 +84,6 @@ class Twin:
         self.steps = Steps(self.stream, ["full_attention", "sliding_attention"])
         self.rows: list[Row] = [[] for _ in range(self.random.randint(1, 3))]
         self.number = 0
-        self.counts = True  # evictions exactly; a choice of rows that evicted in calls of their own has its share
 
     def programs(self, rows: list[Row]) -> list[list[Program]]:
         """Return what each pool's rule makes of each row."""
@@ -115,7 +114,7 @@ class Twin:
             positions, masks = call.positions(CPU).expand(len(self.rows), -1), call.masks(CPU)
         assert -columns < int(positions.min()) <= int(positions.max()) < self.stream.bound
         for index, (part, programs) in enumerate(zip(call.parts, self.programs(self.rows), strict=True)):
-            mask = masks[index] if masks else torch.ones(1, 1, columns, part.length).tril(part.length - columns)
+            mask = masks[index] if masks else torch.ones(1, 1, columns, part.front + columns).tril(part.front)
             for layer in LAYERS[index]:
                 fresh = self.fresh(layer, positions)
                 with META:
@@ -203,13 +202,12 @@ class Twin:
                 chosen = [self.random.randrange(len(self.rows)) for _ in range(self.random.randint(1, 3))]
                 self.stream.select_rows(torch.tensor(chosen))
                 self.rows = [[list(call) for call in self.rows[row]] for row in chosen]
-                self.counts = self.rules[0].evict == "token"
             case "k":
                 self.stream = self.stream.fork(self.stream.state.cloned())
                 self.steps = Steps(self.stream, ["full_attention", "sliding_attention"])
             case "d":
                 self.stream.reset()
-                self.rows, self.counts = [[] for _ in range(self.random.randint(1, 3))], True
+                self.rows = [[] for _ in range(self.random.randint(1, 3))]
             case "o" if fed and self.rules[0].evict == "token":
                 fork = self.stream.fork(self.stream.after(self.feed(self.stream, 3, aside=True))[0])
                 fork.commit(self.feed(fork, 7))
@@ -235,13 +233,13 @@ class Twin:
         rules = self.programs([_without(row, fed + columns) for row in self.rows])
         counts = _counts_at(self.stream.pools, state, state.columns - columns)
         assert counts is not None
-        assert counts.seen == tuple(one.seen for one in rules[0])[: len(state.lanes)]
+        found = [(lane.seen, lane.evictions) for lane in counts.lanes]
+        assert found == [(one.seen, one.evictions) for one in rules[0]][: len(state.lanes)]
         gone = tuple(tuple(one.seen - len(one.kept) for one in programs)[: len(state.lanes)] for programs in rules)
         assert counts.evicted == gone
         if not fed and not columns:
             assert tuple(tuple(row.evicted for row in slots.lanes) for slots in state.pools) == gone
-            assert not self.counts or state.num_evictions == sum(one.evictions for one in rules[0])
-        assert not self.counts or counts.num_evictions == sum(one.evictions for one in rules[0])
+            assert state.num_evictions == sum(one.evictions for one in rules[0])
 
 
 def _without(row: Row, columns: int) -> Row:

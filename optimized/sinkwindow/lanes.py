@@ -42,10 +42,12 @@ class Lane:
         seen: Real tokens fed so far.
         offset: Natural index minus position of the next token. It grows when the cache is rebased, so that positions
             stay bounded.
+        evictions: Evictions so far.
     """
 
     seen: int = 0
     offset: int = 0
+    evictions: int = 0
 
 
 @dataclass(frozen=True, slots=True)

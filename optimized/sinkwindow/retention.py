@@ -100,6 +100,10 @@ class Retention:
             return self.evicted_before(seen)
         return seen - self.limit if seen - evicted > self.limit + self.buffer else evicted
 
+    def evictions(self, tokens: int) -> int:
+        """Return in how many evictions so many tokens leave, at most one call's where the rule evicts by call."""
+        return tokens // (self.buffer + 1) if self.evict == "token" else min(tokens, 1)
+
     def sinks(self, seen: int) -> int:
         """Return how many of ``seen`` tokens are sinks."""
         return min(self.num_sinks, seen)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", Lane, PoolLane)
 
-FORMAT = 1  # changes when a file's content is read in another way
+FORMAT = 2  # changes when a file's content is read in another way
 HEADER, CHECKSUM = "sinkwindow", "sha256"  # names in the metadata
 SETTINGS = {
     **dict.fromkeys(("num_sinks", "window", "buffer"), int),
@@ -48,7 +48,7 @@ SETTINGS = {
 }
 # What reading a header without sense raises.
 NONSENSE = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
-COUNTS = ("columns", "batch", "num_evictions", "forwarded", "forgot", "recording")
+COUNTS = ("columns", "batch", "forwarded", "forgot", "recording")
 
 
 def encoded(snapshot: Snapshot) -> bytes:
@@ -281,10 +281,9 @@ def _made(kind: type[T], values: list[int]) -> T:
     return kind(**dict(zip(kind.__dataclass_fields__, values, strict=True)))
 
 
-def _record(
-    start: int, columns: int, real: list[Any], seen: list[int], evicted: list[list[int]], num_evictions: int
-) -> CallRecord:
-    return CallRecord(start, columns, tuple(map(compact, real)), tuple(seen), tuple(map(tuple, evicted)), num_evictions)
+def _record(start: int, columns: int, real: list[Any], lanes: list[list[int]], evicted: list[list[int]]) -> CallRecord:
+    made = tuple(_made(Lane, lane) for lane in lanes)
+    return CallRecord(start, columns, tuple(map(compact, real)), made, tuple(map(tuple, evicted)))
 
 
 # -- whether a state makes sense --------------------------------------------------------------------------------------
@@ -320,7 +319,7 @@ def _fits(state: State, pools: Sequence[Pool]) -> bool:
         and all(lane.seen <= state.columns for lane in state.lanes)
         and all(
             len(record.evicted) == len(pools)
-            and {len(record.real), *map(len, record.evicted)} == {len(record.seen)} <= {1, lanes}
+            and {len(record.real), *map(len, record.evicted)} == {len(record.lanes)} <= {1, lanes}
             for record in state.past
         )
         and all(_pool_fits(pool, slots, state) for pool, slots in zip(pools, state.pools, strict=True))
@@ -337,11 +336,11 @@ def _states_fit(state: State, layers: Collection[int]) -> bool:
 
 def _numbers(state: State) -> Iterator[int]:
     """Yield all numbers that count something."""
-    yield from (state.columns, state.num_evictions, state.forwarded, state.batch or 0)
-    for lane in state.lanes:
+    yield from (state.columns, state.forwarded, state.batch or 0)
+    for lane in chain(state.lanes, *(record.lanes for record in state.past)):
         yield from astuple(lane)
     for record in state.past:
-        yield from (record.start, record.columns, record.num_evictions, *record.seen)
+        yield from (record.start, record.columns)
         yield from chain(*record.evicted, *(real or () for real in record.real))
     for row in chain(*(slots.lanes for slots in state.pools)):
         yield from (row.evicted, row.offset, row.floor, row.mark, row.placed + 1)

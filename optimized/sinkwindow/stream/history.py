@@ -35,9 +35,8 @@ def recorded(state: State, call: StreamCall) -> tuple[CallRecord, ...]:
         start=state.columns,
         columns=call.lanes[0].columns,
         real=tuple(compact(lane.real) for lane in call.lanes),
-        seen=tuple(lane.before.seen for lane in call.lanes),
+        lanes=tuple(lane.before for lane in call.lanes),
         evicted=tuple(tuple(row.evicted for row in slots.lanes) for slots in call.state.pools),
-        num_evictions=state.num_evictions,
     )
     return (*state.past, record)[-MOST:]
 
@@ -70,7 +69,7 @@ def select_past(past: Sequence[CallRecord], rows: Sequence[int]) -> tuple[CallRe
         replace(
             record,
             real=tuple(record.real[row] for row in rows),
-            seen=tuple(record.seen[row] for row in rows),
+            lanes=tuple(record.lanes[row] for row in rows),
             evicted=tuple(tuple(pool[row] for row in rows) for pool in record.evicted),
         )
         if len(record.real) > 1
@@ -86,10 +85,10 @@ def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, 
     if counts is None or states is None or not _reachable(pools, state, counts):
         return None
     lanes = tuple(
-        Lane(seen, min(lane.offset, gone))  # no position below a rank
-        for lane, seen, gone in zip(state.lanes, counts.seen, counts.evicted[0], strict=True)
+        replace(then, offset=min(lane.offset, gone))  # no position below a rank
+        for lane, then, gone in zip(state.lanes, counts.lanes, counts.evicted[0], strict=True)
     )
-    removed = [lane.seen - seen for lane, seen in zip(state.lanes, counts.seen, strict=True)]
+    removed = [lane.seen - then.seen for lane, then in zip(state.lanes, lanes, strict=True)]
     writes, after = [], []
     for pool, slots, evicted in zip(pools, state.pools, counts.evicted, strict=True):
         change = _cut(pool, slots, lanes, evicted, removed, recording=state.recording)
@@ -100,17 +99,10 @@ def cropped(pools: Sequence[Pool], state: State, columns: int) -> tuple[Writes, 
         pools=tuple(after),
         lanes=lanes,
         columns=column,
-        num_evictions=counts.num_evictions,
         past=_shortened(state.past, column),
         states=states,
         note=None,
     )
-
-
-def count_evictions(pools: Sequence[Pool], evicted: Sequence[int], batch: int) -> int | None:
-    """Return the evictions that led to so many evicted tokens, all rows together; ``None`` if they are by call."""
-    rule = pools[0].retention
-    return None if rule.evict == "call" else sum(evicted) // (rule.buffer + 1) * (batch // len(evicted))
 
 
 def _counts_at(pools: Sequence[Pool], state: State, column: int) -> CallRecord | None:
@@ -118,37 +110,32 @@ def _counts_at(pools: Sequence[Pool], state: State, column: int) -> CallRecord |
 
     It is counted forward from the last record that starts at or before the column.
     """
-    lanes, batch = len(state.lanes), state.batch or 1
     record = next((record for record in reversed(state.past) if record.start <= column), None)
     if record is None:
         if column and state.forgot:
             return None
-        record = CallRecord(0, 0, (None,), (0,), ((0,),) * len(pools), 0)
+        record = CallRecord(0, 0, (None,), (Lane(),), ((0,),) * len(pools))
     # So many columns of the recorded call come before, and behind it so many in which every lane had a token.
     inside = min(column - record.start, record.columns)
     beyond = column - record.start - inside
-    several = len(record.real) > 1
-    seen, evicted = [], [[] for _ in pools]  # type: tuple[list[int], list[list[int]]]
-    for r in range(lanes):
-        own = r if several else 0
-        real = record.real[own]
-        seen.append(record.seen[own] + beyond + (inside if real is None else sum(place < inside for place in real)))
+    lanes, evicted = [], [[] for _ in pools]  # type: tuple[list[Lane], list[list[int]]]
+    for r in range(len(state.lanes)):
+        own = r if len(record.real) > 1 else 0
+        lane, real = record.lanes[own], record.real[own]
+        seen = lane.seen + beyond + (inside if real is None else sum(place < inside for place in real))
         for pool, gone, before in zip(pools, evicted, record.evicted, strict=True):
-            gone.append(pool.retention.evicted_after(seen[-1], before[own]))
-    number = count_evictions(pools, evicted[0], batch)
-    if number is None:
-        before = record.evicted[0] if several else record.evicted[0] * lanes
-        changed = sum(was != now for was, now in zip(before, evicted[0], strict=True))
-        number = record.num_evictions + batch // lanes * changed
-    return CallRecord(column, 0, (None,) * lanes, tuple(seen), tuple(map(tuple, evicted)), number)
+            gone.append(pool.retention.evicted_after(seen, before[own]))
+        more = pools[0].retention.evictions(evicted[0][-1] - record.evicted[0][own])
+        lanes.append(Lane(seen, evictions=lane.evictions + more))
+    return CallRecord(column, 0, (None,) * len(lanes), tuple(lanes), tuple(map(tuple, evicted)))
 
 
 def _reachable(pools: Sequence[Pool], state: State, counts: CallRecord) -> bool:
     """Return whether every row's tokens of that time are still in their slots."""
     return all(
-        pool.reachable(row, seen, gone)
+        pool.reachable(row, lane.seen, gone)
         for pool, slots, evicted in zip(pools, state.pools, counts.evicted, strict=True)
-        for row, seen, gone in zip(slots.lanes, counts.seen, evicted, strict=True)
+        for row, lane, gone in zip(slots.lanes, counts.lanes, evicted, strict=True)
     )
 
 

@@ -30,17 +30,15 @@ class CallRecord:
         start: Columns before the call.
         columns: Columns of the call.
         real: Columns of each lane that held real tokens; ``None`` for all.
-        seen: Tokens that each lane had seen.
+        lanes: What each lane had seen.
         evicted: Tokens that each lane had evicted, pool by pool.
-        num_evictions: Evictions, all rows together.
     """
 
     start: int
     columns: int
     real: tuple[Sequence[int] | None, ...]
-    seen: tuple[int, ...]
+    lanes: tuple[Lane, ...]
     evicted: tuple[tuple[int, ...], ...]
-    num_evictions: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +50,6 @@ class State:
         lanes: One for all rows while they agree, else one per row.
         columns: Columns fed and not cropped, padding included.
         batch: Rows, ``None`` before the first call.
-        num_evictions: Evictions so far, all rows together.
         forwarded: Columns ever fed, cropped ones included.
         past: Calls that a roll-back may cross and cannot undo by counting.
         forgot: Whether older ones of them were dropped.
@@ -65,7 +62,6 @@ class State:
     lanes: tuple[Lane, ...] = (Lane(),)
     columns: int = 0
     batch: int | None = None
-    num_evictions: int = 0
     forwarded: int = 0
     past: tuple[CallRecord, ...] = ()
     forgot: bool = False
@@ -77,6 +73,11 @@ class State:
     def tensors(self) -> list[Tensor]:
         """All keys and values in use, always in the same order."""
         return [tensor for slots in self.pools for bank in slots.banks for tensor in bank.tensors]
+
+    @property
+    def num_evictions(self) -> int:
+        """Evictions so far, all rows together."""
+        return sum(lane.evictions for lane in self.lanes) * ((self.batch or 1) // len(self.lanes))
 
     @property
     def nbytes(self) -> int:

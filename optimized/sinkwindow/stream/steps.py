@@ -226,15 +226,15 @@ class Steps:
                 for row, count in zip(slots.lanes, seen, strict=True)
             )
             pools.append(replace(slots, lanes=rows))
-        gone = sum(new.evicted - old.evicted for new, old in zip(pools[0].lanes, state.pools[0].lanes, strict=True))
-        rows_per_lane = (state.batch or 1) // len(state.lanes)
+        rule, lanes = self.stream.rule, []
+        for lane, row, count in zip(state.lanes, pools[0].lanes, seen, strict=True):
+            lanes.append(replace(lane, seen=count, evictions=rule.evictions(row.evicted)))
         return replace(
             state,
             pools=tuple(pools),
-            lanes=tuple(replace(lane, seen=count) for lane, count in zip(state.lanes, seen, strict=True)),
+            lanes=tuple(lanes),
             columns=state.columns + steps,
             forwarded=state.forwarded + steps,
-            num_evictions=state.num_evictions + rows_per_lane * gone // (self.stream.rule.buffer + 1),
             note=None,
         )
 

@@ -16,7 +16,7 @@ from sinkwindow.storage.slots import Pool, Slots
 from sinkwindow.storage.states import RECURRENT, without_past
 from sinkwindow.stream.call import PoolCall, StreamCall
 from sinkwindow.stream.events import Eviction, evictions_of
-from sinkwindow.stream.history import count_evictions, cropped, recorded, select_past, tokens_fed
+from sinkwindow.stream.history import cropped, recorded, select_past, tokens_fed
 from sinkwindow.stream.state import CallRecord, State
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Stream:
             self.state = state
         lanes, plain, reach = [], min(fresh) == inputs.columns, 0
         for r, (lane, count) in enumerate(zip(state.lanes, fresh, strict=True)):
-            after = Lane(lane.seen + count, lane.offset)
+            after = Lane(lane.seen + count, lane.offset, lane.evictions)
             reach = max(reach, after.seen - after.offset, after.offset - lane.seen)
             lanes.append(LaneCall(lane, after, inputs.columns, inputs.real[r] if inputs.real else None))
         columns = inputs.columns if plain and not aside else 0
@@ -163,8 +163,8 @@ class Stream:
         If even then there are too few positions, the call begins below its rank, where RoPE is as accurate.
         """
         rows = zip(state.lanes, state.pools[0].lanes, fresh, strict=True)
-        lanes = tuple(Lane(lane.seen, max(row.evicted, lane.seen + count - self.bound)) for lane, row, count in rows)
-        return replace(state, lanes=lanes)
+        lanes = [replace(lane, offset=max(row.evicted, lane.seen + count - self.bound)) for lane, row, count in rows]
+        return replace(state, lanes=tuple(lanes))
 
     def _begin_pool(self, index: int, state: State, lanes: list[LaneCall], columns: int) -> PoolCall:
         """Put a pool's slots in order and plan its part of a call; ``columns`` is 0 where they cannot be written."""
@@ -226,16 +226,18 @@ class Stream:
 
     def after(self, call: StreamCall) -> tuple[State, list[Eviction]]:
         """Return what the stream holds once a call counts, and what the call evicted."""
-        events, state = evictions_of(call), call.state
+        events, state, lanes = evictions_of(call), call.state, [lane.after for lane in call.lanes]
+        for r, (row, gone) in enumerate(zip(call.parts[0].slots.lanes, call.parts[0].evicted, strict=True)):
+            if gone != row.evicted:
+                lanes[r] = replace(lanes[r], evictions=lanes[r].evictions + self.rule.evictions(gone - row.evicted))
         columns = call.lanes[0].columns
         counting = call.plain and self.rule.evict == "token"  # is enough to undo the call
         past = state.past if counting else recorded(state, call)
         after = State(
             pools=tuple(map(PoolCall.outcome, call.parts)),
-            lanes=tuple([lane.after for lane in call.lanes]),
+            lanes=tuple(lanes),
             columns=state.columns + columns,
             batch=call.batch,
-            num_evictions=state.num_evictions + len(events),
             forwarded=state.forwarded + columns,
             past=past,
             forgot=state.forgot or len(past) < len(state.past) + (not counting),
@@ -317,13 +319,9 @@ class Stream:
             )
             for slots in state.pools
         )
-        count = count_evictions(self.pools, [row.evicted for row in pools[0].lanes], len(chosen))
-        if count is None:  # evicting by call, rows differ by their own calls only: each has its share
-            count = state.num_evictions * len(chosen) // state.batch
         past = select_past(state.past, chosen) if several else state.past
         states = {key: select(tensor, 0) for key, tensor in state.states.items()}
-        changed = replace(state, pools=pools, lanes=lanes, batch=len(chosen), num_evictions=count, past=past)
-        self.adopt(replace(changed, states=states))
+        self.adopt(replace(state, pools=pools, lanes=lanes, batch=len(chosen), past=past, states=states))
 
     # -- going back ---------------------------------------------------------------------------------------------------
 
