@@ -128,6 +128,36 @@ def test_a_callback_that_is_interrupted_is_told_the_rest_later() -> None:
     assert told == heard
 
 
+@pytest.mark.parametrize("undo", ["reset", "restore", "crop", "crop some"])
+def test_evictions_that_are_undone_are_not_reported(undo: str) -> None:
+    """After Ctrl-C in a callback, what it has not heard of is reported only where it still holds."""
+    model, ids, told = SPEC.model(), tokens(9, 2, 60), []
+
+    def on_evict(event: Eviction) -> None:
+        told.append(event)
+        if len(told) == 1:
+            raise KeyboardInterrupt
+
+    cache, heard = RULE.cache(model, on_evict=on_evict), list["Eviction"]()
+    cache.activate_past_recording()
+    call(model, cache, ids[:, :6])
+    snapshot = cache.snapshot()
+    with pytest.raises(KeyboardInterrupt):
+        call(model, cache, ids[:, 6:30])
+    undone = {
+        "reset": cache.reset,
+        "restore": lambda: cache.restore(snapshot),
+        "crop": lambda: cache.crop(-24),
+        "crop some": lambda: cache.crop(-10),
+    }
+    undone[undo]()
+    kept = cache.get_seq_length()
+    call(model, cache, ids[:, 30:])
+    again = torch.cat((ids[:, :kept], ids[:, 30:]), dim=1)
+    stream(model, RULE.cache(model, on_evict=heard.append), again, [kept, 30] if kept else [30])
+    assert told[0 if undo == "crop some" else 1 :] == heard  # the first was told before it was undone
+
+
 @pytest.mark.parametrize("length", [4, 40])  # the second runs in pieces
 def test_no_eviction_is_lost_or_told_twice_wherever_a_call_is_interrupted(length: int) -> None:
     """Ctrl-C before any line of what counts a call and reports its evictions: fed on, all are told once, in order."""

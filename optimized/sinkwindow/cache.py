@@ -368,6 +368,7 @@ class StreamingCache(Cache, Copies):
             columns = self._columns_of(read_int("tokens_to_remove", tokens_to_remove, -sys.maxsize, sys.maxsize))
             if columns:
                 stream.crop(columns)
+                self._forget_undone()
             stream.forget_past()
 
     def activate_past_recording(self) -> None:

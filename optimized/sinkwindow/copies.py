@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from torch import nn
 
-from sinkwindow.model.calls import Calls
+from sinkwindow.model.calls import Calls, News
 from sinkwindow.model.families import layer_devices
 from sinkwindow.model.fingerprint import check_agreement, check_rank, fingerprint, ranks
 from sinkwindow.saving import check, encoded, placed, position, rank_file, read, write
@@ -136,6 +136,7 @@ class Copies(Calls):
         with self._idle("be restored") as stream:
             decoder = self._decoder()
             stream.adopt(placed(state, layer_devices(decoder, decoder.config.num_hidden_layers)))
+            self._news = News()  # of what was undone
 
     def _fingerprint(self) -> dict[str, str]:
         return fingerprint(self._decoder(), [pool.rotary.inv_freq for pool in self._stream.pools])

@@ -176,6 +176,13 @@ class Calls:
         due = news.due if news.state is self._stream.state else []
         self._news = News(deque([*news.untold, *due]))  # one assignment: no event is lost, and none comes twice
 
+    def _forget_undone(self) -> None:
+        """Leave out evictions that a roll-back has undone: they are not reported any more."""
+        firsts = self._stream.per_row([self._stream.rule.first(row.evicted) for row in self._state.pools[0].lanes])
+        first = dict(enumerate(firsts))  # rows that were taken out are not in it
+        news = (event for event in self._news.untold if event.tokens.stop <= first.get(event.row, event.tokens.stop))
+        self._news = News(deque(news))
+
     def _tell(self) -> None:
         """Report evictions, each once; the first exception is raised when all have been reported."""
         self._collect_news()

@@ -30,7 +30,7 @@ class CallRecord:
         start: Columns before the call.
         columns: Columns of the call.
         real: Columns of each lane that held real tokens; ``None`` for all.
-        lanes: What each lane had seen.
+        lanes: What each lane had seen, and its evictions.
         evicted: Tokens that each lane had evicted, pool by pool.
     """
 
