@@ -330,7 +330,7 @@ def test_a_prompt_that_is_cached_is_not_fed_again(family: str) -> None:
         call(model, cache, ids[:, :10], mask[:, :10])
     before, how = observe(caches[0]), {"attention_mask": mask[:, :10], "pad_token_id": 0, "use_cache": True}
     with pytest.raises(ValueError, match=r"may be the cached text once more|every token its own position"):
-        model.generate(ids[:, :10], **{CACHE_NAME: caches[0]}, **how)  # type: ignore[operator]
+        model.generate(ids[:, :10], max_new_tokens=2, **{CACHE_NAME: caches[0]}, **how)  # type: ignore[operator]
     assert observe(caches[0]) == before
     assert torch.equal(call(model, caches[0], ids[:, 10:], mask), call(model, caches[1], ids[:, 10:]))
     assert caches[0].seen_tokens == [17, 20]
