@@ -146,7 +146,7 @@ def test_evictions_are_counted_row_by_row(tmp_path: Path) -> None:
     cache.save(tmp_path / "cache")
     for row, evictions in enumerate((2, 6)):
         alone = StreamingCache.load(tmp_path / "cache", model)
-        alone.batch_select_indices([row])
+        alone.batch_select_indices(torch.tensor([row]))
         assert alone.num_evictions == evictions
         alone.batch_repeat_interleave(3)
         assert alone.num_evictions == 3 * evictions

@@ -28,7 +28,7 @@ from strategies import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
     from sinkwindow import Eviction
@@ -144,7 +144,7 @@ def test_evictions_that_are_undone_are_not_reported(undo: str) -> None:
     snapshot = cache.snapshot()
     with pytest.raises(KeyboardInterrupt):
         call(model, cache, ids[:, 6:30])
-    undone = {
+    undone: dict[str, Callable[[], None]] = {
         "reset": cache.reset,
         "restore": lambda: cache.restore(snapshot),
         "crop": lambda: cache.crop(-24),
