@@ -129,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missed = [one for one in verdicts(record) if not one.met]
     for one in missed:
         say(f"target missed: {one}")
-    for one in failed:
-        say(f"failed: {one}")
+    for failure in failed:
+        say(f"failed: {failure}")
     return bool(missed or failed)
 
 

@@ -133,7 +133,8 @@ def test_options_that_would_be_left_out_are_refused(option: dict[str, Any], mess
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_options_are_read_as_the_cache_reads_its_own(name: str) -> None:
     """Negative ones, no number, and what is no value at all: before the thread of all callers reads them."""
-    for value in (-1, math.nan, "a", [], 2**70):
+    values: tuple[Any, ...] = (-1, math.nan, "a", [], 2**70)
+    for value in values:
         config = ContinuousBatchingConfig()
         setattr(config, name, value)
         with pytest.raises((TypeError, ValueError), match=f"^{name} must be .*, got "):
@@ -154,7 +155,8 @@ def test_every_option_is_known() -> None:
 @pytest.mark.parametrize("name", ["generation_config", "continuous_batching_config"])
 def test_configurations_are_of_their_kind(name: str) -> None:
     """An empty dict is no configuration either."""
-    for value in ({}, "greedy"):
+    values: tuple[Any, ...] = ({}, "greedy")
+    for value in values:
         with pytest.raises(TypeError, match=f"{name} must be a .*Config, got {value!r}"):
             StreamingBatchingManager(ModelSpec().model(), 2, 6, 1, **{name: cast("Any", value)})
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lm_eval import __main__ as lm_eval_main
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from lab_tiny import WORDS, exit_status, loaded_tiny, random_text, refused, save_tiny, tiny_model, tiny_tokenizer
@@ -311,14 +312,14 @@ def test_all_configurations_and_runs_are_asked_the_same(tmp_path: Path, monkeypa
     (tmp_path / "few_shot.yaml").write_text(FEW_SHOT_TASK, encoding="utf-8")
     monkeypatch.setattr(run, "TASKS", tmp_path)
     asked: list[list[tuple[str, str]]] = []
-    right = run.HFLM.loglikelihood
+    right = HFLM.loglikelihood
 
     def spy(self: Any, requests: list[Instance], **more: Any) -> list[tuple[float, bool]]:
         asked.append([one.args for one in requests])
         found: list[tuple[float, bool]] = right(self, requests, **more)
         return found
 
-    monkeypatch.setattr(run.HFLM, "loglikelihood", spy)
+    monkeypatch.setattr(HFLM, "loglikelihood", spy)
     ways = [parse(name) for name in ("baseline", "streaming_2_6_3", "window_0_8")]
     for rows in (ways, ways[1:]):
         run.evaluate(loaded_tiny(), rows, ["few_shot"], limit=4)

@@ -27,7 +27,7 @@ def _feed(stream: Stream, columns: int) -> None:
         keys = torch.randn(1, 1, columns, 4, device=device)
         for states in part.update(layer, keys, keys):
             assert states.device == device
-            assert states.shape[2] == part.length
+            assert states.shape[2] == part.front + columns
         assert part.visible(device).device == device
     stream.commit(call)
 

@@ -165,7 +165,12 @@ def test_a_stream_that_has_ended_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 def test_other_code_or_another_model_is_streamed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is judged by what code or weights that are there no more have left."""
     program, streamed = soak.Program(streams=((soak.tiny, PLAN),), far=()), list[str]()
-    monkeypatch.setattr(soak, "soak", lambda *arguments: streamed.append(arguments[2]) or FOUND)
+
+    def stream(*arguments: Any) -> Any:
+        streamed.append(arguments[2])
+        return FOUND
+
+    monkeypatch.setattr(soak, "soak", stream)
     soak.streamed(program, Store(tmp_path), Reporter())
     assert len(streamed) == 2
     monkeypatch.setattr(soak, "code_version", lambda *_: "other code")

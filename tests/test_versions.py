@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_a_chat_names_the_release_it_needs(monkeypatch: pytest.MonkeyPatch) -> N
         chat.ask("d", max_new_tokens=2, prefill_chunk_size=2)
     assert chat.cache.seen_tokens == seen
     monkeypatch.setattr(chat_module, "TAKES_NEW_TOKENS_ALONE", False)
-    for begin in (lambda: made(chat.model), lambda: Chat.load("nowhere", chat.model, chat.tokenizer)):
+    begins: tuple[Any, ...] = (lambda: made(chat.model), lambda: Chat.load("nowhere", chat.model, chat.tokenizer))
+    for begin in begins:
         with pytest.raises(ImportError, match=r"needs transformers 5\.3"):
             begin()
 

@@ -53,7 +53,7 @@ def read_float(name: str, value: Any, least: float, most: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    if not least <= value <= most:
+    if not least <= float(value) <= most:
         raise ValueError(f"{name} must be between {least} and {most}, got {value!r}.")
     return float(value)
 

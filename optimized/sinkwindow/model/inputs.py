@@ -91,7 +91,8 @@ class CallChecks:
 
     def _read_masks(self, given: object, rows: int, columns: int, stream: Stream) -> list[list[int]] | None:
         """Return each row's new columns with tokens, by one mask or by a dict of one for each type of layers."""
-        forms, found = {}, []
+        forms: dict[str, tuple[int | None, int]] = {}
+        found: list[list[list[int]] | None] = []
         for kind, pool, slots in zip(self.facts.kinds, stream.pools, stream.state.pools, strict=True):
             slots_shown = pool.size(slots, recording=False) if pool.static and slots.banks and columns == 1 else 0
             form = kind.window or self.facts.native_window, slots_shown
@@ -108,8 +109,8 @@ class CallChecks:
             if mask is None or _has_no_data(mask):
                 continue
             window, size = forms.get(name, forms[first])
-            _check_form(mask, rows, columns, stream.state.columns, size)
-            text = mask if mask.dim() == 2 else _text_of(mask, rows, window, size, stream)  # noqa: PLR2004
+            read = _checked_form(mask, rows, columns, stream.state.columns, size)
+            text = read if read.dim() == 2 else _text_of(read, rows, window, size, stream)  # noqa: PLR2004
             found.append(_read_mask(text, columns, stream))
         if any(real != found[0] for real in found):
             raise ValueError("attention_mask is a dict of masks with padding in different places: pass one 2D mask.")
@@ -211,16 +212,16 @@ def _check_padding_is_leading(inputs: Inputs, seen: list[int]) -> None:
             )
 
 
-def _check_form(mask: object, rows: int, columns: int, cached: int, size: int) -> None:
-    """Refuse a mask that cannot be read, before anything is indexed."""
+def _checked_form(mask: object, rows: int, columns: int, cached: int, size: int) -> Tensor:
+    """Return a mask; one that cannot be read is refused before anything is indexed."""
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else ()
     if isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_complex():
         if shape in ((rows, columns), (rows, cached + columns)):
-            return
+            return mask
         if len(shape) == 4 and shape[:3] in ((1, 1, columns), (rows, 1, columns)):  # noqa: PLR2004
             of_scores = mask.dtype == torch.bool or mask.is_floating_point()
             if of_scores and (shape[3] == size or columns <= shape[3] <= cached + columns):
-                return
+                return mask
     got = f"a {mask.layout} tensor of {mask.dtype}, {shape}" if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(
         f"attention_mask must be 2D, [batch, tokens], with 0 for padding; got {got}. With {cached} columns in the "

@@ -86,12 +86,10 @@ class PoolCall:
         if not self.in_slots:
             sizes = pool, slots, self.lanes, self.held, self.evicted
             self._aside = Aside(*sizes, recording=self.recording, in_place=self.in_place)
-        if self.copied:
-            before = [lane.before for lane in self.lanes]
-            copies = pool.copied(slots, before, self.held)
+        copies = pool.copied(slots, [lane.before for lane in self.lanes], self.held) if self.copied else []
         width = self.held + (columns if self._whole else 0)
         for index, bank in enumerate(slots.banks):
-            keys, values = copies[index] if self.copied else bank.slots.narrowed(slots.end - self.held, width)
+            keys, values = copies[index] if copies else bank.slots.narrowed(slots.end - self.held, width)
             self._cached |= zip(bank.layers, zip(keys.unbind(), values.unbind(), strict=True), strict=True)
             if self.in_slots:
                 fresh = bank.slots.narrowed(slots.end, columns)

@@ -137,8 +137,8 @@ class Steps:
         """
         given, positions, rows = kwargs.get("attention_mask"), kwargs.get("position_ids"), self.seen.shape[0]
         for mask in given.values() if isinstance(given, dict) else (given,):
-            is_tensor = isinstance(mask, Tensor) and mask.dim() == 4 and not mask.is_complex()  # noqa: PLR2004
-            known = is_tensor and mask.shape[:3] in ((1, 1, 1), (rows, 1, 1)) and mask.shape[3] in self._sizes
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) and not mask.is_complex() else ()
+            known = len(shape) == 4 and shape[:3] in ((1, 1, 1), (rows, 1, 1)) and shape[3] in self._sizes  # noqa: PLR2004
             if mask is not None and not known:
                 raise ValueError(
                     "attention_mask of a compiled step must be omitted, since the cache knows its padding, or be the "
@@ -151,8 +151,8 @@ class Steps:
         if positions.device.type == self.seen.device.type == "cpu":
             found, naturals = positions[..., 0], self.seen
             ranks = naturals - self.stream.pools[0].retention.evicted_before(naturals)
-            known = (found == naturals) | (found == naturals + self.padding) | (found == ranks)
-            torch._assert_async(known.all(), "position_ids are not those of the new tokens; omit them")  # noqa: SLF001
+            right = (found == naturals) | (found == naturals + self.padding) | (found == ranks)
+            torch._assert_async(right.all(), "position_ids are not those of the new tokens; omit them")  # noqa: SLF001
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
         """Write a layer's token and return all slots; one write serves the token and the sinks.
