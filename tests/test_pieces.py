@@ -223,7 +223,7 @@ def test_an_attention_without_4d_masks_streams(family: str) -> None:
 @pytest.mark.parametrize("length", [1, LONG])
 def test_another_model_is_refused_after_a_failed_call(model: PreTrainedModel, length: int, *, static: bool) -> None:
     """What a failed call has left open serves nobody else."""
-    cache, other, ids = RULE.cache(model, static=static), ModelSpec(heads=2).model(), tokens(6, 1, 80)
+    cache, other, ids = RULE.cache(model, static=static), fresh_model(ModelSpec()).double(), tokens(6, 1, 80)
     call(model, cache, ids[:, :12])
     with failing(model.get_submodule("model.layers.0"), RuntimeError):
         call(model, cache, ids[:, 12 : 12 + length])
