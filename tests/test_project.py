@@ -314,7 +314,7 @@ def test_a_decode_step_is_short_to_read() -> None:
 
     Four layers, a full list, angles in float64, no eviction. Comprehensions are no functions to look up.
     """
-    package, steps = str(ROOT / "optimized" / "sinkwindow"), []
+    package, steps = str(Path(sys.modules["sinkwindow"].__file__ or "").parent), []
     model = ModelSpec(layers=4).model(torch.float64)
     cache = StreamingCache(model, num_sinks=2, window=8, buffer=3)
     ids = tokens(0, 1, 30)
@@ -337,5 +337,5 @@ def test_a_decode_step_is_short_to_read() -> None:
     assert len(steps) >= 5
     # Most steps; one of them also moves the window to the front, and one places sinks after an eviction.
     calls, functions = sorted(steps)[len(steps) // 4]
-    assert calls <= MOST_CALLS
-    assert functions <= MOST_FUNCTIONS
+    assert MOST_CALLS // 2 < calls <= MOST_CALLS
+    assert MOST_FUNCTIONS // 2 < functions <= MOST_FUNCTIONS

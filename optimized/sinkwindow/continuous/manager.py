@@ -160,7 +160,7 @@ class StreamingBatchingManager(ContinuousBatchingManager):
             RuntimeError: The manager does not run.
             TypeError: An argument has another type than it must have.
             ValueError: The prompt is empty, a prompt of one token is to give several sequences, a value is out of
-                range, an option has no effect, or the id is that of a request of which a sequence has not ended.
+                range, an option has no effect, or a sequence of a request with this id is still running.
         """
         request = self._read(
             input_ids, max_new_tokens, streaming, record_timestamps, eos_token_id, logit_processor_kwargs
