@@ -78,7 +78,7 @@ def test_perplexity_by_name_and_as_text(folder: Path, capsys: pytest.CaptureFixt
     out, err = succeeded(capsys, "perplexity", "--model", folder, "--corpus", folder / "long.txt", *options)
     assert out.startswith("PPL ")
     assert "300 targets" in out
-    assert "has 301 tokens, 5000 were requested" in err
+    assert "301 tokens of corpus 'long' were read, 5000 were requested" in err
 
 
 def test_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,12 +124,14 @@ def test_mechanics_refuses_bad_numbers(numbers: tuple[int, int, int, int], messa
         ),
         (("perplexity", "--window", "0"), "window=0"),
         (("perplexity", "--config", "dense"), "unknown configuration"),
+        (("perplexity", "--config", "baseline", "--sinks", "4"), "--config baseline and --sinks"),
         (("perplexity", "--corpus", "{folder}/long.txt", "--device", "abacus"), "--device cpu always is"),
         (("perplexity", "--corpus", "{folder}/long.txt", "--model", "{folder}/long.txt"), "embedded"),
         (("tables", "--corpus", "{folder}/long.txt", "--corpus", "{folder}/long.txt"), "given twice"),
         (("tables", "--out", "{folder}/long.txt"), "choose another folder"),
         (("speed", "--corpus", "{folder}/long.txt", "--model", "{folder}", "--tokens", "1"), "generate 2 or more"),
         (("speed", "--corpus", "{folder}/long.txt", "--model", "{folder}", "--rounds", "0"), "rounds=0"),
+        (("speed", "--corpus", "{folder}/long.txt", "--model", "{folder}", "--prompt", "1"), "--prompt 1"),
     ],
 )
 def test_user_errors_are_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -68,7 +69,7 @@ def test_commands_show_what_is_doubtful(command: str, folder: Path, capsys: pyte
     ]
     assert "lacks 2 weights in its files, which have random values" in found["warnings"][0]
     assert LACKING[0] in found["warnings"][0]
-    assert "has 50 tokens, 1000000000 were requested" in found["warnings"][1]
+    assert "50 tokens of corpus 'text' were read, 1000000000 were requested" in found["warnings"][1]
     assert (found["text"]["tokens"], found["text"]["requested"]) == (50, 10**9)
 
 
@@ -91,6 +92,23 @@ def test_only_what_is_doubtful_is_shown() -> None:
             "baseline", text, 1, nll, dict.fromkeys(("seconds", "evictions", "kept_tokens", "cache_bytes"), 1.0)
         )
         assert len(doubts([loaded_tiny().record], [text.record()], score.measurements("a"))) == count
+
+
+def test_each_model_is_compared_with_its_own_vocabulary() -> None:
+    """Two models read one text: 32 words are too few for a PPL of 40, 100 are not."""
+    text = tokens.encode(Corpus("words", (random_text(9),), "test"), tiny_tokenizer(), tokens=20)
+    small = replace(text, model="small")
+    vocabulary = small.record().tokenizer
+    assert vocabulary is not None
+    large = small.record().model_copy(
+        update={"model": "large", "tokenizer": vocabulary.model_copy(update={"vocabulary": 100})}
+    )
+    scores = [one for part in ("small", "large") for one in measured(part, "words", "way", None, {"PPL": ("", [40.0])})]
+    loaded = [loaded_tiny().record.model_copy(update={"name": name}) for name in ("small", "large")]
+    for texts in ([small.record(), large], [large, small.record()]):
+        *short, ppl = doubts(loaded, texts, scores)
+        assert {one.split(" were read by ")[1].split(",")[0] for one in short} == {"'small'", "'large'"}
+        assert ppl.startswith("PPL 40 of way on 'words' is above the size of the vocabulary, 32")
 
 
 def test_losses_beyond_all_numbers_have_a_perplexity() -> None:

@@ -221,7 +221,7 @@ def test_a_text_that_ends_too_early_is_one_line(folder: Path, capsys: pytest.Cap
     line = refused(capsys, *command(folder, "--corpus", folder / "short.txt"))
     assert "corpus 'short', tokens: 10: streaming_2_6_1 evicts none that matters; use 11 or more" in line
     out, err = succeeded(capsys, *command(folder, "--tokens", 200, "--json"))
-    warning = "corpus 'text' has 100 tokens, 200 were requested: fewer were read"
+    warning = "100 tokens of corpus 'text' were read, 200 were requested"
     assert json.loads(out)["warnings"] == [warning]
     assert f"warning: {warning}\n" in err
 

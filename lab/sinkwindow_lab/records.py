@@ -87,6 +87,7 @@ class TextRecord(Record):
     tokenizer: TokenizerRecord | None
     bos_id: int | None = None  # of the token in front of each text; None if there is none
     requested: int | None = None  # tokens that were asked for: more than `tokens` if the text ends before
+    model: str | None = None  # whose tokenizer made them
 
 
 class MachineRecord(Record):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +25,9 @@ from sinkwindow_lab.commands.options import (
     Window,
     app,
     as_json,
+    check_distinct,
     read,
+    read_texts,
     untested_family,
     warn,
 )
@@ -34,7 +35,7 @@ from sinkwindow_lab.errors import LabError, check_number, keeping, say
 from sinkwindow_lab.records import BosPolicy, Documents, measured
 
 if TYPE_CHECKING:
-    from sinkwindow_lab.inputs.corpora import Corpus
+    from sinkwindow_lab.measure.perplexity import Score
     from sinkwindow_lab.store import Store
 
 command = functools.partial(app.command, rich_help_panel="Measure")
@@ -60,6 +61,7 @@ PARTS = "experiments, mistakes, sinks, sizes, along, steps, where, recall"
 
 @command()
 def perplexity(
+    context: typer.Context,
     corpus: Text = "shakespeare",
     tokens: Annotated[int, typer.Option(help="Tokens read; targets are one fewer per text.")] = 2000,
     sinks: Sinks = 4,
@@ -92,6 +94,7 @@ def perplexity(
     from sinkwindow_lab.store import Store
     from sinkwindow_lab.ways import configurations
 
+    _check_given_once(context, config)
     rows = configurations.parse_list(config) if config else [configurations.streaming(sinks, window, buffer)]
     if method == "both" and len(rows) > 1:
         raise LabError("--method both compares the calls of one configuration: give one")
@@ -120,12 +123,11 @@ def perplexity(
     content: dict[str, Any] = {"result": figures if len(rows) > 1 else figures[-1]}
     lines = [str(one) for one in scores]
     if method == "both":
-        content["token_by_token"] = found["token"].figures_by_name()
-        content["largest_nll_difference"] = float((found["token"].nll - scores[-1].nll).abs().max())
-        lines.append(f"largest difference of a loss {content['largest_nll_difference']:.1e}")
-        if all("seconds" in one.facts for one in scores):
-            content["speed_ratio"] = found["token"].facts["seconds"] / scores[-1].facts["seconds"]
-            faster = f"blocks of {block} are {content['speed_ratio']:.1f} times as fast as token by token"
+        compared = _compare(*scores)
+        content |= {"token_by_token": figures[0], **compared}
+        lines.append(f"largest difference of a loss {compared['largest_nll_difference']:.1e}")
+        if "speed_ratio" in compared:
+            faster = f"blocks of {block} are {compared['speed_ratio']:.1f} times as fast as token by token"
             lines[-1] = f"{faster}; {lines[-1]}"
     shown = as_json(content, warnings, text, loaded, ids, dated=not no_times)
     if target is not None:
@@ -137,6 +139,20 @@ def perplexity(
         files.write_bytes(target, save(tensors, metadata={"records": shown}))
     typer.echo(shown if json else "\n".join(lines))
     _note_reused(bench.store, "readings", "without --keep all are read again")
+
+
+def _compare(token: Score, blocks: Score) -> dict[str, float]:
+    found = {"largest_nll_difference": float((token.nll - blocks.nll).abs().max())}
+    if "seconds" in token.facts and "seconds" in blocks.facts:
+        found["speed_ratio"] = token.facts["seconds"] / blocks.facts["seconds"]
+    return found
+
+
+def _check_given_once(context: typer.Context, config: str | None) -> None:
+    sources = {f"--{one}": context.get_parameter_source(one) for one in ("sinks", "window", "buffer")}
+    given = [option for option, source in sources.items() if source and source.name != "DEFAULT"]
+    if config and given:
+        raise LabError(f"--config {config} and {given[0]} both say what is kept: give one of them")
 
 
 def _note_reused(store: Store, what: str, otherwise: str) -> None:
@@ -168,6 +184,7 @@ def speed(
     from sinkwindow_lab.ways.configurations import parse_list
 
     rows = parse_list(configs)
+    check_number("--prompt ", prompt, 2)
     check_number("--rounds=", rounds, 1)
     asked, more = f"--prompt {prompt} --tokens {tokens}", fed_tokens(0, tokens)
     text, loaded, ids = read(corpus, (model, device, dtype, trust_remote_code), rows, asked, more, tokens=prompt)
@@ -226,7 +243,7 @@ def tables(
     rows = parse_list(configs or plan.DEFAULT_CONFIGURATIONS)
     folder = prepare("tables", out)
     models.check_place(device, dtype)
-    texts = _texts(corpus)
+    texts = read_texts(corpus)
     loaded = models.load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = plan.QUICK if quick else plan.FULL
     group = current()
@@ -269,27 +286,12 @@ def sinks(
     chosen = study.Plan(chosen.size if size is None else size, chosen.tokens if tokens is None else tokens)
     check_number("--size ", chosen.size, max(study.COUNTS) + 1)
     check_number("--tokens ", chosen.tokens, 2)
-    _distinct("model", model or ())
+    check_distinct("model", model or ())
     models.check_place(device, dtype)
     load = functools.partial(models.load_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    texts = _texts(corpus)
+    texts = read_texts(corpus)
     with writer("sinks", out) as save:
         study.collect(model or [None], texts, chosen, load=load, bos=bos, save=save, progress=Bars)
-
-
-def _texts(names: Sequence[str] | None) -> list[Corpus]:
-    """Load texts by name, the embedded ones by default; reports name columns and rows by text."""
-    from sinkwindow_lab.inputs import corpora
-    from sinkwindow_lab.reports.tables import plan
-
-    texts = [corpora.load_corpus(name) for name in names or plan.DEFAULT_CORPORA]
-    _distinct("corpus", [text.name for text in texts])
-    return texts
-
-
-def _distinct(kind: str, names: Sequence[str]) -> None:
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise LabError(f"{kind} {repeated[0]!r} is given twice; give each one once, and files different names")
 
 
 @command()

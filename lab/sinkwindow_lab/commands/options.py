@@ -94,6 +94,22 @@ def read(
     return text, loaded, ids
 
 
+def read_texts(names: Sequence[str] | None) -> list[Corpus]:
+    """Load texts by name, the embedded ones by default; reports name columns and rows by text."""
+    from sinkwindow_lab.inputs import corpora
+    from sinkwindow_lab.reports.tables import plan
+
+    texts = [corpora.load_corpus(name) for name in names or plan.DEFAULT_CORPORA]
+    check_distinct("corpus", [text.name for text in texts])
+    return texts
+
+
+def check_distinct(kind: str, names: Sequence[str]) -> None:
+    """Check that no name is given twice."""
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise LabError(f"{kind} {repeated[0]!r} is given twice; give each one once, and files different names")
+
+
 def untested_family(loaded: LoadedModel) -> sinkwindow.Family:
     """Return what a cache must be told of a model that is not in the table, after a check of a tiny copy."""
     from sinkwindow_lab.measure.untested import check_untested

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,7 +56,7 @@ class LoadedModel:
                 f"model {self.record.name!r}: its tokenizer gives token {largest} and it knows {known}: give a model "
                 "folder whose tokenizer belongs to it"
             )
-        return text
+        return replace(text, model=self.record.name)
 
 
 def load_model(

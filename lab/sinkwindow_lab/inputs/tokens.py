@@ -35,6 +35,7 @@ class TokenText:
     tokenizer: TokenizerRecord | None = None
     bos_id: int | None = None  # the token in front of each text
     requested: int | None = None  # tokens that were asked for
+    model: str | None = None  # whose tokenizer made them
 
     @property
     def sha256(self) -> str:
@@ -59,7 +60,7 @@ class TokenText:
 
     def record(self) -> TextRecord:
         """Return what identifies the tokens."""
-        names = ("corpus", "sha256", "bos", "documents", "tokenizer", "bos_id", "requested")
+        names = ("corpus", "sha256", "bos", "documents", "tokenizer", "bos_id", "requested", "model")
         counts: dict[str, Any] = {"tokens": self.ids.shape[1], "targets": len(self.targets), "texts": len(self.texts)}
         return TextRecord(**{name: getattr(self, name) for name in names}, **counts, target_bytes=self.text_bytes)
 

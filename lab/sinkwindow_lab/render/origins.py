@@ -73,15 +73,22 @@ def doubts(
         if one.missing_weights
     ]
     found += [
-        f"corpus {one.corpus!r} has {one.tokens} tokens, {one.requested} were requested: fewer were read"
+        f"{one.tokens} tokens of corpus {one.corpus!r} were read{_by(one, models)}, {one.requested} were requested"
         for one in texts
         if one.requested is not None and one.tokens < one.requested
     ]
-    words = {one.corpus: one.tokenizer.vocabulary for one in texts if one.tokenizer}
-    found += [
-        f"PPL {one.median:.4g} of {one.configuration} on {one.subject!r} is above the size of the vocabulary, "
-        f"{words[one.subject]}, the PPL of guessing: model, dtype or tokenizer do not fit"
-        for one in measurements
-        if one.metric == "PPL" and not one.median <= words.get(one.subject, math.inf)
-    ]
+    scored = [one for one in measurements if one.metric == "PPL"]
+    for one in scored:
+        several = [text for text in texts if text.corpus == one.subject and text.tokenizer]
+        own = [text for text in several if text.model == one.part]  # a report on several models has a part for each
+        words = max((text.tokenizer.vocabulary for text in own or several if text.tokenizer), default=math.inf)
+        if not one.median <= words:
+            found.append(
+                f"PPL {one.median:.4g} of {one.configuration} on {one.subject!r} is above the size of the vocabulary, "
+                f"{words}, the PPL of guessing: model, dtype or tokenizer do not fit"
+            )
     return found
+
+
+def _by(text: TextRecord, models: Sequence[ModelRecord]) -> str:
+    return f" by {text.model!r}" if text.model and len(models) > 1 else ""
