@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from families import build
 from sinkwindow import Eviction, StreamingCache
+from sinkwindow.model.versions import since
 from sinkwindow_reference import reference_logits
 from strategies import (
     BOTH,
@@ -329,7 +330,9 @@ def test_a_prompt_that_is_cached_is_not_fed_again(family: str) -> None:
     for cache in caches:
         call(model, cache, ids[:, :10], mask[:, :10])
     before, how = observe(caches[0]), {"attention_mask": mask[:, :10], "pad_token_id": 0, "use_cache": True}
-    with pytest.raises(ValueError, match=r"may be the cached text once more|every token its own position"):
+    ours = ValueError, r"may be the cached text once more|every token its own position"
+    error, words = ours if since("5.3") else (IndexError, "index -1")  # generate stops before it calls a model
+    with pytest.raises(error, match=words):
         model.generate(ids[:, :10], max_new_tokens=2, **{CACHE_NAME: caches[0]}, **how)  # type: ignore[operator]
     assert observe(caches[0]) == before
     assert torch.equal(call(model, caches[0], ids[:, 10:], mask), call(model, caches[1], ids[:, 10:]))
