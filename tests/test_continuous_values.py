@@ -18,7 +18,7 @@ if UNPAGED:  # what is imported below is not there
 from transformers import ContinuousBatchingConfig
 
 from sinkwindow.continuous import StreamingBatchingManager
-from sinkwindow.continuous.checks import OPTIONS, REFUSED
+from sinkwindow.continuous.checks import OPTIONS, REFUSED, UNREAD
 from test_continuous import RULE, SIZES, Driver, generation, manager_of
 
 
@@ -122,12 +122,37 @@ def test_one_token_cannot_be_continued_in_several_ways() -> None:
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 of the generation_config"),
         ({"typical_p": 0.5, "do_sample": True}, "TypicalLogitsWarper, which an option"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2 of the generation_config"),
+        ({"encoder_repetition_penalty": 3.0}, "encoder_repetition_penalty=3.0 of the generation_config"),
+        ({"encoder_no_repeat_ngram_size": 1}, "encoder_no_repeat_ngram_size=1 of the generation_config"),
+        ({"bad_words_ids": [[3]]}, "bad_words_ids="),
+        ({"begin_suppress_tokens": [3]}, "begin_suppress_tokens="),
+        ({"exponential_decay_length_penalty": (3, 1.1)}, "exponential_decay_length_penalty="),
+        ({"token_healing": True}, "token_healing=True of the generation_config"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 of the generation_config"),
     ],
 )
 def test_options_that_would_be_left_out_are_refused(option: dict[str, Any], message: str) -> None:
     """Other tokens would come, in silence."""
     with pytest.raises(ValueError, match=message):
         StreamingBatchingManager(ModelSpec().model(), 2, 6, 1, generation_config=generation(eos_token_id=-1, **option))
+
+
+def test_every_option_of_a_generation_config_is_known() -> None:
+    """Each one is read, refused by its name or by that of its processor, or changes no token that one beam gives."""
+    read = "do_sample temperature top_k top_p max_new_tokens num_return_sequences eos_token_id pad_token_id"
+    processors = (
+        "guidance_scale sequence_bias suppress_tokens forced_bos_token_id forced_eos_token_id min_p top_h typical_p "
+        "epsilon_cutoff eta_cutoff remove_invalid_values renormalize_logits watermarking_config"
+    )
+    same = (
+        "early_stopping length_penalty diversity_penalty low_memory decoder_start_token_id is_assistant use_cache "
+        "bos_token_id num_assistant_tokens num_assistant_tokens_schedule max_matching_ngram_size max_cache_len "
+        "prefill_chunk_size target_lookbehind speculation_type use_mtp disable_compile compile_config "
+        "continuous_batching_config return_dict_in_generate transformers_version"
+    )
+    prefixes = "assistant_", "output_", "cache_", "_"
+    names = {name for name in vars(generation()) if not name.startswith(prefixes)}
+    assert names <= {*UNREAD, *read.split(), *processors.split(), *same.split()}
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))

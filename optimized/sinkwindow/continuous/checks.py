@@ -24,9 +24,13 @@ STREAMS = 64  # requests at a time, where the configuration names no number
 LEAST_PAGE = 4  # of transformers [tokens]
 BATCH_TOKENS = 256  # at least, so that prompts are read in large calls
 # Options of a generation config that are not read, and their values that change nothing.
-UNREAD = {"num_beams": 1, "min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0} | dict.fromkeys(
-    ("max_length", "max_time", "min_new_tokens", "prompt_lookup_num_tokens", "stop_strings")
-)
+UNREAD: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "repetition_penalty", "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "token_healing"), 0),
+    **dict.fromkeys(("max_length", "max_time", "min_new_tokens", "prompt_lookup_num_tokens", "stop_strings")),
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("constraints", "force_words_ids", "penalty_alpha", "dola_layers")),
+}
 DROP = "pass a generation_config without it (and max_new_tokens for a length)"
 CURES = {
     "has no head that gives logits": "the model around it",
