@@ -280,3 +280,12 @@ def test_generate_returns_attention_weights() -> None:
             assert layer.shape[:3] == (2, 2, 1)
             assert layer.shape[3] <= RULE.capacity
             assert worst(layer.sum(-1) - 1) < 1e-5
+
+
+def test_weights_that_sdpa_does_not_return_are_not_missed() -> None:
+    """As with the caches of transformers, a call that evicts has none either, and its logits are the usual ones."""
+    model, ids = ModelSpec().model(), tokens(9, 1, 3 * RULE.capacity)
+    with torch.no_grad():
+        output = model(ids, output_attentions=True, **{CACHE_NAME: RULE.cache(model)})
+        assert torch.equal(output.logits, model(ids, **{CACHE_NAME: RULE.cache(model)}).logits)
+    assert all(weights is None for weights in output.attentions)

@@ -247,7 +247,7 @@ class OpenCall:
         if self.outputs:
             output = joined([*self.outputs, output])
         weights = output.get("attentions") if isinstance(output, dict) else None
-        if weights is not None and self.plan is not None:
+        if weights and self.plan is not None:  # sdpa returns none
             pools = [pool_of[layer] for layer in sorted(pool_of)]
             types = [kind.layer_type for kind in self.facts.kinds]
             pools += [types.index(kind) for kind in self.facts.borrowers]
