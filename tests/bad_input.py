@@ -89,6 +89,7 @@ LINES: Final[dict[str, list[Line]]] = {
         *_refused(
             "StreamingCache(None)", "StreamingCache('model')", "StreamingCache(model.config)", "StreamingCache(linear)"
         ),
+        *_refused("StreamingCache(type(model))"),
         *_refused("StreamingCache(encoder_decoder)", "StreamingCache(torch.compile(model))"),
         *_refused("StreamingCache(wrapper)", "Retention(4, 8, 0, 'sometimes')", "Retention(4, 8.0)"),
     ],

@@ -259,11 +259,11 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     return decoder
 
 
-def _inner(model: nn.Module) -> str:
+def _inner(model: object) -> str:
     """Return advice where a module wraps a model that is supported, as those of PEFT and ``torch.compile`` do."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return " Prompt learning of PEFT puts virtual tokens in front of every call, where a stream has none."
-    parts = model.named_modules() if hasattr(model, "named_modules") else ()
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
     for name, part in parts:
         if isinstance(part, PreTrainedModel) and supports(part):
             return f" It wraps a {type(part).__name__}: pass model.{name}, and call the wrapper as before."
