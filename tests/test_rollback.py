@@ -95,6 +95,20 @@ def test_crops_add_up(rule: Rule, seed: int, first: int, second: int, data: st.D
         assert worst(call(model, twice, ids[:, :5]) - call(model, once, ids[:, :5])) < EXACT
 
 
+@given(spec=model_specs(), rule=rules(BOTH), seed=seeds(), first=st.integers(1, 40), length=st.integers(1, 20))
+@budget(0.6)
+def test_a_call_that_leaves_a_slot_free_can_be_cropped(
+    spec: ModelSpec, rule: Rule, seed: int, first: int, length: int
+) -> None:
+    """All of its columns, or any number of them, whatever it has evicted, where the slots fit the trained length."""
+    model, ids = spec.with_(max_positions=64).model(), tokens(seed, 2, first + length)
+    cache = rule.cache(model)
+    call(model, cache, ids[:, :first])
+    length = min(length, cache.debug_state().size - len(cache.retained_tokens[0]) - 1)
+    call(model, cache, ids[:, first : first + length])
+    assert all(map(cache.can_crop, range(length + 1)))
+
+
 @pytest.mark.parametrize("calls", [[DRAFTS], [1] * DRAFTS, [1, 7] * 16])
 def test_recorded_drafts_can_be_rolled_back(calls: list[int]) -> None:
     """With `activate_past_recording` up to 128 tokens of one call, or of many short ones, can be taken back."""

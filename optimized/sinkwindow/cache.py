@@ -147,7 +147,10 @@ class StreamingCache(Cache, Copies):
 
     @property
     def forwarded_tokens(self) -> int:
-        """Columns ever run through the model with this cache: shows that a chat's turn feeds its new tokens only."""
+        """Columns run through the model, cropped ones too: shows that a chat's turn feeds its new tokens only.
+
+        ``reset`` and ``restore`` set it back.
+        """
         return self._state.forwarded
 
     @property
@@ -342,7 +345,8 @@ class StreamingCache(Cache, Copies):
 
         They can while the tokens that they evicted are still in their slots: until the next call begins (even if it
         fails) always within the last call, if the list before it and the call fill fewer than all slots (S + W + B + 1
-        and a sixteenth more, at least 8); further back with ``activate_past_recording``.
+        and a sixteenth more, at least 8) and no more than the trained length, and the model's attention takes 4D masks;
+        further back with ``activate_past_recording``.
 
         Raises:
             TypeError: ``columns`` is not an int.
