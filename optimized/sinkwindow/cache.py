@@ -62,7 +62,8 @@ class StreamingCache(Cache, Copies):
             raises, the other evictions are reported first, and the call still counts.
         positions: ``"rank"``, the paper; ``"original"`` leaves every token at its natural index, which is right only
             below the model's trained length: a call that would go beyond it is refused.
-        on_overflow: ``"evict"``, or ``"error"`` to refuse a call that would evict.
+        on_overflow: ``"evict"``, or ``"error"`` to refuse a call that would evict, as beyond original positions with an
+            ``OverflowError``.
         static: Whether calls of one token per row have fixed shapes, for ``torch.compile`` and CUDA graphs:
             ``generate`` compiles them where it would for a ``StaticCache``. Tokens kept and logits stay the same.
         family: What ``check_untested`` of the lab has found, for a model that is not in the table of supported ones.

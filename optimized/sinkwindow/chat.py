@@ -42,7 +42,7 @@ class Chat:
     """A conversation of any length with a model, in bounded memory.
 
     The system prompt is pinned: its tokens are the cache's sinks, and the model sees it exactly, indefinitely. Of the
-    rest it sees the most recent ``window`` tokens and no others.
+    rest it sees the most recent ``window`` to ``window + buffer`` tokens and no others.
 
     A turn that fails or is interrupted before its message was forwarded leaves the chat as it was. Later, as with
     Ctrl-C in mid-answer, the turn counts with what has been said so far, as if ``max_new_tokens`` had cut it. No copy
@@ -116,7 +116,8 @@ class Chat:
             message: What the user says, of any length.
             streamer: Is given the answer's tokens as they come, as by ``generate``.
             **generate_arguments: As of ``generate``. ``eos_token_id`` is extended by the token with which the template
-                ends an answer; ``max_new_tokens`` is 512 by default. Penalties see the tokens of this turn only.
+                ends an answer; ``max_new_tokens`` is 512, unless the model's ``generation_config`` has another.
+                Penalties see the tokens of this turn only.
 
         Returns:
             The answer's text, without special tokens.
@@ -214,7 +215,7 @@ class Chat:
         return chat
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a chat that goes on from here by itself, with the same model, or its copy if that is copied too."""
+        """Return a chat that goes on from here by itself, with the same model, or its copy if that is copied first."""
         with self._alone():
             self._settle()
             chat = type(self).__new__(type(self))
