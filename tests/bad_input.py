@@ -79,7 +79,11 @@ LINES: Final[dict[str, list[Line]]] = {
             "made(evict=np.array(['token', 'call']))",
         ),
         *_refused(
-            "made(positions='ranks')", "made(positions=None)", "made(on_overflow='raise')", "made(on_overflow=True)"
+            "made(positions='ranks')",
+            "made(positions=None)",
+            "made(on_overflow='raise')",
+            "made(on_overflow=True)",
+            "made(family=3)",
         ),
         *_refused(
             "made(static='yes')", "made(static=1)", "made(static=None)", "made(on_evict=3)", "made(on_evict='print')"

@@ -69,7 +69,7 @@ class StreamingCache(Cache, Copies):
         family: What ``check_untested`` of the lab has found, for a model that is not in the table of supported ones.
 
     Raises:
-        TypeError: A size is not an int, or ``on_evict`` is not callable.
+        TypeError: A size is not an int, ``on_evict`` is not callable, or ``family`` is no ``Family``.
         ValueError: A size is out of range, ``evict`` is unknown, the model's own sliding window is shorter than
             the retained list, or ``static`` does not fit the model or another argument.
         UnsupportedModelError: The model is not known to stream exactly (a ``ValueError``).

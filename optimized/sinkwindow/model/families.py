@@ -194,6 +194,7 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
         family: Its family, as a dict where a file has kept it, if it is not to be that of its ``model_type``.
 
     Raises:
+        TypeError: The family is no ``Family``.
         UnsupportedModelError: The model is not of a family that is known to stream exactly.
     """
     if not isinstance(model, PreTrainedModel):
@@ -202,6 +203,8 @@ def inspect_model(model: nn.Module, family: Family | dict[str, bool] | None = No
     decoder = decoder_of(model)
     config = decoder.config
     given = Family(**family) if isinstance(family, dict) else family
+    if given is not None and not isinstance(given, Family):
+        raise TypeError(f"family must be a Family, as check_untested of the lab returns it, or None, got {given!r}.")
     known = FAMILIES.get(config.model_type)
     if given is not None and known is not None and given != known:
         raise UnsupportedModelError(f"family must be left out: model_type {config.model_type!r} is known as {known}.")
