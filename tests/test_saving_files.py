@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import stat
 import subprocess
 import sys
 from copy import deepcopy
@@ -267,6 +268,21 @@ def test_a_folder_that_cannot_be_flushed_is_no_failure(
     monkeypatch.setattr(os, "fsync", flush)
     cache.save(path)
     assert observe(StreamingCache.load(path, model)) == observe(cache)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file there has no such permissions, and links need a right")
+def test_a_private_file_stays_private_and_a_link_stays_a_link(path: Path, model: PreTrainedModel) -> None:
+    """A conversation that only its owner can read is not shown to others when it is saved again."""
+    link = path.with_name("link")
+    link.symlink_to(path.name)
+    cache = StreamingCache.load(path, model)
+    for mode in (0o600, 0o640, 0o664):
+        path.chmod(mode)
+        call(model, cache, tokens(1, 2, 3))
+        cache.save(link)
+        assert (stat.S_IMODE(path.stat().st_mode), link.is_symlink()) == (mode, True)
+        assert observe(StreamingCache.load(path, model)) == observe(cache)
+    assert {*path.parent.iterdir()} == {path, link}
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "a\0b", "no/such/folder", "x" * 300])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from contextlib import suppress
 from dataclasses import astuple, replace
@@ -63,23 +64,28 @@ def encoded(snapshot: Snapshot) -> bytes:
 def write(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file, in the place of what is there.
 
-    It is written beside it, flushed to the disk and renamed: at any moment there is the old file or the new one.
+    It is written beside it, flushed to the disk and renamed: at any moment there is the old file or the new one. The
+    new one has the old one's permissions, and a link goes on naming it.
 
     Raises:
         TypeError: ``path`` is no path.
         OSError: It cannot be written; what is there is unchanged.
     """
-    target = read_path("path", path)
+    named = target = read_path("path", path)
+    with suppress(OSError, ValueError):  # of a path that no system takes
+        target = Path(os.path.realpath(named))
     part = target.parent / f".{uuid.uuid4().hex}.part"
     try:
         with part.open("xb") as file:
+            with suppress(OSError):  # there is none, or its file system has no permissions
+                shutil.copymode(target, part)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
     except (OSError, ValueError) as error:  # a ValueError of a path that no system takes
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"The cache cannot be saved to path {target}, which is unchanged: {reason}.") from error
+        raise OSError(f"The cache cannot be saved to path {named}, which is unchanged: {reason}.") from error
     finally:
         with suppress(OSError, ValueError):
             part.unlink()
