@@ -146,7 +146,7 @@ def distributed(session: nox.Session) -> None:
 def compat(session: nox.Session, transformers: str) -> None:
     """Run the cache's tests on the oldest supported transformers, some in between, and the newest.
 
-    A release lies in a folder of its own, in front of the locked one. docs/results/releases.json keeps what was found.
+    A release lies in a folder in front of the locked one. docs/results/releases.json keeps what was found.
     """
     run = project(session, "test")
     if sys.version_info < (3, 11) and transformers in NEED_PYTHON_311:
@@ -158,10 +158,10 @@ def compat(session: nox.Session, transformers: str) -> None:
         lock = f"requirements/transformers-{transformers}.txt"
         run("python", "-m", "pip", "--quiet", "install", *hashed, "--requirement", lock)
     env = {**ONE_THREAD, "PYTHONPATH": str(place)}
-    run("python", "-c", VERSIONS, env=env)
     run("pytest", *PARALLEL, "@tests/laws.txt", "--junit-xml", str(report), *session.posargs, env=env)
     if not session.posargs:
         run("python", "tests/support.py", str(report), env=env)
+        run("python", "tests/support.py", "--page")  # with the locked release
 
 
 @nox.session(default=False)

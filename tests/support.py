@@ -1,7 +1,7 @@
 """The page of supported models: `python tests/support.py > docs/support.md`.
 
 `nox -s compat` adds what the tests say of a release, `python tests/support.py REPORT`, to docs/results/releases.json,
-and writes the page after the newest one. `nox -s distributed` adds what they say of families on ranks, with
+and writes the page (`--page`). `nox -s distributed` adds what they say of families on ranks, with
 `--parallel`, to docs/results/parallel.json.
 """
 
@@ -172,11 +172,12 @@ if __name__ == "__main__":
         known = json.loads(PARALLEL.read_text(encoding="utf-8")) if PARALLEL.exists() else {}
         known |= read_parallel(sys.argv[2])
         PARALLEL.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    elif sys.argv[1:] == ["--page"]:
+        if INSTALLED >= NEWEST_TESTED:  # which has all families
+            PAGE.write_text(page(), encoding="utf-8")
     elif sys.argv[1:]:
         known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         known[transformers.__version__] = read(sys.argv[1])
         RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        if INSTALLED >= NEWEST_TESTED:  # which has all families
-            PAGE.write_text(page(), encoding="utf-8")
     else:
         sys.stdout.write(page())
