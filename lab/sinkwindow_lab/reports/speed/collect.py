@@ -152,7 +152,7 @@ def _gpu_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> None:
         run.part(f"{name}: S + W = {limit:,}", partial(decode.at_limit, model, name, limit, plan), f"{name}: limit")
 
     at_limit(plan.limit)
-    run.part(f"{name}: compiled", partial(decode.static_steps, model, name, plan, plan.compile))
+    run.part(f"{name}: compiled", partial(decode.static_steps, model, name, plan))
     for window in plan.recomputed:
         run.part(f"{name}: windows of {window:,} computed anew", partial(decode.recomputed, model, name, window, plan))
     run.part(f"{name}: scoring", partial(texts.scoring, model, name, plan))
@@ -166,8 +166,6 @@ def _gpu_parts(run: Run, plan: Plan, model: PreTrainedModel, name: str) -> None:
     for way in (lazy(plan.limit), DENSE):
         run.part(f"{name}: kernels of a chunk, {way.name}", partial(texts.chunk_kernels, model, name, way, plan))
     run.part(f"{name}: a growing dense cache", partial(decode.growing, model, name, plan))
-    if plan.tuned != plan.compile:
-        run.part(f"{name}: compiled, tuned", partial(decode.static_steps, model, name, plan, plan.tuned))
     for limit in plan.limits:
         at_limit(limit)
     run.part(f"{name}: generate", partial(decode.generated, model, name, plan))

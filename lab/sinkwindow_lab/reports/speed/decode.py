@@ -195,12 +195,12 @@ def after(model: PreTrainedModel, name: str, way: Configuration, streamed: int, 
     return found + bytes_read(place, model, context, 1)
 
 
-def static_steps(model: PreTrainedModel, name: str, plan: Plan, options: Mapping[str, str]) -> list[Measurement]:
-    """Time compiled steps, and profile their kernels; `options` are those of `torch.compile`."""
+def static_steps(model: PreTrainedModel, name: str, plan: Plan) -> list[Measurement]:
+    """Time compiled steps, and profile their kernels."""
     torch.compiler.reset()
-    (how,), way = options.values(), static(plan.limit)
+    (how,), way = plan.compile.values(), static(plan.limit)
     place, kernel_place = Place(how, name, plan.limit), Place(f"{KERNELS}, step, {how}", name, plan.limit)
-    decoder = Decoder(way, model, 1, plan.limit, options)
+    decoder = Decoder(way, model, 1, plan.limit, plan.compile)
     sides: dict[str, Steps] = {way.name: decoder, SHORT: short_step(model, 1)}
     found = timed(place, "TPOT", sides, model, plan, close=False)
     found += profiled(kernel_place, decoder.step, PROFILED, model.device)

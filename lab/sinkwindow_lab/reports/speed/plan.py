@@ -34,7 +34,6 @@ class Plan:
     megabytes: float = 1.0  # tensor for the bandwidth [MB]
     # Options of `torch.compile` for static steps; the eager backend captures and guards the graph nevertheless.
     compile: dict[str, str] = field(default_factory=lambda: {"backend": "eager"})
-    tuned: dict[str, str] = field(default_factory=lambda: {"backend": "eager"})  # others, which compile for longer
     turn: int = 1  # steps of one sample: enough on a GPU that a step's own time outweighs the clock's
     warm_up: int = 0  # steps before those that are timed, of whole steps on a GPU
     limits: tuple[int, ...] = ()  # further S + W
@@ -66,7 +65,6 @@ LARGE = Plan(
     chunk=1024,
     megabytes=2048.0,
     compile={"mode": "reduce-overhead"},  # CUDA graphs
-    tuned={"mode": "max-autotune"},  # and kernels chosen by their times
     turn=13,  # a fifth of the 65 steps between two evictions: five samples cover every length once
     warm_up=BUFFER + 1,  # every length once before: cuDNN builds a plan for each that it has not seen
     limits=(4096, 256),
@@ -88,7 +86,7 @@ TINY = Plan(
     prompts=(2, 4),
     recomputed=(32,),
 )
-TINY_ON_GPU = replace(TINY, compile=LARGE.compile, tuned=LARGE.tuned)
+TINY_ON_GPU = replace(TINY, compile=LARGE.compile)
 
 
 def lazy(limit: int, buffer: int = BUFFER) -> Configuration:
