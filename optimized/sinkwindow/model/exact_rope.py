@@ -82,7 +82,7 @@ def recompute_tables(module: nn.Module, arguments: dict[str, Any], output: tuple
 
 def _tables(positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return cosines and sines, ``[..., pairs]`` float64, times ``scale``."""
-    angles = positions[..., None].double() * inv_freq.double()
+    angles = positions[..., None].double() * inv_freq.to(positions.device, torch.float64)
     return angles.cos() * scale, angles.sin() * scale
 
 
@@ -95,10 +95,10 @@ def _form(number: int, layer_type: str | None) -> Form | None:
     known = _forms.setdefault(module, {})
     if layer_type not in known:
         name, scale = buffer_name(module, layer_type), attention_scaling(module, layer_type)
-        inv_freq = frequencies(module, name)
-        positions = torch.arange(1, 4, device=inv_freq.device)[None]
+        inv_freq, device = frequencies(module, name), getattr(module, name).device
+        positions = torch.arange(1, 4, device=device)[None]
         extra = {} if layer_type is None else {"layer_type": layer_type}
-        states = torch.zeros(1, 3, 1, dtype=torch.float32, device=inv_freq.device)
+        states = torch.zeros(1, 3, 1, dtype=torch.float32, device=device)
         tables = cast("tuple[Tensor, ...]", module.forward(states, position_ids=positions, **extra))
         exact = _tables(positions, inv_freq, scale)
         known[layer_type] = name, scale, tuple(_match(table, exact) for table in tables)

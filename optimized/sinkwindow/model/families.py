@@ -376,7 +376,7 @@ def _rotary(decoder: PreTrainedModel, layer_type: str) -> Rotary:
         return NO_ROPE
     if not found:
         raise UnsupportedModelError(f"{type(decoder).__name__} has no rotary module with frequencies.")
-    if any(not torch.equal(found[0], other) for other in found[1:]):
+    if any(not torch.equal(found[0], other.to(found[0].device)) for other in found[1:]):
         raise UnsupportedModelError(
             f"{type(decoder).__name__} has {len(modules)} rotary modules that differ where one was expected."
         )

@@ -38,9 +38,9 @@ def _frequency_names(module: nn.Module) -> list[str]:
 
 
 def frequencies(module: nn.Module, name: str) -> Tensor:
-    """Return a rotary module's frequencies in the buffer ``name``, ``[pairs]``.
+    """Return a rotary module's frequencies in the buffer ``name``, ``[pairs]``, on the buffer's device.
 
-    GPT-J and CodeGen keep a table of sines and cosines instead, made from these frequencies.
+    GPT-J and CodeGen keep a table of sines and cosines instead, made from these frequencies; they are on the CPU.
     """
     if name == TABLE:
         width = cast("int", module.pos_embd_dim)
