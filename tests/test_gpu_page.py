@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
 from typing import Final
 
@@ -12,69 +14,101 @@ from sinkwindow_lab.reports.speed.compare import best_rate, least_ms, places
 from sinkwindow_lab.reports.speed.floors import Place
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
-REPORT: Final = read_report(DOCS / "results" / "gpu" / "h200" / "gpu_report.json")
+RESULTS: Final = DOCS / "results" / "gpu"
+REPORT: Final = read_report(RESULTS / "h200" / "gpu_report.json")
 FOUND: Final = places(REPORT.measurements)
-(MODEL,) = (one.name for one in REPORT.models)
+FIRST: Final = places(read_report(RESULTS / "h200-2026-11-27" / "gpu_report.json").measurements)  # of the day before
+SINGLE: Final = json.loads((RESULTS / "h200" / "single_steps.json").read_text(encoding="utf-8"))
+MODEL, LLAMA = (one.name for one in REPORT.models)
 EAGER, STATIC = "streaming_4_1020_64", "static_4_1020_64"
+WAITS: Final = 65  # steps of a cycle, B + 1: each has a length that the process has not seen
 # What the kernels of a compiled step belong to, by words in their names; the first one that fits.
 PARTS: Final = {
     "linear layers": ("nvjet", "splitKreduce"),
-    "attention": ("_attend_to_part", "amax_exp", "to_copy_div_exp", "bitwise_and"),
+    "attention": ("cudnn",),
     "rotated sinks": ("addcmul", "index_put", "arange_copy"),
     "rotation of queries": ("",),
 }
 
 
-def of(part: str, at: int, side: str, metric: str) -> float:
+def of(part: str, at: int | None, side: str, metric: str, model: str = MODEL) -> float:
     """Return a median."""
-    return FOUND[Place(part, MODEL, at)][side][metric].median
+    return FOUND[Place(part, model, at)][side][metric].median
+
+
+def over_least(model: str) -> float:
+    """Return a compiled step's time over that of reading everything once."""
+    steps = FOUND[Place("reduce-overhead", model, 1024)]
+    return steps[STATIC]["TPOT"].median / least_ms(steps, best_rate(FOUND))
+
+
+def kernels(model: str) -> dict[str, float]:
+    """Return what the parts of a compiled step take [ms], and what no kernel explains."""
+    sums = dict.fromkeys(PARTS, 0.0)
+    for kernel, metrics in FOUND[Place("kernels, step, reduce-overhead", model, 1024)].items():
+        part = next(part for part, words in PARTS.items() if any(word in kernel for word in words))
+        sums[part] += metrics["time"].median
+    return sums | {"between kernels": of("reduce-overhead", 1024, STATIC, "TPOT", model) - sum(sums.values())}
 
 
 def figures() -> dict[str, str]:
     """Return what the page has to say, by what it is about."""
-    late, early = (of("streaming", tokens, EAGER, "TPOT") for tokens in (64_000, 1000))
-    steps = FOUND[Place("reduce-overhead", MODEL, 1024)]
-    compiled, least = steps[STATIC]["TPOT"].median, least_ms(steps, best_rate(FOUND))
-    again, scored = of("recomputed", 1024, "recompute_1024", "TPOT"), FOUND[Place("perplexity", MODEL)]
+    compiled, llama = (of("reduce-overhead", 1024, STATIC, "TPOT", model) for model in (MODEL, LLAMA))
+    rate, at_1024 = best_rate(FOUND), of("tpot", 1024, EAGER, "TPOT")
+    late, early = (
+        of("streaming", tokens, EAGER, "TPOT") / of("streaming", tokens, "short", "TPOT") for tokens in (64_000, 1000)
+    )
     peaks = {
         (side, tokens): (of("prompt", tokens, side, "peak") + of("prompt", tokens, side, "weights")) / 1e9
         for side in (EAGER, "baseline")
         for tokens in (5120, 20_480)
     }
-    speeds = {key: 1e3 / of("prompt", key[1], key[0], "time") for key in peaks}
-    first = of("prompt", 5120, EAGER, "time") * 5120
-    chunk = (of("prompt", 20_480, EAGER, "time") * 20_480 - first) / 15
-    blocks = scored["blocks"]["time"].median
-    laws = sum(len(sides) for place, sides in FOUND.items() if place.part == "laws")
-    tpot = [FOUND[Place("tpot", MODEL, limit)][way(limit)]["TPOT"].samples for limit in (256, 1024, 4096)]
-    new, repeated = [one for samples in tpot for one in samples[:-1]], [samples[-1] for samples in tpot]
-    dense = [round(speeds["baseline", tokens], -3) for tokens in (20_480, 5120)]
+    generated = {kind: of("generate", 64, kind, "time") for kind in ("baseline", "streaming", "static")}
+    again, laws = of("recomputed", 1024, "recompute_1024", "TPOT"), [place for place in FOUND if place.part == "laws"]
+    block = {model: of("perplexity", None, "blocks", "time", model) for model in (MODEL, LLAMA)}
+    single = {model: of("perplexity", None, "single", "time", model) / block[model] for model in block}
+    dense = {model: of("perplexity", None, "dense", "time", model) / block[model] for model in block}
+    first, later = (
+        {way: statistics.median(times[part]) for way, times in SINGLE["steps"].items() if "streaming" in way}
+        for part in (slice(WAITS), slice(WAITS, None))
+    )
+    growing = {way: statistics.median(times) for way, times in SINGLE["steps"].items() if "dense" in way}
+    read = {way: round(20_480 / min(times), -2) for way, times in SINGLE["prompt"].items()}
+    rows = {name: statistics.median(found) for name, found in SINGLE["rows"].items()}
+    least_16 = (rows["weights"] + rows["keys and values"]) / 1e6 / rate
+    without, linear = ", without cuDNN", kernels(MODEL)["linear layers"]
     return {
-        "laws": f"{laws} laws in",
-        "late": f"{late:.1f} ms after 64,000 tokens and {early:.1f} ms after 1,000",
-        "short": f"{of('streaming', 64_000, 'short', 'TPOT'):.1f} ms. Uncompiled",
-        "compiled": f"{late / compiled:.1f} times faster**: {compiled:.2f} ms with",
-        "least": f"takes {least:.2f} ms here",
-        "over least": f"at {compiled / least:.1f} times the lower bound",
-        "rate": f"the {best_rate(FOUND) / 1e3:.1f} TB/s of a copy",
+        "laws": f"{sum(len(FOUND[place]) for place in laws)} laws in",
+        "flat": f"{late:.2f} times as long after 64,000 tokens, {early:.2f} times after 1,000",
+        "compiled": f"{at_1024 / compiled:.1f} times faster**: {compiled:.2f} ms instead of {at_1024:.1f}",
+        "least": f"to {compiled / over_least(MODEL):.2f} ms here",
+        "over least": f"at {over_least(MODEL):.1f} times the lower bound",
+        "llama": f"{llama:.2f} ms, {over_least(LLAMA):.1f} times",
+        "rate": f"the {rate / 1e3:.1f} TB/s of a copy",
+        "linear": f"take {linear:.2f} ms, {linear * over_least(MODEL) / compiled:.1f} times the lower bound of the step",
+        "rows": f"{rows['compiled']:.2f} ms ({rows['compiled'] / least_16:.1f} times the lower bound), dense {rows['dense']:.1f}",
+        "generate": f"{generated['static']:.1f} ms a token instead of {generated['baseline']:.1f} dense",
+        "generate, eager": f"{generated['streaming']:.1f} with uncompiled steps",
         "peak": f"takes {peaks[EAGER, 20_480]:.1f} GB, weights included, as one of 5,120",
         "constant": f"{peaks[EAGER, 5120]:.1f} GB, weights included",
         "dense peak": f"dense takes {peaks['baseline', 20_480]:.1f} GB",
-        "blocks": f"{scored['single']['time'].median / blocks:.0f} times as fast as token by token",
-        "dense pass": f"{scored['dense']['time'].median / blocks:.2f} times as fast as a dense pass",
+        "blocks": f"{single[MODEL]:.0f} times as fast as token by token ({single[LLAMA]:.0f} times with Llama)",
+        "dense pass": f"{dense[MODEL]:.2f} times as fast as a dense pass ({dense[LLAMA]:.2f})",
         "again": f"take {again:.1f} ms a token, {again / compiled:.1f} times a compiled step",
-        "tuned": f"{of('max-autotune', 1024, STATIC, 'TPOT'):.2f} ms instead of {compiled:.2f}",
-        "new lengths": f"took {round(min(new)):.0f} to {round(max(new)):.0f} ms",
-        "repeated lengths": f"took {min(repeated):.0f} to {max(repeated):.0f} ms",
-        "prompts": f"{speeds[EAGER, 20_480] // 100 * 100:,.0f} to {speeds[EAGER, 5120] // 100 * 100:,.0f} tokens/s",
-        "dense prompts": f"dense at {dense[0]:,.0f} to {dense[1]:,.0f}",
-        "chunk": f"{chunk:.0f} ms, {chunk / 4:.0f} ms\na piece",
+        "tuned": f"{FIRST[Place('max-autotune', MODEL, 1024)][STATIC]['TPOT'].median:.2f} ms instead of "
+        f"{FIRST[Place('reduce-overhead', MODEL, 1024)][STATIC]['TPOT'].median:.2f}",
+        "new lengths": f"{first['streaming']:.0f} ms in the first cycle and {later['streaming']:.1f} from then on",
+        "growing": f"takes {growing['dense']:.0f} ms at each",
+        "without cuDNN": f"{first['streaming' + without]:.1f} ms in the first cycle, {later['streaming' + without]:.1f} "
+        f"later, and {growing['dense' + without]:.1f} for the growing cache",
+        "prompts": f"{read['streaming, pieces of 1,024']:,.0f} tokens/s",
+        "pieces": f"{read['streaming, pieces of 256']:,.0f} with 256 columns and {read['streaming, pieces of 512']:,.0f} with 512",
+        "larger": f"{read['streaming, one call, pieces of 1,024']:,.0f} at 1,024 columns, "
+        f"{read['streaming, one call, pieces of 2,048']:,.0f} at 2,048 and {read['streaming, one call, pieces of 4,096']:,.0f} at 4,096",
+        "dense prompts": f"dense {read['dense']:,.0f} in the same calls and {read['dense, one call']:,.0f} in one call",
+        "memory of a prompt": f"{SINGLE['peak']['streaming, one call, pieces of 1,024']:.1f} GB, dense "
+        f"{SINGLE['peak']['dense, one call']:.1f}",
     }
-
-
-def way(limit: int) -> str:
-    """Return the name of the streaming cache of S + W tokens."""
-    return f"streaming_4_{limit - 4}_64"
 
 
 @pytest.mark.parametrize("about", figures())
@@ -86,13 +120,9 @@ def test_the_page_says_what_was_measured(about: str) -> None:
 
 def test_the_table_has_the_kernels_of_the_profile() -> None:
     """Each kernel is in one row, and what no kernel explains in the last one; shares are of the step."""
-    step = of("reduce-overhead", 1024, STATIC, "TPOT")
-    sums = dict.fromkeys(PARTS, 0.0)
-    for kernel, metrics in FOUND[Place("kernels, reduce-overhead", MODEL, 1024)].items():
-        part = next(part for part, words in PARTS.items() if any(word in kernel for word in words))
-        sums[part] += metrics["time"].median
-    sums["between kernels"] = step - sum(sums.values())
     lines = (DOCS / "gpu.md").read_text(encoding="utf-8").splitlines()
-    for part, took in sums.items():
+    both = [(kernels(model), of("reduce-overhead", 1024, STATIC, "TPOT", model)) for model in (MODEL, LLAMA)]
+    for part in both[0][0]:
         (row,) = [line for line in lines if line.startswith(f"| {part}")]
-        assert row.split(" | ")[1:] == [f"{took:.2f}", f"{took / step:.0%} |"]
+        cells = [cell for sums, step in both for cell in (f"{sums[part]:.2f}", f"{sums[part] / step:.0%}")]
+        assert row.strip("| ").split(" | ")[1:] == cells
