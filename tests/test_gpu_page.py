@@ -85,8 +85,9 @@ def figures() -> dict[str, str]:
         "over least": f"at {over_least(MODEL):.1f} times the lower bound",
         "llama": f"{llama:.2f} ms, {over_least(LLAMA):.1f} times",
         "rate": f"the {rate / 1e3:.1f} TB/s of a copy",
-        "linear": f"take {linear:.2f} ms, {linear * over_least(MODEL) / compiled:.1f} times the lower bound of the step",
-        "rows": f"{rows['compiled']:.2f} ms ({rows['compiled'] / least_16:.1f} times the lower bound), dense {rows['dense']:.1f}",
+        "linear": f"take {linear:.2f} ms, {linear * over_least(MODEL) / compiled:.1f} times the lower bound",
+        "rows": f"{rows['compiled']:.2f} ms ({rows['compiled'] / least_16:.1f} times the lower bound)",
+        "rows, dense": f"dense {rows['dense']:.1f} uncompiled",
         "generate": f"{generated['static']:.1f} ms a token instead of {generated['baseline']:.1f} dense",
         "generate, eager": f"{generated['streaming']:.1f} with uncompiled steps",
         "peak": f"takes {peaks[EAGER, 20_480]:.1f} GB, weights included, as one of 5,120",
@@ -99,14 +100,14 @@ def figures() -> dict[str, str]:
         f"{FIRST[Place('reduce-overhead', MODEL, 1024)][STATIC]['TPOT'].median:.2f}",
         "new lengths": f"{first['streaming']:.0f} ms in the first cycle and {later['streaming']:.1f} from then on",
         "growing": f"takes {growing['dense']:.0f} ms at each",
-        "without cuDNN": f"{first['streaming' + without]:.1f} ms in the first cycle, {later['streaming' + without]:.1f} "
-        f"later, and {growing['dense' + without]:.1f} for the growing cache",
-        "prompts": f"{read['streaming, pieces of 1,024']:,.0f} tokens/s",
-        "pieces": f"{read['streaming, pieces of 256']:,.0f} with 256 columns and {read['streaming, pieces of 512']:,.0f} with 512",
-        "larger": f"{read['streaming, one call, pieces of 1,024']:,.0f} at 1,024 columns, "
-        f"{read['streaming, one call, pieces of 2,048']:,.0f} at 2,048 and {read['streaming, one call, pieces of 4,096']:,.0f} at 4,096",
+        "without cuDNN": f"{first['streaming' + without]:.1f} ms in the first cycle, "
+        f"{later['streaming' + without]:.1f} later, and {growing['dense' + without]:.1f} for the growing cache",
+        "prompts": f"{read['1,024']:,.0f} tokens/s",
+        "pieces": f"{read['256']:,.0f} with 256 columns and {read['512']:,.0f} with 512",
+        "larger": f"{read['1,024, one call']:,.0f} at 1,024 columns, "
+        f"{read['2,048, one call']:,.0f} at 2,048 and {read['4,096, one call']:,.0f} at 4,096",
         "dense prompts": f"dense {read['dense']:,.0f} in the same calls and {read['dense, one call']:,.0f} in one call",
-        "memory of a prompt": f"{SINGLE['peak']['streaming, one call, pieces of 1,024']:.1f} GB, dense "
+        "memory of a prompt": f"{SINGLE['peak']['1,024, one call']:.1f} GB, dense "
         f"{SINGLE['peak']['dense, one call']:.1f}",
     }
 
