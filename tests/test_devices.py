@@ -1,0 +1,27 @@
+"""What the cache makes is on the model's device: shown without a GPU, on a device that exists in tests alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason=f"torch {torch.__version__} has no devices that are written in Python",
+)
+def test_the_laws_hold_on_another_device() -> None:
+    """`device_laws.py`, in a process of its own: a device is registered for good."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "device_laws.py"]
+    ran = subprocess.run(
+        command, cwd=here, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert " passed" in ran.stdout
