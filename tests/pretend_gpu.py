@@ -36,38 +36,25 @@ torch.__future__.set_swap_module_params_on_conversion(True)
 class GpuTensor(torch.Tensor):
     """A tensor on the device, around the tensor on the CPU that has its values."""
 
-    inner: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
-        """The tensor without its history."""
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
-
-    @data.setter
-    def data(self, value: GpuTensor) -> None:
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.inner = value.inner
+    on_cpu: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def tolist(self) -> Any:
         """Return the values."""
-        return self.inner.tolist()
-
-    def __repr__(self, **_: Any) -> str:
-        return repr(self.inner)
+        return self.on_cpu.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Run an operation that is given such a tensor."""
         return run(operation, *args, **(kwargs or {}))
 
 
-def wrap(inner: torch.Tensor) -> GpuTensor:
+def wrap(values: torch.Tensor) -> GpuTensor:
     """Return a tensor on the device that has the values of one on the CPU, also later ones."""
-    layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-    wrapper: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-    ours: GpuTensor = wrapper(GpuTensor, inner.shape, **layout, device=GPU, requires_grad=inner.requires_grad)
-    ours.inner = inner
+    layout = {"strides": values.stride(), "storage_offset": values.storage_offset(), "dtype": values.dtype}
+    wrapper: Any = torch.Tensor._make_wrapper_subclass
+    ours: GpuTensor = wrapper(GpuTensor, values.shape, **layout, device=GPU, requires_grad=values.requires_grad)
+    ours.on_cpu = values
     return ours
 
 
@@ -80,7 +67,7 @@ def run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     if operation is aten._fused_sdp_choice.default:
         return 0  # plain operations: the fused ones are different for each device
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-    ours = {id(one.inner): one for one in tensors if isinstance(one, GpuTensor)}
+    ours = {id(one.on_cpu): one for one in tensors if isinstance(one, GpuTensor)}
     first_is_ours = bool(args) and isinstance(args[0], GpuTensor)
     others = any(one.dim() > 0 and not isinstance(one, GpuTensor) for one in tensors)
     if ours and others and operation not in COPIES and not (operation in INDEXED and first_is_ours):
@@ -89,7 +76,7 @@ def run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     to_gpu = bool(ours) if target is None else torch.device(target).type == NAME
     if operation is aten.copy_.default:
         to_gpu = first_is_ours
-    args, kwargs = tree_map_only(GpuTensor, lambda one: one.inner, (args, kwargs))
+    args, kwargs = tree_map_only(GpuTensor, lambda one: one.on_cpu, (args, kwargs))
     if to_gpu and target is not None:
         kwargs |= {"device": torch.device("cpu"), "pin_memory": None}
     result = operation(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory" or value})
@@ -102,5 +89,5 @@ def run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map_only(torch.Tensor, on_gpu, result)
 
 
-library = torch.library.Library("_", "IMPL")
+library: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
 library.fallback(run, "PrivateUse1")  # operations that are given no tensor, such as `torch.zeros`

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from releases import needs
 
+
+@needs("5.24", "the device of the tests has the operations that the newest release uses")
 @pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason=f"torch {torch.__version__} has no devices that are written in Python",
