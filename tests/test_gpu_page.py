@@ -107,6 +107,8 @@ def figures() -> dict[str, str]:
         "larger": f"{read['1,024, one call']:,.0f} at 1,024 columns, "
         f"{read['2,048, one call']:,.0f} at 2,048 and {read['4,096, one call']:,.0f} at 4,096",
         "dense prompts": f"dense {read['dense']:,.0f} in the same calls and {read['dense, one call']:,.0f} in one call",
+        "prompts of the report": f"{round(1e3 / of('prompt', 20_480, EAGER, 'time'), -2):,.0f} tokens/s, "
+        f"dense {round(1e3 / of('prompt', 20_480, 'baseline', 'time'), -2):,.0f}",
         "memory of a prompt": f"{SINGLE['peak']['1,024, one call']:.1f} GB, dense "
         f"{SINGLE['peak']['dense, one call']:.1f}",
     }
