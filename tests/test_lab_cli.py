@@ -125,6 +125,7 @@ def test_mechanics_refuses_bad_numbers(numbers: tuple[int, int, int, int], messa
         (("perplexity", "--window", "0"), "window=0"),
         (("perplexity", "--config", "dense"), "unknown configuration"),
         (("perplexity", "--config", "baseline", "--sinks", "4"), "--config baseline and --sinks"),
+        (("perplexity", "--method", "token", "--block", "32"), "--block and --method token"),
         (("perplexity", "--corpus", "{folder}/long.txt", "--device", "abacus"), "--device cpu always is"),
         (("perplexity", "--corpus", "{folder}/long.txt", "--model", "{folder}/long.txt"), "embedded"),
         (("tables", "--corpus", "{folder}/long.txt", "--corpus", "{folder}/long.txt"), "given twice"),

@@ -94,7 +94,7 @@ def perplexity(
     from sinkwindow_lab.store import Store
     from sinkwindow_lab.ways import configurations
 
-    _check_given_once(context, config)
+    _check_given_once(context, config, method)
     rows = configurations.parse_list(config) if config else [configurations.streaming(sinks, window, buffer)]
     if method == "both" and len(rows) > 1:
         raise LabError("--method both compares the calls of one configuration: give one")
@@ -148,11 +148,13 @@ def _compare(token: Score, blocks: Score) -> dict[str, float]:
     return found
 
 
-def _check_given_once(context: typer.Context, config: str | None) -> None:
-    sources = {f"--{one}": context.get_parameter_source(one) for one in ("sinks", "window", "buffer")}
+def _check_given_once(context: typer.Context, config: str | None, method: Method) -> None:
+    sources = {f"--{one}": context.get_parameter_source(one) for one in ("sinks", "window", "buffer", "block")}
     given = [option for option, source in sources.items() if source and source.name != "DEFAULT"]
-    if config and given:
+    if config and given not in ([], ["--block"]):
         raise LabError(f"--config {config} and {given[0]} both say what is kept: give one of them")
+    if method == "token" and "--block" in given:
+        raise LabError("--block and --method token both say how long calls are: give one of them")
 
 
 def _note_reused(store: Store, what: str, otherwise: str) -> None:
