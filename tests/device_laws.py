@@ -35,6 +35,39 @@ def both(model: PreTrainedModel, what: Callable[[PreTrainedModel, torch.device],
         return found.cpu(), what(model, torch.device("cpu"))
 
 
+ONES: Final = torch.ones(3)
+FIRST: Final = torch.tensor([0])
+MIXED: Final[dict[str, Callable[[Tensor], object]]] = {
+    "a sum": lambda ours: ours + ONES,
+    "a sum in place": lambda ours: ONES.clone().add_(ours),
+    "a product in float64": lambda ours: ours.double() * ONES.double(),
+    "joined": lambda ours: torch.cat([ours, ONES]),
+    "numbers in a row": lambda ours: torch.stack([ours[0], ONES[0]]),
+    "selected": lambda ours: ours.index_select(0, FIRST),
+    "values written": lambda ours: ours.index_put_((FIRST.to(GPU),), ONES[:1]),
+    "indices of the GPU": lambda ours: ONES[ours.long()],
+    "a mask": lambda ours: torch.where(ONES > 0, ours, 0.0),
+    "the target": lambda ours: torch.add(ours, 1, out=ONES.clone()),
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_what_a_gpu_refuses_is_refused(what: str) -> None:
+    """Otherwise no other law here could fail."""
+    with pytest.raises(RuntimeError, match="same device"):
+        MIXED[what](ONES.to(GPU))
+
+
+def test_what_a_gpu_allows_is_allowed() -> None:
+    """Indices and numbers of the CPU, and copies both ways."""
+    ours = torch.arange(3.0, device=GPU)
+    ours[FIRST] = ours[2] + torch.tensor(1.0)
+    ours[1:].copy_(ONES[1:])
+    ours.masked_fill_(ours == 1, torch.tensor(7.0))
+    assert ours[FIRST].device == GPU
+    assert ours.cpu().tolist() == [3.0, 7.0, 7.0]
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *hybrids.HYBRIDS])
 def test_a_family_streams(family: str) -> None:
     """A call across evictions and steps, whatever the family makes its positions, masks and states of."""
