@@ -58,7 +58,7 @@ WORK: Final = {
         "new_empty",
         "new_zeros",
     ],
-    torch: ["clone", "cat", "zeros", "_foreach_zero_"],
+    torch: ["clone", "cat", "zeros", "zeros_like", "_foreach_zero_"],
 }
 
 
@@ -364,7 +364,8 @@ def test_an_operation_that_is_interrupted_has_happened_or_not(
     """The same where Ctrl-C comes between any two lines of the package."""
     law = Law(name, model, tmp_path / "saved", Subject.act_interrupted)
     assert law.points > 50
-    for number in range(0, law.points, 1 if ALL else law.points // LINES):
+    last = range(law.points - 40, law.points) if name == "save" else ()  # where a file is written
+    for number in (*range(0, law.points, 1 if ALL else law.points // LINES), *last):
         law.check(Fault(number))
 
 

@@ -76,12 +76,12 @@ def write(path: str | os.PathLike[str], content: bytes) -> None:
         target = Path(os.path.realpath(named))
     part = target.parent / f".{uuid.uuid4().hex}.part"
     try:
-        with part.open("xb") as file:
-            with suppress(OSError):  # there is none, or its file system has no permissions
-                shutil.copymode(target, part)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        if target.exists():
+            part.touch(mode=0o600)  # nobody reads it who may not read what it replaces
+        part.write_bytes(content)
+        _flush(part, os.O_RDWR)
+        with suppress(OSError):  # there is none, or its file system has no permissions
+            shutil.copymode(target, part)
         part.replace(target)
     except (OSError, ValueError) as error:  # a ValueError of a path that no system takes
         reason = getattr(error, "strerror", None) or error
@@ -89,7 +89,7 @@ def write(path: str | os.PathLike[str], content: bytes) -> None:
     finally:
         with suppress(OSError, ValueError):
             part.unlink()
-    with suppress(OSError):  # the file is there already, and not every file system can flush a folder
+    with suppress(OSError):  # the file is there already, and not every system can flush a folder
         _flush(target.parent)
 
 
@@ -190,11 +190,9 @@ def placed(state: State, devices: Sequence[torch.device | None]) -> State:
     return replace(moved, states=states)
 
 
-def _flush(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    if os.name != "posix":  # a folder cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def _flush(path: Path, flags: int = os.O_RDONLY) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

@@ -252,9 +252,10 @@ class Steps:
         device = state.pools[0].banks[0].slots.keys.device
         if self.seen.shape[0] != state.batch or self.seen.device != device:
             with torch.inference_mode(mode=False):
-                self.seen = torch.zeros(state.batch, dtype=torch.long, device=device)
-                self.padding = torch.zeros_like(self.seen)
-            _keep_addresses(self.seen, self.padding)
+                seen = torch.zeros(state.batch, dtype=torch.long, device=device)
+                padding = torch.zeros_like(seen)
+            _keep_addresses(seen, padding)
+            self.seen, self.padding = seen, padding  # at once: an interrupted call leaves none without the other
         self.seen.copy_(torch.tensor([lane.seen for lane in state.lanes], device="cpu").expand_as(self.seen))
         self.padding.copy_(state.columns - self.seen)
         self._base = state  # last: where this was interrupted, the next call begins it again
@@ -268,9 +269,9 @@ class Steps:
                 layers[next(iter(bank.layers))] = StepLayer(index, pool.rotary, slots, sinks)
         known, found = ([layer.slots.keys.data_ptr() for layer in one.values()] for one in (self.layers, layers))
         if known != found:
-            self.layers = layers
             for layer in layers.values():
                 _keep_addresses(*layer.slots, *layer.sinks)
+            self.layers = layers
 
 
 def _keep_addresses(*tensors: Tensor) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Columns of a call run at once, and columns of copied sinks among them: beyond, masked columns cost more than the fixed
-# cost of another piece. On a GPU that is the launch of all kernels; more than 1,024 columns are no faster (docs/gpu.md).
+# cost of another piece. On a GPU that is the launch of all kernels, and more columns are no faster (docs/gpu.md).
 PIECE, PIECE_COPIES = 256, 2048
 GPU_PIECE, GPU_PIECE_COPIES = 1024, 4096
 
