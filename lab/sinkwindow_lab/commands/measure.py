@@ -69,7 +69,7 @@ def perplexity(
     buffer: Buffer = 64,
     config: Config = None,
     method: Method = "blocks",
-    block: Annotated[int, typer.Option(help="Tokens per call; streaming gives the same for any.")] = 256,
+    block: Annotated[int, typer.Option(help="Tokens per call of --method blocks; any gives the same.")] = 256,
     bos: Bos = "none",
     documents: Annotated[Documents, typer.Option(help="As one text, or each from a fresh start.")] = "concat",
     model: Model = None,
