@@ -13,6 +13,8 @@ from chat_tiny import made
 from families import FAMILIES, build
 from pretend_gpu import GPU
 from sinkwindow import StreamingCache
+from sinkwindow.model.families import inspect_model
+from sinkwindow.model.rope import rotary_modules
 from strategies import CACHE_NAME, EXACT, ModelSpec, Rule, padding_mask, stream, tokens, worst
 
 if TYPE_CHECKING:
@@ -88,6 +90,15 @@ def check(family: str, *, static: bool) -> None:
     )
     bound = FAMILIES[family].bound if family in FAMILIES else 1e-5 if family in hybrids.FLOAT32_LOGITS else EXACT
     assert worst(ours - expected) < bound
+
+
+def test_rotary_modules_on_two_devices_are_compared() -> None:
+    """As in a model whose layers are split over devices: they have the same frequencies there too."""
+    model = copy.deepcopy(build("granite_swa"))
+    before = [kind.layers for kind in inspect_model(model).kinds]
+    _, second = rotary_modules(model)
+    torch.nn.Module.to(second, GPU)
+    assert [kind.layers for kind in inspect_model(model).kinds] == before
 
 
 @pytest.mark.parametrize("static", [False, True])

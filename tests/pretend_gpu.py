@@ -97,6 +97,7 @@ def run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     def on_gpu(one: torch.Tensor) -> GpuTensor:
         found = ours.get(id(one))  # what changes its argument returns it
         if found is not None and found.shape != one.shape:
+            # What is asked for its shape would go on with the old one.
             raise NotImplementedError(f"The device of the tests cannot change a tensor's shape: {operation}")
         return wrap(one) if found is None else found
 

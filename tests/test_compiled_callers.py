@@ -241,3 +241,28 @@ def test_a_compiled_step_compares_positions_when_it_runs(backend: str) -> None:
                 assert observe(cache) == before
         found, expected = (call(module, one, ids[:, [column]]) for module, one in ((compiled, cache), (model, twin)))
         assert worst(found - expected) < EXACT
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_tensors_of_an_interrupted_first_call_keep_their_addresses(
+    fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs are told of each tensor that steps write, also where the call that should have told them stopped."""
+    told, mark = list[int](), torch._dynamo.mark_static_address
+
+    def interrupted(tensor: Tensor, **more: Any) -> None:
+        told.append(tensor.data_ptr())
+        if len(told) == fails_at:
+            raise MemoryError
+        mark(tensor, **more)
+
+    model = ModelSpec().model()
+    cache = RULE.cache(model, static=True)
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", interrupted)
+    call(model, cache, tokens(0, 2, 9))  # it has happened: what failed is done again before the next one
+    assert len(told) == fails_at
+    call(model, cache, tokens(0, 2, 1))
+    steps = cache._steps
+    assert steps is not None
+    written = [one for layer in steps.layers.values() for one in (*layer.slots, *layer.sinks)]
+    assert {one.data_ptr() for one in (*written, steps.seen, steps.padding)} <= set(told)

@@ -271,11 +271,20 @@ def test_a_folder_that_cannot_be_flushed_is_no_failure(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a file there has no such permissions, and links need a right")
-def test_a_private_file_stays_private_and_a_link_stays_a_link(path: Path, model: PreTrainedModel) -> None:
-    """A conversation that only its owner can read is not shown to others when it is saved again."""
-    link = path.with_name("link")
+def test_a_private_file_stays_private_and_a_link_stays_a_link(
+    path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversation that only its owner can read is not shown to others when it is saved again, at no moment."""
+    link, fsync = path.with_name("link"), os.fsync
     link.symlink_to(path.name)
     cache = StreamingCache.load(path, model)
+
+    def flush(handle: int) -> None:
+        now = os.fstat(handle).st_mode
+        assert stat.S_ISDIR(now) or stat.S_IMODE(now) == 0o600
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flush)
     for mode in (0o600, 0o640, 0o664):
         path.chmod(mode)
         call(model, cache, tokens(1, 2, 3))
