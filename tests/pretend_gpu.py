@@ -24,23 +24,19 @@ FILLS: Final = (aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Te
 
 
 module: Any = ModuleType(f"torch.{NAME}")  # what torch asks of a kind of device
-module.is_available = module.is_initialized = lambda: True
 module._is_in_bad_fork = lambda: False
 module.current_device, module.device_count = lambda: 0, lambda: 1
 module.set_device = module.synchronize = module.manual_seed_all = module.set_rng_state = lambda *_: None
 module.get_rng_state = lambda *_: torch.zeros(1, dtype=torch.uint8, device="cpu")
-module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 backend_registration._setup_privateuseone_for_python_backend(NAME, module)
 GPU: Final = torch.device(NAME, 0)
 torch._C._set_only_lift_cpu_tensors(True)  # noqa: FBT003 - `torch.tensor` makes a tensor on the CPU first, and copies it
-torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 class GpuTensor(torch.Tensor):
     """A tensor on the device, around the tensor on the CPU that has its values."""
 
     on_cpu: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def tolist(self) -> Any:
         """Return the values."""
